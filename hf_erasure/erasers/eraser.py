@@ -349,7 +349,7 @@ def concept_columns(spread: Spread) -> Tensor:
 
 
 def independent(columns: Tensor, spread: Spread) -> Tensor:
-    """Independent columns `(d, r)` that span `columns`, except for what is rounding next to x's standard deviations."""
+    """Independent columns `(d, r)` with the span of `columns`, without what is rounding next to x's deviations."""
     variance = _trusted(spread.variance)
     varies = variance > 0
     columns = torch.where(varies[:, None], columns, 0.0)
@@ -462,7 +462,7 @@ def eraser_about(
     factor: Factor | None = None,
     kept: Tensor | None = None,
 ) -> Eraser:
-    """The eraser that subtracts along `left`, and keeps the mean and the columns `kept` in place if they are wanted.
+    """The eraser that subtracts along `left`, and keeps the mean (`affine`, `keep_mean`) and the columns `kept`.
 
     A linear map `P = I − left · right` keeps the mean if `right · μ = 0`, and keeps covariances `(d, m)` of x with
     another label if it reads none of them (SPLINCE, arXiv 2506.10703). Of all P with `P · left = 0` and `P h = h` for

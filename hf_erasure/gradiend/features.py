@@ -15,7 +15,7 @@ from torch import Tensor
 from .blocks import dot, flat, flat_blocks, largest, require_finite, sum_of_squares, total
 
 ACTIVATIONS = ("tanh", "identity")
-# The closed form maps the class means to plus and minus this value, around which tanh is still steep.
+# The closed form maps the class means to plus and minus this value, near which tanh still separates values well.
 CLASS_MEAN = 0.9
 # Positions in a tensor are stored as int32; a tensor with more entries keeps all of them.
 MAX_INT32 = 2**31 - 1

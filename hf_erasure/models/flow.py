@@ -4,7 +4,7 @@ One small forward pass is watched operation by operation. The input of a block i
 is made of it by adding to it, rearranging, cutting or scaling. A norm that takes the hidden state normalises it if the
 norm's output goes on as the hidden state (post-LN), or if a branch computed from the output is added to the hidden
 state (pre-LN). A norm whose output is itself added to the hidden state (Gemma 2, the last BatchNorm of a residual
-branch) normalises it too. Norms of queries and keys, of gates, of states of a mixer and of patches do neither.
+branch) normalises it too. Norms of queries and keys, of gates, of states of a mixer and of patches do not.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Flow(TorchDispatchMode):
             features = {p.numel() for p in module.parameters(recurse=False)} or {hidden.shape[-1]}
             if features & set(known.sizes):
                 self._reads.add(name)
-                # The former norm of a state that is normalised twice, or the norm whose sum with a branch is taken.
+                # The earlier norm of a state that is normalised twice, or the norm whose sum with a branch is taken.
                 self._kept |= {norm for norm in (known.output_of, known.begun_by) if norm is not None}
         if id(module) in self._blocks:
             for given in floats_of((args, kwargs)):  # reversible blocks take two hidden states
@@ -176,8 +176,8 @@ class Flow(TorchDispatchMode):
             ends = {trace.output_of for _, trace in known} - {None}
             of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._reads)
             if hidden is not None or len(ends) > 1 or of_block:
-                # The sum of the outputs of two norms begins another hidden state: one of them is a branch. So does a
-                # sum of the outputs of a block's parts that the block itself makes (Hiera).
+                # The sum of the outputs of two norms, of a branch and of its bypass, begins another hidden state. So
+                # does a sum of the outputs of a block's parts that the block itself makes (Hiera).
                 return self._summed(known, hidden or Trace(tuple(known[0][0].shape), is_begun=True))
             if ends and len(known) > 1:
                 # So does the sum of one norm's output and a branch if it is normalised, which shows later (MobileBERT).

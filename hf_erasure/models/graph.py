@@ -518,7 +518,7 @@ class Graph(TorchDispatchMode):
 def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
     """The place in the node of each entry of a tensor, from 1; float64, with the strides of the tensor if it is given.
 
-    With other strides, views of the tensor could not be made of the places too.
+    With other strides, an operation that views the tensor may fail on the places.
     """
     if value.entries is not None and (tensor is None or value.entries.shape == tensor.shape):
         return value.entries

@@ -39,7 +39,7 @@ class Head:
         return frozenset(n for value in listed.values() for n in ([value] if isinstance(value, str) else value))
 
 
-# Names of head modules in models whose own class has the head, so that no part of them is without it.
+# Names of the heads of models that have no base model without the head.
 HEAD_MODULES = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
 HEADS = (
     Head(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .model import axis_of_kind
 
-# Side → by how many positions its texts are made shorter; an axis of tokens is told by the change of its length.
+# Side → how many positions its texts are made shorter; an axis of tokens is recognised by the change of its length.
 SHORTER = {"": 1, "decoder_": 2}
 # The side of frames; a speech encoder makes one frame from many samples.
 FRAMES = "frames"
@@ -140,7 +140,7 @@ def frames_of(model: nn.Module) -> Frames | None:
     if encoder is None:
         return None
     takes = inspect.signature(encoder._get_feature_vector_attention_mask).parameters
-    # Frames that an adapter makes fewer of behind the blocks have another number, and are not these.
+    # The encoder's own adapter behind the blocks makes fewer frames; these are the frames before it.
     options = {"add_adapter": False} if "add_adapter" in takes else {}
 
     def count(samples: int) -> int:
@@ -197,8 +197,8 @@ class Glimpse:
     """What is kept of an activation, so that the activation itself can be freed."""
 
     shape: tuple[int, ...]  # Its shape.
-    # The differences between mirrored examples, as shares of their size: if the entries of an example lie side by side,
-    # and if the first entries of all examples come first; None if they were not compared.
+    # The differences between mirrored examples, as shares of their size: assuming that the entries of an example lie
+    # side by side, and assuming that the first entries of all examples come first; None if they were not compared.
     apart: tuple[float, float] | None = None
 
     @classmethod
@@ -248,7 +248,7 @@ def feature_axis(
         shapes: The shapes of the activation, for different numbers of examples and different lengths.
         where: The name of the module, for messages.
         module: The module, if its kind may tell the axis.
-        told: Returns the axes that a graph tells; called only if it is needed.
+        told: Returns the axes that a graph has found; called only if it is needed.
 
     Raises:
         ValueError: If the number of axes varies, or several may hold the features; the message names them.
@@ -349,7 +349,7 @@ class Passes:
         return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
 
     def padded(self, key: str, axes: Axes | ValueError) -> set[int]:
-        """The sizes of the axes that may be those of texts that are padded to a multiple of a length."""
+        """The sizes of the axes that may hold the positions of texts that are padded to a multiple of a length."""
         known = axes if isinstance(axes, Axes) else None
         if "" not in self.now.of or (known is not None and known.side is not None):
             return set()

@@ -73,7 +73,7 @@ class Later(ModuleType):
         return found
 
 
-# Importing them takes longer than this package, and most programs that load an adapter do not need them.
+# Importing them takes longer than importing this package, and most programs that load an adapter do not need them.
 if TYPE_CHECKING:
     import datasets as datasets
     import pandas as pandas

@@ -209,7 +209,7 @@ class LanguageModelling:
                 self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
 
     def score(self) -> dict[str, float]:
-        """Return ``{"loss": mean negative log-likelihood, "lms": language-modelling score}``, without a backward."""
+        """``{"loss": mean negative log-likelihood, "lms": language-modelling score}``, from forward passes only."""
         return self.figures_of(self.by_text())
 
     def figures_of(self, by_text: Tensor) -> dict[str, float]:
