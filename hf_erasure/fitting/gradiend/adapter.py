@@ -1,4 +1,4 @@
-"""`GradiendAdapter`: one GRADIEND adapter of a model, to read with and to steer."""
+"""`GradiendAdapter`: one GRADIEND adapter of a model, which reads a feature and steers the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .pairs import Pair
 
 
 class GradiendAdapter:
-    """A handle on one GRADIEND adapter; it holds nothing itself.
+    """A handle on one GRADIEND adapter; it holds no values itself.
 
     Args:
-        model: A model with the adapter, or whatever it is inside of: a `PeftModel`, a `SentenceTransformer`,
+        model: A model with the adapter, or a module that contains it: a `PeftModel`, a `SentenceTransformer`,
             `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         name: The adapter's name.
 
@@ -27,7 +27,7 @@ class GradiendAdapter:
     """
 
     def __init__(self, model: nn.Module, name: str = "default") -> None:
-        adapter_of(model, name, GradiendConfig)  # raises where there is none
+        adapter_of(model, name, GradiendConfig)  # raises an error if the adapter is missing
         self.model, self.name = model, name
 
     @classmethod
@@ -42,7 +42,7 @@ class GradiendAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapter's state; of one that is not fitted yet, what they will be."""
+        """The bytes of the adapter's state; before it is fitted, the bytes that it will have."""
         return stated_bytes(self.model, self.name)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
@@ -53,12 +53,12 @@ class GradiendAdapter:
         learning_rate: float | None = None,
         pair: Pair | list[str] | None = None,
     ) -> None:
-        """Set the edit `W + learning_rate · (feature_factor · Wd + bd)`, in place; what is left out stays.
+        """Set the edit `W + learning_rate · (feature_factor · Wd + bd)`, in place; omitted arguments keep their values.
 
         Args:
             feature_factor: h; class 0 of the pair encodes to +1.
             learning_rate: α; 0 leaves the model as it is.
-            pair: Of a feature of more than two classes, whose neuron acts.
+            pair: For a feature of more than two classes, the pair whose neuron acts.
 
         Raises:
             ValueError: If the adapter is not fitted or merged, a number is not finite, or the pair is unknown.
@@ -67,11 +67,11 @@ class GradiendAdapter:
         steer(self.model, self.name, feature_factor=feature_factor, learning_rate=learning_rate, pair=chosen)
 
     def kept_share(self) -> float:
-        """The share of the edit that survives being merged in the dtype of the weights."""
+        """The share of the edit that is left when it is merged in the dtype of the weights."""
         return kept_share(self.model, self.name)
 
     def importance(self, pair: Pair | list[str] | None = None) -> pandas.DataFrame:
-        """Which weights the decoder changes: one row a parameter, largest share of the squared change first.
+        """Which weights the decoder changes: one row for each parameter, largest share of the squared change first.
 
         Columns: `parameter`, `entries`, `kept` (entries that the adapter holds), `norm` of Wd, `share` of ‖Wd‖².
         """
@@ -87,12 +87,12 @@ class GradiendAdapter:
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def encode(self, batch: PairBatch | dict[str, Tensor], pair: Pair | list[str] | None = None) -> Tensor:
-        """Read the feature off the gradient of every row.
+        """Read the feature from the gradient of every row.
 
         Args:
-            batch: Of `pair_batches`, or a dictionary of model inputs with `labels` as transformers' losses take them
-                (−100 where nothing is predicted); the latter for an adapter whose source is `"factual"`.
-            pair: Of a feature of more than two classes, whose neuron reads; by default the one that acts.
+            batch: A batch of `pair_batches`. For an adapter with the source `"factual"` also a dictionary of model
+                inputs with `labels` as transformers' losses take them (−100 where nothing is predicted).
+            pair: For a feature of more than two classes, the pair whose neuron reads; by default the one that acts.
 
         Returns:
             `(batch,)` float32 values of the feature neuron, near +1 for class 0 and −1 for class 1 of the pair.
@@ -113,14 +113,14 @@ class GradiendAdapter:
         """The encoder of every pair.
 
         Raises:
-            ValueError: If the adapter is not fitted, or does not hold them.
+            ValueError: If the adapter is not fitted, or does not hold its encoders.
         """
         found: dict[Pair, Encode] = {}
         for pair, feature in zip(self.config.pairs or [], features_of(self.model, self.name), strict=True):
             if feature.encoder is None:
                 raise ValueError(
                     f"The GRADIEND adapter {self.name!r} holds no encoder: it was fitted with keep_encoder=False. Fit "
-                    "it with GradiendConfig(keep_encoder=True) to encode with what is saved and loaded."
+                    "it with GradiendConfig(keep_encoder=True), which saves and loads the encoder too."
                 )
             found[(pair[0], pair[1])] = feature.encoder.encode
         return found

@@ -1,7 +1,7 @@
-"""How far a training is, and what it keeps: checkpoints to go on from, and the best feature of every pair so far.
+"""The progress of a training: its checkpoints, and the best feature of every pair so far.
 
-In `output_dir` lie `checkpoint-N/`, each whole: the state of the start that was under way, what Trainer keeps of its
-own state, and `features/start-NNN.safetensors`, the best features so far by the number of the start that found them.
+`output_dir` has folders `checkpoint-N/`, each written whole: the state of the running start, the file in which Trainer
+keeps its own state, and `features/start-NNN.safetensors`, the best features so far by the number of their start.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ FEATURES, FEATURE_FILE = "features", "start-{}.safetensors"
 
 @dataclass(frozen=True)
 class Fitted:
-    """A pair's feature: class 0 encodes to +1."""
+    """The fitted feature of a pair; class 0 encodes to +1."""
 
-    pair: Pair  # Its classes.
+    pair: Pair  # The two classes.
     feature: Feature  # Dense encoder and decoder.
-    # On the evaluation data; on training steps where there was none; NaN where nothing was measured.
+    # On the evaluation data, or on training steps without such data; NaN if it was not measured.
     correlation: float
-    steps: int  # After how many steps of its start.
-    seed: int  # Of its start.
+    steps: int  # The number of steps of its start so far.
+    seed: int  # The seed of its start.
 
     @property
     def rank(self) -> float:
-        """The size of the correlation, by which starts are compared; one that is not defined is below all."""
+        """The absolute correlation, by which starts are compared; an undefined one is below all others."""
         return -1.0 if math.isnan(self.correlation) else abs(self.correlation)
 
 
 class FeatureProgressCallback(ProgressCallback):
-    """The bar of transformers, with loss and correlation at its end instead of a line a log."""
+    """The progress bar of transformers, with loss and correlation at its end instead of a line for each log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the latest figures."""
@@ -62,13 +62,13 @@ class FeatureProgressCallback(ProgressCallback):
 
 
 class Progress:
-    """Tells the callbacks of a training, and writes and reads what is kept of it.
+    """Calls the callbacks of a training, and writes and reads its checkpoints.
 
     Attributes:
-        state: As Trainer has it.
-        control: What the callbacks ask for.
-        kept: Pair → the number of the start that was best so far, and its feature: three vectors of the size of the
-            targeted weights.
+        state: The state, as Trainer has it.
+        control: The actions that the callbacks ask for.
+        kept: Pair → the number of the best start so far, and its feature: three vectors of the size of the targeted
+            weights.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Progress:
 
     @contextmanager
     def running(self, steps: int) -> Iterator[None]:
-        """Tell the callbacks that so many steps begin, or go on after those that are done; and that they are over."""
+        """Call the callbacks when training begins or is resumed, with this total of steps, and when it ends."""
         self.state.max_steps = steps
         self.state.compute_steps(self.args, steps)
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
@@ -98,12 +98,12 @@ class Progress:
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
     def step(self) -> None:
-        """One more step is done; afterwards `control` says what is due."""
+        """Count one more step and call the callbacks; afterwards `control` says which actions are due."""
         self.state.global_step += 1
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
 
     def log(self, figures: dict[str, float], *, evaluated: bool = False) -> None:
-        """Tell the callbacks, of an evaluation as well, and keep in the history."""
+        """Add figures to the history and call the callbacks; with `evaluated`, also those for an evaluation."""
         self.state.log_history.append({**figures, "step": self.state.global_step})
         self.control = self.handler.on_log(self.args, self.state, self.control, figures)
         if evaluated:
@@ -135,11 +135,11 @@ class Progress:
     def resume(
         self, checkpoint: str | bool | None, identity: dict[str, Any], pairs: Sequence[Pair]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state and facts to go on from; those of a beginning where there is no checkpoint, as `save` had them.
+        """Return the state and facts of a checkpoint, as `save` got them; without one, those of the beginning.
 
-        The checkpoint is a folder, True for the last one, or none; `identity` is what must be the same as when it was
-        written, `pairs` has that of every start. Raises a `ValueError` if there is no checkpoint, it is damaged, or it
-        is of another training.
+        `checkpoint` is a folder, True for the last one, or None or False for none. `identity` must be the same as when
+        it was written; `pairs` has the pair of every start. Raises a `ValueError` if the checkpoint is missing, damaged
+        or of another training.
         """
         self._identity = identity
         if checkpoint is True:

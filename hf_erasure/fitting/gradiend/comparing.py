@@ -1,4 +1,4 @@
-"""Several features beside each other: how alike their weights are, and what each reads in the pairs of the others."""
+"""Compare several features: how alike their weights are, and what each reads in the pairs of the others."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .trainer import GradiendTrainer
 
 @dataclass(frozen=True)
 class FeatureComparison:
-    """What `compare_features` found, in the order of `names`.
+    """The result of `compare_features`, in the order of `names`.
 
     Attributes:
-        names: One a feature neuron: the name it was given, with its classes where a trainer has several.
+        names: One for each of the k feature neurons: its given name, with its classes if a trainer has several.
         cosine: `(k, k)` float64 cosines of the decoders' Wd: ±1 for edits in one direction, 0 for unrelated ones.
-        overlap: `(k, k)` share of the largest |Wd| of one that are among those of the other.
+        overlap: `(k, k)` share of the largest |Wd| of one that are also among the largest of the other.
         top: The share of all weights that counted as the largest.
-        reading: `(k, k)` correlation of the neuron of a row with the classes of the pairs of a column; None where it
+        reading: `(k, k)` correlation of the neuron of a row with the classes of the pairs of a column; None if it
             was not asked for. NaN where the values do not vary.
     """
 
@@ -41,7 +41,7 @@ class FeatureComparison:
     reading: Tensor | None = None
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row for each two features: `feature`, `other`, `cosine`, `overlap`, and `reading` where it is known."""
+        """One row for each two features: `feature`, `other`, `cosine`, `overlap`, and `reading` if it was measured."""
         tables = {"cosine": self.cosine, "overlap": self.overlap, "reading": self.reading}
         known = {name: table for name, table in tables.items() if table is not None}
         return pandas.DataFrame(
@@ -53,7 +53,7 @@ class FeatureComparison:
         )
 
     def plot(self, path: str | None = None) -> Any:
-        """Draw the tables as matplotlib shows them, with their numbers; returns the figure, and writes it to `path`."""
+        """Draw the tables as images with their numbers; return the figure, and write it to `path` if one is given."""
         titles = {"cosine of Wd": self.cosine, f"overlap of the top {self.top:.2%}": self.overlap}
         if self.reading is not None:
             titles["correlation of neuron (row) and pairs (column)"] = self.reading
@@ -81,15 +81,15 @@ def compare_features(
     """Compare the features of several trainers: other features of one model, other seeds, or other estimators.
 
     Args:
-        trainers: By the name that is shown; each has a fitted adapter, on models of one architecture.
-        top: The share of all targeted weights, in (0, 1], that counts as the largest; an adapter that holds fewer
-            counts with all it has.
+        trainers: Name to show → a trainer with a fitted adapter. Their models have one architecture.
+        top: The share of all targeted weights, in (0, 1], that counts as the largest. If an adapter holds fewer, all
+            of its weights count.
         reading: Whether every neuron reads the pairs of every trainer, which takes one backward pass for each of the
-            pairs and each neuron. The trainers need an `eval_dataset` then.
+            pairs and each neuron. The trainers then need an `eval_dataset`.
 
     Raises:
-        ValueError: If there are not two features, `top` is not a share, the adapters have other weights as their
-            targets, one is not fitted, or pairs or an encoder are missing.
+        ValueError: If there are fewer than two features, `top` is not a share, the adapters target different weights,
+            one is not fitted, or pairs or an encoder are missing.
     """
     if not 0 < top <= 1:
         raise ValueError(f"top={top}: give a share of the weights above 0 and up to 1.")
@@ -104,7 +104,7 @@ def compare_features(
     for name, decoder in zip(found, decoders, strict=True):
         if decoder.shapes != decoders[0].shapes:
             raise ValueError(
-                f"{name!r} and {next(iter(found))!r} have other weights as their targets: fit both on all."
+                f"{name!r} and {next(iter(found))!r} target different weights: fit both on the same target_modules."
             )
     marked = [_largest(decoder, top) for decoder in decoders]
     count = len(decoders)
@@ -125,13 +125,13 @@ def compare_features(
 
 
 def _entries(decoder: FeatureDecoder, block: str) -> tuple[Tensor, Tensor]:
-    """The ascending positions of the weights that a decoder holds of a block, and these."""
+    """The ascending positions of the weights that a decoder holds of a block, and their values."""
     values, at = decoder.weight[block].cpu(), decoder.index[block]
     return (torch.arange(len(values), device="cpu") if at is None else at.long().cpu()), values
 
 
 def _common(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the positions that are in both are in each."""
+    """The indices, in each of two sorted lists, of the positions that are in both."""
     if not len(at) or not len(other):
         return at[:0], at[:0]
     place = torch.searchsorted(at, other).clamp_max(len(at) - 1)

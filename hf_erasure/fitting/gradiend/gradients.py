@@ -1,4 +1,4 @@
-"""Gradients of a model's loss at feature words, as named float32 blocks, and the values that are read off them.
+"""Gradients of a model's loss at feature words, as named float32 blocks, and the values that are read from them.
 
 See arXiv 2502.01406, section 3.
 """
@@ -33,22 +33,22 @@ Blocks = dict[str, Tensor]
 class GradientReader(SlotReader):
     """Reads mean-loss gradients of batches off a model, as named float32 blocks.
 
-    One forward serves the factual and the counterfactual word, and their difference takes one backward: with one
-    forward the softmax terms of ``g(factual) - g(counterfactual)`` cancel and the loss is a difference of logits. Only
-    where earlier tokens of a longer word are given to the model (causal, seq2seq) the two words need a forward each.
+    One forward pass is enough for the factual and the counterfactual word, and their difference takes one backward
+    pass: with one forward pass the softmax terms of ``g(factual) - g(counterfactual)`` cancel and the loss is a
+    difference of logits. Only if earlier tokens of a longer word are inputs (causal, seq2seq), each word needs its own.
 
-    The model is in eval mode meanwhile (no dropout, and so no gradient checkpointing either, which transformers does
-    in training mode only). Afterwards training flags, ``requires_grad`` and ``.grad`` are as before, also after an
-    exception. Nothing but the targeted parameters gets a gradient computed.
+    While it reads, the model is in eval mode (without dropout, and without gradient checkpointing, which transformers
+    does in training mode only). Afterwards training flags, ``requires_grad`` and ``.grad`` are as before, also after an
+    exception. Only the targeted parameters get gradients.
 
     Args:
-        model: With a head; bare or wrapped in a `PeftModel`. Adapters that are active take part.
+        model: A model with a head, bare or wrapped in a `PeftModel`. Active adapters act.
         parameters: The targeted parameters by name, each once (a tied weight once: its gradient is that of all uses).
-        task: By default `task_of(model)`.
+        task: The task of the model; by default `task_of(model)`.
 
     Raises:
-        ValueError: The model has no usable head; or the values of a parameter are elsewhere (``meta``), or not
-            floating-point numbers.
+        ValueError: The model has no usable head, or a parameter has no values (on the device ``meta``) or values that
+            are not floating-point numbers.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], task: Task | None = None) -> None:
@@ -62,16 +62,16 @@ class GradientReader(SlotReader):
                     f"{name} has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
                 )
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        # What is estimated is kept on the device of the first of the weights.
+        # Estimates are kept on the device of the first parameter.
         self.weights_device = next(iter(parameters.values())).device
 
     def gradients(self, batch: PairBatch, wanted: Sequence[str] = ("factual", "difference")) -> dict[str, Blocks]:
         """The gradients of one batch, any of ``factual``, ``counterfactual`` and ``difference`` (factual minus
         counterfactual).
 
-        Returns, for each of these, name -> gradient in the parameter's shape, float32, on its device. A parameter that
-        the loss does not reach (a pooler, an embedding that is not used) has zeros. Raises a `ValueError` if the loss
-        is not finite, or reaches none of the parameters.
+        Returns, for each kind, name -> gradient in the parameter's shape, float32, on its device. A parameter that the
+        loss does not reach (a pooler, an embedding that is not used) has zeros. Raises a `ValueError` if the loss is
+        not finite, or does not reach any of the parameters.
         """
         with self._reading():
             losses = self._losses(batch, wanted)
@@ -91,12 +91,12 @@ class GradientReader(SlotReader):
     ) -> None:
         """Add one batch of one class to a closed-form estimator without ever holding two gradients.
 
-        The norm of the source is over all its blocks, so they are kept until it is known, and then added; with
-        `low_memory` they are not, and one more backward finds the norm before the one that gives the blocks. The target
-        (the difference) comes from a second backward through the same graph, and each block is added and freed as soon
-        as backward has made it. With the source ``difference`` one backward serves both. Blocks that the loss does not
-        reach come as zeros, after the others. After a failure the estimator is told to drop the batch. Errors are those
-        of `gradients`.
+        The norm of the source is over all its blocks, so they are kept until it is known, and then added. With
+        `low_memory` they are not kept: one more backward pass finds the norm before the pass that gives the blocks. The
+        target (the difference) comes from a second backward pass through the same graph, which adds and frees each
+        block as soon as it is made. With the source ``difference`` one backward pass is enough for both. Blocks that
+        the loss does not reach are added as zeros, after the others. After an error the estimator drops the batch. The
+        errors are those of `gradients`.
         """
         alone = source == "difference"
         kept: Blocks = {}
@@ -166,7 +166,7 @@ class GradientReader(SlotReader):
         return losses
 
     def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
-        """One backward that gives each block to `take` when it is complete, and frees it."""
+        """Run one backward pass that calls `take` with each block when it is complete, and frees it."""
         waiting = dict(self.parameters)
 
         def hook(name: str, parameter: Tensor) -> None:
@@ -178,9 +178,9 @@ class GradientReader(SlotReader):
         handles = [p.register_post_accumulate_grad_hook(partial(hook, name)) for name, p in self.parameters.items()]
         try:
             loss.backward(retain_graph=not last)
-        except AssertionError as error:  # as Reformer's, whose blocks are run backwards with their dropout
+        except AssertionError as error:  # such as that of Reformer, which needs its dropout to run blocks backwards
             raise ValueError(
-                f"{type(self.model).__name__} gives no gradients in evaluation mode, and they are read in it: {error}"
+                f"{type(self.model).__name__} gives no gradients in evaluation mode, in which they are read: {error}"
             ) from error
         finally:
             for handle in handles:
@@ -190,7 +190,7 @@ class GradientReader(SlotReader):
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Eval mode, gradients on, and only for the targeted parameters; everything is put back."""
+        """While open: eval mode, with gradients for the targeted parameters only; then everything is restored."""
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
         targeted = {id(parameter) for parameter in self.parameters.values()}
         with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
@@ -212,7 +212,7 @@ def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:
 
 @contextmanager
 def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = None) -> Iterator[GradientReader]:
-    """Read gradients of the base model at an adapter's weights: the adapter has no effect meanwhile.
+    """Read gradients of the base model at an adapter's weights; while the block is open, the adapter has no effect.
 
     Raises:
         ValueError: If the adapter is merged.
@@ -236,22 +236,22 @@ def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = No
 # ---- values of the feature neuron ------------------------------------------------------------------------------------
 
 Encode = Callable[[Mapping[str, Tensor]], float]
-# Encoded values above it count as class 0, below its negative as class 1, between them as neutral.
+# Encoded values above this count as class 0, below its negative as class 1, and between the two as neutral.
 THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class EncodedValues:
-    """Values of the feature neuron beside what was put in."""
+    """Values of the feature neuron, with the labels of the texts that it read."""
 
     values: Tensor  # `(texts,)` in [−1, 1] for tanh.
-    labels: Tensor  # `(texts,)` of +1, −1 and 0.
+    labels: Tensor  # `(texts,)` of +1 (class 0), −1 (class 1) and 0 (neutral).
     pair: Pair  # The names of the classes that +1 and −1 stand for.
 
     def metrics(self) -> dict[str, float]:
-        """`cor` and `acc` without neutral texts, `cor_enc` and `acc_enc` with them, where there are any.
+        """`cor` and `acc` without neutral texts, and `cor_enc` and `acc_enc` with them, if any were read.
 
-        `acc` is the balanced accuracy of the sign; `acc_enc` that of three classes told apart at ±0.5.
+        `acc` is the balanced accuracy of the sign; `acc_enc` is that of three classes separated at ±0.5.
         """
         featured = self.labels != 0
         values, labels = self.values[featured], self.labels[featured]
@@ -263,13 +263,13 @@ class EncodedValues:
         return found
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a text: `value`, and `class` or `"neutral"`."""
+        """One row for each text: its `value`, and its `class` or `"neutral"`."""
         names = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
         return pandas.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 
 
 def together(parts: Sequence[EncodedValues]) -> dict[str, float]:
-    """The metrics of one pair, or of several: each by its name, and their means without one."""
+    """The metrics of one pair; for several pairs, the means of the metrics, and each with the pair in its name."""
     if len(parts) == 1:
         return parts[0].metrics()
     each = {part.pair: part.metrics() for part in parts}
@@ -279,7 +279,7 @@ def together(parts: Sequence[EncodedValues]) -> dict[str, float]:
 
 
 def pearson(values: Tensor, labels: Tensor) -> float:
-    """Pearson's correlation; NaN where one of the two does not vary, since there is none then."""
+    """Pearson's correlation; NaN where values or labels do not vary, since it is not defined then."""
     x, y = values.double(), labels.double()
     if x.numel() == 0 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
         return math.nan
@@ -288,13 +288,13 @@ def pearson(values: Tensor, labels: Tensor) -> float:
 
 
 def balanced_accuracy(decided: Tensor, labels: Tensor) -> float:
-    """The mean over classes of the share that was recognised."""
+    """The mean over classes of the share of each class that was recognised."""
     shares = [float((decided[labels == label] == label).double().mean()) for label in labels.unique()]
     return sum(shares) / len(shares)
 
 
 def encoded(values: Iterable[float], labels: Iterable[int], pair: Pair) -> EncodedValues:
-    """Gather values and labels; float64 on the CPU."""
+    """Make `EncodedValues` of values and labels; the values are float64 on the CPU."""
     return EncodedValues(
         torch.tensor(list(values), dtype=torch.float64, device="cpu"),
         torch.tensor(list(labels), dtype=torch.long, device="cpu"),
@@ -305,7 +305,7 @@ def encoded(values: Iterable[float], labels: Iterable[int], pair: Pair) -> Encod
 def encode_all(
     reader: GradientReader, source: str, encode: Encode, batches: Sequence[Signed], pair: Pair, processes: Processes
 ) -> EncodedValues:
-    """The values of batches of one text each, with +1, −1 or 0; the work is shared among processes."""
+    """The values of batches of one text each, labelled +1, −1 or 0; the work is shared among processes."""
     mine = [(encode(reader.gradient(batch, source)), sign) for batch, sign in processes.mine(batches)]
     values, labels = zip(*processes.gathered(mine), strict=True)
     return encoded(values, labels, pair)

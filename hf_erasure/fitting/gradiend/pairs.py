@@ -21,9 +21,9 @@ from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place
 from ..dataloader import origin_of
 
 Pair = tuple[str, str]
-# A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
+# A batch of one class of a pair, with +1 for the first class and -1 for the other; 0 for neutral texts.
 Signed = tuple[PairBatch, int]
-# A text's number, and by class the token sequences of its words.
+# A text's number, and for each class the token sequences of its words.
 Reading = tuple[int, list[set[tuple[int, ...]]]]
 
 
@@ -31,12 +31,12 @@ class PairSet:
     """A data set of pairs, checked and tokenised once; batches can then be drawn any number of times.
 
     Args:
-        dataset: With ``text``, ``factual``, ``counterfactual``, ``label`` and perhaps ``counterfactual_label``.
-        tokenizer: Of the model.
+        dataset: Rows with ``text``, ``factual``, ``counterfactual``, ``label``, optionally ``counterfactual_label``.
+        tokenizer: The tokenizer of the model.
         task: One of ``masked``, ``causal``, ``seq2seq``, ``classification``.
         classes: Names of the classes in the order of their ids.
-        config: The model's; needed for seq2seq (start token) and classification (``label2id``), and good for its
-            limit on the length elsewhere.
+        config: The model's configuration. Seq2seq (start token) and classification (``label2id``) need it; for other
+            tasks it gives the limit on the length.
 
     Raises:
         PairError: A row cannot be used; the message names the row, shows its text and says what to write instead.
@@ -54,7 +54,7 @@ class PairSet:
         self.origin = origin_of(dataset, "the columns factual, counterfactual and label")
         pairs = _read(dataset, self.classes)
         _check_classes(pairs, self.classes)
-        # By class the words that stand or could stand for it, each once.
+        # For each class its factual and counterfactual words, each once.
         self.words: list[dict[str, None]] = [{} for _ in self.classes]
         standing = [(pair.label, pair.factual) for pair in pairs]
         for label, word in standing + [(pair.other, pair.counterfactual) for pair in pairs]:
@@ -74,13 +74,13 @@ class PairSet:
         """Batches of one class each (and of one counterfactual class), the classes evenly mixed.
 
         Args:
-            batch_size: Rows a batch; the last one of a class may be smaller.
-            pair: Names of two classes: only rows of these two, both ways.
-            seed: Of the order.
+            batch_size: Rows in a batch; the last batch of a class may be smaller.
+            pair: Names of two classes: only rows of these two are used, in both directions.
+            seed: The seed of the random order.
             shuffle: Draw the rows of each class, and the batches, in random order.
 
         Raises:
-            PairError: There is no row of one of the pair's classes.
+            PairError: One of the pair's classes has no rows.
         """
         if batch_size < 1:
             raise PairError(f"batch_size is {batch_size}; it must be at least 1")
@@ -97,14 +97,14 @@ class PairSet:
         return [collate(self.layout, chunk) for _, chunk in placed]
 
     def signed(self, batch_size: int, pair: Pair, seed: int | None = None) -> list[Signed]:
-        """Batches of a pair, shuffled where there is a seed, and +1 for those of its first class, else −1."""
+        """Batches of a pair, shuffled if a seed is given; each with +1 for the pair's first class, else −1."""
         found = self.batches(batch_size, pair=pair, seed=seed, shuffle=seed is not None)
         return [(batch, 1 if batch.label == self.classes.index(pair[0]) else -1) for batch in found]
 
     def slots(self, batch_size: int) -> list[PairBatch]:
-        """Batches of the texts, each text with its slot once, whatever words and classes its rows have.
+        """Batches of the texts, each text with its slot once, regardless of the words and classes of its rows.
 
-        They are for `word_log_probabilities`: a batch holds rows of any class, and its own labels mean nothing.
+        They are for `word_log_probabilities`: a batch has rows of any class, and its own labels have no meaning.
         """
         found: dict[tuple[tuple[int, ...], tuple[int, ...]], EncodedRow] = {}
         for row in self.rows:
@@ -113,7 +113,7 @@ class PairSet:
         return [collate(self.layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
     def readings(self) -> list[Reading]:
-        """Every text with a word that stood there, once: the text's place in `slots`, and by class its rows' words."""
+        """Each text with each of its factual words, once: the text's index in `slots`, and its rows' words by class."""
         places: dict[Any, int] = {}
         found: dict[Any, Reading] = {}
         for row in self.rows:
@@ -147,11 +147,11 @@ class PairSet:
 def usable_rows(
     dataset: datasets.Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
 ) -> list[int]:
-    """The rows that `PairSet` takes: their words are known and aligned, and the model takes texts of their length.
+    """The rows that `PairSet` accepts: their words are known and aligned, and their texts are not too long.
 
     Raises:
-        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not change; or what is left
-            has less than two classes.
+        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not change; or the rows
+            that are left have fewer than two classes.
     """
     layout, names = Layout.of(tokenizer, task, config), list(classes)
     pairs = _read(dataset, names)
@@ -187,7 +187,7 @@ def pair_batches(
 
 @dataclass(frozen=True)
 class _Pair:
-    """One row as it stands in the data set."""
+    """One row as it is in the data set."""
 
     row: int
     text: str
@@ -255,7 +255,7 @@ def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
 def _encoded(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: Any
 ) -> Iterator[EncodedRow | PairError]:
-    """Every row, or what is wrong with it; what `PairSet` refuses and `usable_rows` leaves out."""
+    """Every encoded row, or the error that says what is wrong with it; `usable_rows` leaves out rows with errors."""
     limit = longest_input(tokenizer, config)
     if layout.task == "classification":
         rows = _with_labels(pairs, tokenizer, config)
@@ -276,7 +276,7 @@ def _encoded(
 def _with_words(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> Iterator[EncodedRow | str]:
-    """Rows of a language model, tokenised all at once; or what is wrong with one."""
+    """Rows for a language model, tokenised all at once; or in place of a row, words that say what is wrong with it."""
     mask, is_causal, nowhere = tokenizer.mask_token, layout.task == "causal", Placed([], [], [])
     # The tokenizer's mask token may stand for the slot.
     texts = [pair.text if SLOT in pair.text or mask is None else pair.text.replace(mask, SLOT) for pair in pairs]
@@ -296,7 +296,7 @@ def _with_words(
 def _fault_of_words(
     pair: _Pair, text: str, right: Placed, wrong: Placed, tokenizer: PreTrainedTokenizerBase, task: str
 ) -> str | None:
-    """What is wrong with the slot of a text and the two words in it; a word that has no place has no tokens."""
+    """What is wrong with the slot of a text or with the two words; a word that does not align there has no tokens."""
     one, other, count, around = pair.factual, pair.counterfactual, text.count(SLOT), f"punctuation around {SLOT}"
     if count != 1:
         found = "there is no slot" if count == 0 else f"there are {count} slots"
@@ -324,7 +324,7 @@ def _fault_of_words(
 
 
 def _with_labels(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> Iterator[EncodedRow | str]:
-    """Rows of a classifier, or what is wrong with one."""
+    """Rows for a classifier; or in place of a row, words that say what is wrong with it."""
     ids = getattr(config, "label2id", None)
     if not ids:
         raise PairError("classification needs the model's config with its label2id; pass config=model.config")

@@ -1,8 +1,8 @@
 """Choose the feature factor and the learning rate of an edit: a grid, scored with forward passes only.
 
 An edit is chosen for a goal, a function of how likely the words of each class are. At every point of the grid the edit
-is written into the weights, in the model's own dtype, and taken out again to the bit, so that what is scored is what a
-merge gives.
+is written into the weights, in the model's own dtype, and taken out again to the bit. So the scored model is the model
+that a merge gives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Goal = Callable[[Tensor], Tensor]  # (texts, classes) probabilities → (texts,)
 
 
 def goals_of(classes: Sequence[str]) -> dict[str, Goal]:
-    """The goals that are defined for these classes, in the order of the columns of `p`: some for two classes only."""
+    """The goals that are defined for these classes, which are the columns of `p`; some need exactly two classes."""
     goals: dict[str, Goal] = {"balance": lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)}
     goals |= {name: _prefers(index) for index, name in enumerate(classes)}
     if len(classes) == 2:
@@ -42,7 +42,7 @@ def goals_of(classes: Sequence[str]) -> dict[str, Goal]:
 
 
 def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
-    """The goal of that name; a ValueError says what there is where it means nothing for these classes."""
+    """The goal of that name; a `ValueError` that lists the goals if it is not defined for these classes."""
     goals = goals_of(classes)
     if name not in goals:
         raise ValueError(
@@ -64,10 +64,10 @@ def all_words(words: dict[str, list[str]]) -> list[str]:
 def class_probabilities(
     words: dict[str, list[str]], pairs: PairSet, tokenizer: Any, config: Any, batch_size: int
 ) -> Callable[[SlotReader], Tensor]:
-    """What gives `(texts, classes)`: the probability that the slot of a text holds a word of the class.
+    """Return a function that gives `(texts, classes)`: the probability that a text's slot holds a word of the class.
 
-    A word counts once, however it is spelled. Where a word belongs to several classes, no sum over the words of a
-    class tells them apart: each text is then scored by the words that its own rows give to each class.
+    A word counts once, however it is spelled. If a word belongs to several classes, sums over the words of a class do
+    not tell these classes apart: each text is then scored by the words that its own rows give to each class.
 
     Raises:
         PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
@@ -118,12 +118,12 @@ def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------
 
-# Edits that are tried where none are named: in both directions, from steps that hardly change a word to some that break
-# the model, after which `FAR` ends a direction.
+# Edits that are tried by default: in both directions, from steps that hardly change a word to steps that break the
+# model, after which `FAR` ends a direction.
 FEATURE_FACTORS = (0.0, *(sign * x for x in (0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 10.0) for sign in (1, -1)))
 _RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 LEARNING_RATES = tuple(sign * x for sign in (1, -1) for x in _RATES)
-# A language model that lost so many times the budget is not tried with larger steps in the same direction.
+# If language modelling has lost this many times the budget, larger steps in the same direction are not tried.
 FAR = 5
 # Standard errors from an estimate to the end of its one-sided 95 % interval.
 _ONE_SIDED = 1.645
@@ -131,7 +131,7 @@ _ONE_SIDED = 1.645
 
 @dataclass(frozen=True)
 class Point:
-    """One edit and what it does.
+    """One edit and its scores.
 
     Attributes:
         pair: The classes whose feature neuron is used.
@@ -139,10 +139,10 @@ class Point:
         learning_rate: `α`.
         goals: Goal → score.
         probabilities: Class → its mean probability at the slot.
-        loss: Mean negative log-likelihood, in nats a token.
+        loss: Mean negative log-likelihood, in nats per token.
         lms: The language-modelling score: accuracy of a masked model, 1 / (1 + loss) otherwise.
         cost: By how much language modelling got worse, as a share: of the loss, or of a masked model's accuracy.
-        cost_upper: The upper end of its one-sided 95 % interval, for texts like these; None where it is not known.
+        cost_upper: The upper end of the cost's one-sided 95 % interval, for texts like these; None if not measured.
     """
 
     pair: tuple[str, str]
@@ -157,7 +157,7 @@ class Point:
 
     @property
     def worst(self) -> float:
-        """What the budget is held against: the upper end, or the cost itself."""
+        """The cost that must be within the budget: `cost_upper`, or without it `cost`."""
         return self.cost if self.cost_upper is None else self.cost_upper
 
 
@@ -166,11 +166,11 @@ class Selection:
     """The best edit for a goal within a budget, and everything that was tried.
 
     Attributes:
-        goal: What was asked for.
+        goal: The goal that was asked for.
         budget: The share by which language modelling may get worse.
         best: The chosen point.
-        base: The model without an edit.
-        points: All that were scored.
+        base: The scores of the model without an edit.
+        points: All edits that were scored.
     """
 
     goal: str
@@ -183,20 +183,20 @@ class Selection:
         """Choose among the same points for another goal; the model's adapter stays as it is.
 
         Args:
-            goal: Any that the points were scored by.
-            budget: As this selection's by default. Under a larger one, remember that the scan left out edits that lost
-                many times its own budget.
+            goal: Any goal that the points were scored by.
+            budget: By default this selection's budget. For a larger one, remember that the scan left out edits that
+                lost many times its own budget.
 
         Raises:
             ValueError: If the points were not scored by this goal.
         """
         if goal not in self.base.goals:
-            raise ValueError(f"goal={goal!r} was not scored; there are {', '.join(self.base.goals)}.")
+            raise ValueError(f"goal={goal!r} was not scored: write one of {', '.join(self.base.goals)}.")
         budget = self.budget if budget is None else budget
         return Selection(goal, budget, choose(self.base, self.points, goal, budget), self.base, self.points)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a point."""
+        """One row for the model without an edit, and one for each point."""
         return pandas.DataFrame(
             [
                 {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}
@@ -208,7 +208,7 @@ class Selection:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without the points."""
+        """The selection as plain values, for JSON, without the points."""
         return {"goal": self.goal, "budget": self.budget, "best": asdict(self.best), "base": asdict(self.base)}
 
     def __str__(self) -> str:
@@ -226,19 +226,19 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores the model as it is at the moment."""
+    """Scores the model with the edit that is in its weights when `score` is called."""
 
     classes: Sequence[str]  # The feature's classes.
-    # Gives `(texts, classes)`, the probability of each class at the slot of each text.
+    # Returns `(texts, classes)`, the probability of each class at the slot of each text.
     class_probabilities: Callable[[], Tensor]
-    # Gives `{"loss": …, "lms": …}`, and perhaps `by_text`, as `LanguageModelling.by_text`.
+    # Returns `{"loss": …, "lms": …}`, and optionally `by_text`, the result of `LanguageModelling.by_text`.
     language_modelling: Callable[[], dict[str, Any]]
-    # Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
+    # Whether cost is measured in accuracy (for masked models, unless their accuracy is 0) or in loss.
     masked: bool
-    _base: list[Tensor] = field(default_factory=list, init=False)  # Of single texts, without an edit.
+    _base: list[Tensor] = field(default_factory=list, init=False)  # `by_text` of the model without an edit.
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
-        """Score the model as it is now, under these names; `base` is what cost is counted from."""
+        """Score the model as it is now, with the given edit; cost is relative to `base` (None: this is the base)."""
         p, lm = self.class_probabilities().double(), self.language_modelling()
         loss, lms = lm["loss"], lm["lms"]
         cost, upper, by_text = 0.0, None, lm.get("by_text")
@@ -263,10 +263,10 @@ class Scorer:
 
 
 def _margin(now: Tensor, base: Tensor) -> float:
-    """From the ratio of two sums over the same texts to the end of its one-sided 95 % interval.
+    """The distance from the ratio of two sums over the same texts to the end of its one-sided 95 % interval.
 
-    Texts are drawn, and the ratio is a smooth function of two means (the delta method): Cochran, "Sampling Techniques"
-    (1977), section 6.4.
+    Texts are a random sample, and the ratio is a smooth function of two means (the delta method): Cochran, "Sampling
+    Techniques" (1977), section 6.4.
     """
     texts = len(now)
     left = (now - base * (now.sum() / base.sum())) / base.mean()
@@ -282,10 +282,10 @@ def scan(
     feature_factors: Sequence[float] = FEATURE_FACTORS,
     learning_rates: Sequence[float] = LEARNING_RATES,
 ) -> Iterator[Point]:
-    """Score the unedited model, then every point of the grid.
+    """Yield the score of the unedited model, then that of every point of the grid.
 
-    Along one feature factor the steps grow; where language modelling has lost `FAR` times the budget, larger steps in
-    that direction are left out.
+    For each feature factor the steps grow. If language modelling has lost `FAR` times the budget, larger steps in that
+    direction are left out.
     """
     pairs = list(pairs)
     with edited(model, adapter_name, feature_factor=0.0, learning_rate=0.0, pair=pairs[0]):
@@ -303,7 +303,7 @@ def scan(
 
 
 def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Point:
-    """The best point within the budget; the unedited model, with a warning, where none is better than that."""
+    """The best point within the budget; if none is better than the unedited model, that model, with a warning."""
     affordable = [point for point in points if point.worst <= budget and math.isfinite(point.goals[goal])]
     best = max(affordable, key=lambda point: point.goals[goal], default=base)
     if best.goals[goal] > base.goals[goal]:

@@ -21,10 +21,10 @@ def pairs_from_sentences(
 
     Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found and
     counterparts are spelled as `CounterpartWords` does it. Chinese, Japanese, Thai and other scripts that put no space
-    between words have no such boundaries: there a word is found wherever its characters stand, which is warned of.
+    between words have no such boundaries: there a word is found wherever its characters stand, and a warning is given.
 
-    A word with more than one counterpart in a class ("her" is "him" or "his") makes no row of that class: which one
-    fits cannot be read off the table.
+    A word with more than one counterpart in a class ("her" is "him" or "his") makes no row of that class: the table
+    does not tell which one fits.
 
     Args:
         sentences: The texts.
@@ -39,8 +39,8 @@ def pairs_from_sentences(
 
     Raises:
         TypeError: ``sentences`` is one string.
-        PairError: The table does not fit the classes, has a word in two classes, a sentence has a slot already, or no
-            sentence has a word of the table, or only words of one class.
+        PairError: The table does not fit the classes or has a word in two classes, a sentence already has a slot, or
+            the sentences have no words of the table, or words of one class only.
     """
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; pass a list of sentences")
@@ -93,15 +93,15 @@ def pairs_from_templates(
     """Fill every template with every filler, and pair the word of its class with that of every other class.
 
     Args:
-        templates: With `{name}`, where the filler goes, and `[FEATURE]`, where the word goes, as in
+        templates: Texts with `{name}`, where the filler goes, and `[FEATURE]`, where the word goes, as in
             "Tom saw a {name}. He liked the [FEATURE]".
-        fillers: Class → what tells it, as in `{"female": ["Lily", "Anna"], "male": ["Tom", "Ben"]}`.
-        words: Class → its words; those at one index are counterparts.
+        fillers: Class → fillers that tell the class, as in `{"female": ["Lily", "Anna"], "male": ["Tom", "Ben"]}`.
+        words: Class → its words; words at one index are counterparts.
         classes: Names of the classes.
 
     Returns:
-        A data set with `text`, `factual`, `counterfactual`, `label` and `counterfactual_label`: one row a template,
-        filler, index of words and other class.
+        A data set with `text`, `factual`, `counterfactual`, `label` and `counterfactual_label`: one row for each
+        template, filler, index of words and other class.
 
     Raises:
         PairError: A template lacks its slots, a class lacks fillers or words, or the classes have unequally many words.

@@ -1,4 +1,4 @@
-"""`GradiendTrainer`: pairs in, a feature neuron in the adapter out, and the choice of an edit."""
+"""`GradiendTrainer`: it learns a feature neuron from pairs, fills the adapter with it, and selects an edit."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ _LOGGER = logging.getLogger(__name__)
 class GradiendTrainer:
     """Learns a feature neuron from gradients of a model and puts it into the model's GRADIEND adapter.
 
-    The weights of the model are not trained: gradients are only read, with the adapter without effect. Afterwards the
-    adapter has no effect until `select` or `GradiendAdapter.steer` says how far to go.
+    The weights of the model are not trained: gradients are only read, while the adapter has no effect. Afterwards the
+    adapter has no effect until `select` or `GradiendAdapter.steer` sets an edit.
 
     Args:
-        model: With a GRADIEND adapter (`model.add_adapter(GradiendConfig(…))`), or whatever it is inside of.
+        model: A model with a GRADIEND adapter (`model.add_adapter(GradiendConfig(…))`), or a module that contains it.
         args: `GradiendTrainingArguments`.
         train_dataset: Pairs: `text` with one `[FEATURE]` slot, `factual`, `counterfactual`, `label`.
-        eval_dataset: Pairs that were not trained on, or a dictionary of several such sets by name.
-        neutral_dataset: `text` without the feature: encoded as 0 in `evaluate`, language modelling in `select`.
+        eval_dataset: Pairs that are not trained on, or a dictionary of several such sets by name.
+        neutral_dataset: `text` without the feature, for label 0 in `evaluate` and language modelling in `select`.
         processing_class: The tokenizer.
-        callbacks: Of transformers' `TrainerCallback`.
+        callbacks: Callbacks as transformers' `TrainerCallback`.
         tokenizer: Another name of `processing_class`.
-        adapter_name: Which adapter; may be left out where the model has one GRADIEND adapter.
+        adapter_name: The name of the adapter; may be left out if the model has one GRADIEND adapter.
 
     Raises:
-        ValueError: If the adapter is missing, or the data cannot be used; names the row and what to write instead.
+        ValueError: If the adapter is missing, or the data cannot be used: the message names the row and the remedy.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class GradiendTrainer:
         self.model = model
         self.args = args or GradiendTrainingArguments()
         self.adapter_name = adapter_name or only_adapter(model, GradiendConfig)
-        GradiendAdapter.of(model, self.adapter_name)  # raises where there is none
+        GradiendAdapter.of(model, self.adapter_name)  # raises an error if the adapter is missing
         if processing_class is not None and tokenizer is not None:
             raise ValueError("processing_class and tokenizer are two names of one argument: give one of them.")
         self.processing_class = processing_class if processing_class is not None else tokenizer
@@ -103,7 +103,7 @@ class GradiendTrainer:
         if self.task == "causal":
             check_next_word(model)
         self.fitted: list[Fitted] = []
-        self.starts: list[dict[str, Any]] = []  # Pair, seed, best absolute correlation and steps of each.
+        self.starts: list[dict[str, Any]] = []  # Pair, seed, best absolute correlation and steps of each start.
         self.classes = self._classes()
         self._tokenised: dict[int, PairSet] = {}
         for dataset in [train_dataset, *self._eval_sets().values()]:
@@ -132,8 +132,8 @@ class GradiendTrainer:
             resume_from_checkpoint: A checkpoint's folder, or `True` for the last one in `output_dir`.
 
         Returns:
-            The steps done, the mean loss of the latest (0 for the closed form, which minimises none), and `cor` of each
-            pair.
+            The number of steps, the mean loss of the latest steps (0 for the closed form, which minimises no loss), and
+            `cor` of each pair.
 
         Raises:
             ValueError: If there is no training data, a gradient is not finite, or the checkpoint is not of this
@@ -156,7 +156,7 @@ class GradiendTrainer:
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
             self.starts = training.results
             self._fill_adapter(training)
-        if again:  # the strength was chosen for what the adapter held before
+        if again:  # the strength was chosen for the features that the adapter held before
             steer(self.model, self.adapter_name, learning_rate=0.0)
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
@@ -168,7 +168,7 @@ class GradiendTrainer:
         if config.keep_encoder:
             features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
-        for key in ("selection", RECIPE, TOLD):  # these are of what the adapter held before
+        for key in ("selection", RECIPE, TOLD):  # these are about the features that the adapter held before
             config.provenance.pop(key, None)
         config.provenance |= {
             "hf_erasure_version": __version__,
@@ -177,7 +177,7 @@ class GradiendTrainer:
             "task": self.task,
             "examples": len(training.train),
             "data": dict(training.train.origin),
-            # Without data to evaluate on there is no correlation; NaN is not JSON.
+            # Without evaluation data the correlation may be NaN, which is not JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
             },
@@ -192,19 +192,19 @@ class GradiendTrainer:
         neutral_dataset: datasets.Dataset | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """How well the feature neuron reads pairs it was not trained on.
+        """Measure how well the feature neuron reads pairs that it was not trained on.
 
-        With `keep_encoder=True` that is the neuron as the adapter keeps it, at its density; otherwise the dense one,
-        which this trainer keeps and no file does.
+        With `keep_encoder=True` this is the neuron as the adapter keeps it, at its density. Otherwise it is the dense
+        neuron, which only this trainer keeps, and which is not written to a file.
 
         Args:
-            eval_dataset: In the place of the one given to the trainer; of several sets by name, each is measured.
-            neutral_dataset: In the place of the one given to the trainer.
-            metric_key_prefix: Every figure is also returned under its name with this in front.
+            eval_dataset: Replaces the `eval_dataset` of the trainer; each of several sets by name is measured.
+            neutral_dataset: Replaces the `neutral_dataset` of the trainer.
+            metric_key_prefix: Every figure is also returned under its name after this prefix.
 
         Returns:
-            `cor` and `acc`, and with neutral texts `cor_enc` and `acc_enc`; of several pairs of classes the means, and
-            each under its names; of several sets each under `prefix_set_name`.
+            `cor` and `acc`, and with neutral texts `cor_enc` and `acc_enc`. For several pairs of classes these are
+            means, and `cor_a_b` is that of the pair (a, b). For several sets the keys begin with `prefix_set`.
 
         Raises:
             ValueError: If there is nothing to measure, or the adapter is not fitted.
@@ -226,7 +226,7 @@ class GradiendTrainer:
     def encode(
         self, dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
     ) -> list[EncodedValues]:
-        """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
+        """The feature neuron's values for all pairs and neutral texts: one `EncodedValues` for each pair of classes."""
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
         pairs, source, encoders, batches = self.pairs_to_read(dataset), self.config.source, self.encoders(), []
         if neutral is not None:
@@ -242,31 +242,31 @@ class GradiendTrainer:
             ]
 
     def encoders(self) -> dict[Pair, Encode]:
-        """What reads the feature of each pair of classes off a gradient, as `evaluate` measures it.
+        """Pair of classes → the function that reads its feature from a gradient; `evaluate` measures these.
 
         Raises:
             ValueError: If the adapter is not fitted, or holds no encoder and was not fitted here.
         """
-        if self.fitted and not self.config.keep_encoder:  # as they were estimated
+        if self.fitted and not self.config.keep_encoder:  # the dense encoders, as they were estimated
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
         return GradiendAdapter.of(self.model, self.adapter_name).encoders()
 
     def pairs_to_read(self, dataset: datasets.Dataset | None = None) -> PairSet:
-        """A data set, or the first of those to evaluate on; a `ValueError` where there is none."""
+        """Check and tokenise a data set, by default the first evaluation set; a `ValueError` without any."""
         dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to read: give it, or encode(), a dataset of pairs.")
         return self._pair_set(dataset)
 
     def summary(self) -> pandas.DataFrame:
-        """How far the starts of the last `train` got: one row a pair of classes.
+        """The results of the starts of the last `train`: one row for each pair of classes.
 
-        Columns: `pair`, `starts`, `converged` (how many), and `mean`, `std` (NaN of one), `min` and `max` of the best
-        absolute correlations of all starts, and the `seed` that was kept. Starts before a checkpoint that was gone on
-        from are not among them.
+        Columns: `pair`, `starts`, `converged` (how many), and `mean`, `std` (NaN for one start), `min` and `max` of the
+        best absolute correlations of all starts, and the `seed` that was kept. If training was resumed from a
+        checkpoint, starts that ended before it are not counted.
 
         Raises:
-            ValueError: If nothing was trained.
+            ValueError: If `train` was not called.
         """
         if not self.starts:
             raise ValueError("There are no starts to sum up: call train() first.")
@@ -299,15 +299,15 @@ class GradiendTrainer:
                 so that other texts keep it too; more texts make the interval smaller.
             feature_factors: The grid's values of h.
             learning_rates: The grid's values of α.
-            eval_dataset: Pairs whose slots are looked at; report the result on others.
-            neutral_dataset: Texts for language modelling; report the result on others.
+            eval_dataset: Pairs whose slots are scored; report results on other pairs.
+            neutral_dataset: Texts for language modelling; report results on other texts.
 
         Returns:
-            The chosen edit and everything that was tried. Where no edit within the budget serves the goal better than
-            the model as it is, that is chosen, with a warning.
+            The chosen edit and all edits that were tried. If no edit within the budget serves the goal better than the
+            unedited model, the unedited model is chosen, with a warning.
 
         Raises:
-            ValueError: If the goal is not defined for these classes, data is missing, or budget and grid mean nothing.
+            ValueError: If the goal is not defined for these classes, data is missing, or budget or grid are not valid.
             PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
         """
         for name, values in (("feature_factors", feature_factors), ("learning_rates", learning_rates)):
@@ -318,7 +318,7 @@ class GradiendTrainer:
         if not budget >= 0:
             raise ValueError(f"budget={budget}: give the share that language modelling may lose, such as 0.02.")
         scorer = self.scorer(eval_dataset, neutral_dataset)
-        goal_by_name(goal, self.classes)  # raises with what can be asked for
+        goal_by_name(goal, self.classes)  # raises an error that lists the goals
         scanned = scan(self.model, self.adapter_name, scorer, self.pairs, budget, feature_factors, learning_rates)
         total = len(self.pairs) * len(feature_factors) * len(learning_rates) + 1
         bar = tqdm(scanned, total=total, desc=f"select {goal}", disable=self.args.disable_tqdm)
@@ -331,8 +331,8 @@ class GradiendTrainer:
         if kept < LEAST_KEPT:
             warnings.warn(
                 f"Merged into these weights, {kept:.0%} of the chosen edit is left: the rest is below the spacing of "
-                "their values. What was scored is the merged edit; unmerged the adapter acts in full. A larger "
-                "learning_rate, or the base in float32, keeps more.",
+                "their values. The merged edit was scored; unmerged, the adapter acts in full. A larger learning_rate, "
+                "or the base in float32, keeps more.",
                 stacklevel=2,
             )
         measured_on = self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
@@ -340,7 +340,7 @@ class GradiendTrainer:
         return selection
 
     def _figures_on(self, dataset: datasets.Dataset) -> str:
-        """What figures on a data set of pairs are on, in words; warns where it has rows that were learned from."""
+        """The rows that figures on a set of pairs are on, in words; warns if some of the pairs were trained on."""
         measured, learned = (
             [] if rows is None else list(zip(rows["text"], rows["factual"], rows["counterfactual"], strict=True))
             for rows in (dataset, self.train_dataset)
@@ -358,7 +358,7 @@ class GradiendTrainer:
     def scorer(
         self, eval_dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
     ) -> Scorer:
-        """What `select` scores an edit with: class probabilities at the slots, and language modelling."""
+        """The scorer that `select` uses for edits: class probabilities at the slots, and language modelling."""
         dataset = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()), None)
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
         if dataset is None or neutral is None:
@@ -366,7 +366,7 @@ class GradiendTrainer:
             raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
         words, size, config = self._words(), self.args.per_device_eval_batch_size, bare_model(self.model).config
         probabilities = class_probabilities(words, self._pair_set(dataset), self.processing_class, config, size)
-        # The model is scored as it stands when a score is asked for: with the edit in its weights.
+        # A score is that of the model at the time of the call: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(
             reader, neutral, self.processing_class, feature_words=all_words(words), batch_size=size,
@@ -379,7 +379,7 @@ class GradiendTrainer:
 
         return Scorer(self.classes, lambda: probabilities(reader), scored, masked=self.task == "masked")
 
-    # ---- what it works on -------------------------------------------------------------------------------------------
+    # ---- files and data sets ----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the adapter, as `model.save_pretrained` does."""
@@ -393,7 +393,7 @@ class GradiendTrainer:
         return {name: list(dict.fromkeys(w for s in sets for w in s.words[i])) for i, name in enumerate(self.classes)}
 
     def _pair_set(self, dataset: datasets.Dataset) -> PairSet:
-        """Checked and tokenised once; it keeps the data set, whose id so stays its own."""
+        """Check and tokenise a data set once. The result keeps the data set alive, so that its id stays unique."""
         _require_dataset("The data set of pairs", dataset)
         if id(dataset) not in self._tokenised:
             config = bare_model(self.model).config
@@ -403,7 +403,7 @@ class GradiendTrainer:
     def _eval_sets(
         self, given: datasets.Dataset | dict[str, datasets.Dataset] | None = None
     ) -> dict[str, datasets.Dataset]:
-        """The sets to evaluate on by name, in the place of the trainer's where they are given; "" for a single one."""
+        """The evaluation sets by name, `given` or else the trainer's; a single set has the name ""."""
         sets = self.eval_dataset if given is None else given
         return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
 
@@ -426,5 +426,5 @@ def _require_dataset(name: str, dataset: Any) -> None:
     if dataset is not None and not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: make one with Dataset.from_list(rows), "
-            "Dataset.from_pandas(frame), or of a stream with Dataset.from_generator(lambda: iter(stream))."
+            "Dataset.from_pandas(frame), or from a stream with Dataset.from_generator(lambda: iter(stream))."
         )

@@ -1,7 +1,7 @@
-"""Estimate feature neurons: one pass for the closed form, AdamW from one seed or several for the trained one.
+"""Estimate feature neurons: one pass for the closed form, or AdamW from one or several seeds for the trained estimator.
 
-A feature of k classes has k (k − 1) / 2 pairs, each with a neuron of its own. One run of an estimator for one pair is
-a *start*; the starts of all pairs and seeds follow one another.
+A feature of k classes has k (k − 1) / 2 pairs, each with its own neuron. One run of an estimator for one pair is a
+*start*; the starts of all pairs and seeds run one after the other.
 """
 
 from __future__ import annotations
@@ -29,55 +29,55 @@ from .gradients import Encode, GradientReader, encode_all, pearson
 from .pairs import Pair, PairSet, Signed
 
 ESTIMATORS = ("closed_form", "trained")
-# Correlation and loss of training steps are those of so many latest ones.
+# Correlation and loss during training are those of this many latest steps.
 WINDOW = 100
-# A prime far above any number of epochs keeps the orders of two seeds apart.
+# The seed of an epoch's order is seed · APART + epoch. A prime far above any number of epochs keeps two seeds apart.
 APART = 1_000_003
-# So many pairs of each class are read again to calibrate an encoder: enough for two means.
+# How many pairs of each class are read again to calibrate an encoder: enough for two means.
 ENOUGH = 24
 
 
 @dataclass
 class GradiendTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what the feature neuron adds to them.
+    """`TrainingArguments` with additional fields for the feature neuron.
 
-    Of the fields of `TrainingArguments` these are used: the output folder, the batch sizes, the learning rate, weight
-    decay and betas of AdamW, the number of epochs or steps, the steps between logs, evaluations and checkpoints, the
-    number of checkpoints kept, the seed and the progress bar. The loss of the language model is never minimised, so
-    schedulers, precision of training and the like have no meaning here.
+    These fields of `TrainingArguments` are used: the output folder, the batch sizes, the learning rate, weight decay
+    and betas of AdamW, the number of epochs or steps, the steps between logs, evaluations and checkpoints, the number
+    of checkpoints kept, the seed and the progress bar. The loss of the language model is never minimised, so
+    schedulers, the precision of training and similar fields have no effect here.
 
     Args:
         estimator: `"closed_form"` takes one pass over the pairs and has nothing to tune; `"trained"` is the paper's
             encoder-decoder, trained by AdamW.
-        activation: Of the trained feature neuron: `"tanh"` (the paper's) or `"identity"`.
-        seeds: The trained estimator is started from so many seeds, `seed`, `seed + 1`, …; the best by correlation is
-            kept.
-        convergence: A start has converged when the absolute correlation on the evaluation data gets this far. None of
-            them doing so is warned of.
-        mask_draws: Where a masked or an encoder-decoder model's language modelling is scored, it reads every neutral
-            text so often, each time with other tokens masked: more draws make the cost of an edit less noisy.
-        low_memory: The closed form does not hold a gradient whole: four vectors of the size of the targeted weights in
-            all, and not five, for one more backward pass a batch.
-        patience: Stop a start when so many evaluations in a row did not improve its correlation; never when `None`.
+        activation: The activation of the trained feature neuron: `"tanh"` (the paper's) or `"identity"`.
+        seeds: How many seeds the trained estimator is started from: `seed`, `seed + 1`, …. The start with the best
+            correlation is kept.
+        convergence: A start has converged when the absolute correlation on the evaluation data reaches this value. If
+            no start converges, a warning is given.
+        mask_draws: When the language modelling of a masked or an encoder-decoder model is scored, how often it reads
+            each neutral text, each time with other tokens masked. More draws make the cost of an edit less noisy.
+        low_memory: Do not hold a whole gradient in the closed form. Four vectors of the size of the targeted weights
+            are held instead of five, and each batch takes one more backward pass.
+        patience: Stop a start when this many evaluations in a row did not improve its correlation; never when `None`.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of one class in one gradient."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of the trained estimator."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the trained estimator."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of loss and correlation."})
     eval_strategy: str = field(default="steps", metadata={"help": "As in TrainingArguments."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "As in TrainingArguments."})
     estimator: str = field(default="closed_form", metadata={"help": "'closed_form' or 'trained'."})
     activation: str = field(default="tanh", metadata={"help": "'tanh' or 'identity', of the trained estimator."})
-    seeds: int = field(default=1, metadata={"help": "Starts of the trained estimator."})
-    convergence: float = field(default=0.5, metadata={"help": "Correlation from which a start has converged."})
-    low_memory: bool = field(default=False, metadata={"help": "Hold no whole gradient, for one more backward."})
+    seeds: int = field(default=1, metadata={"help": "Seeds that the trained estimator starts from."})
+    convergence: float = field(default=0.5, metadata={"help": "Correlation at which a start has converged."})
+    low_memory: bool = field(default=False, metadata={"help": "Hold no whole gradient; run one more backward pass."})
     mask_draws: int = field(default=1, metadata={"help": "Draws of masked tokens in a neutral text."})
     patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
 
     def __post_init__(self) -> None:
         if share_the_cpu():
-            self.use_cpu = True  # else each process would take itself for the only one
+            self.use_cpu = True  # otherwise accelerate would not connect the processes
         super().__post_init__()
         for name, choices in (("estimator", ESTIMATORS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
@@ -105,7 +105,7 @@ class Start:
 
 @dataclass
 class Training:
-    """Runs all starts; correlations are of the latest training steps where there is no data to evaluate on."""
+    """Runs all starts; without evaluation data, correlations are those of the latest training steps."""
 
     reader: GradientReader
     source: str
@@ -114,11 +114,11 @@ class Training:
     evaluation: PairSet | None
     processes: Processes
     progress: Progress
-    # Of the latest steps; and their encoded values and signs.
+    # The losses of the latest steps; and the encoded values and signs of these steps.
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    results: list[dict[str, Any]] = field(default_factory=list)  # How far each start got.
-    # The start and epoch whose batches are drawn, and these.
+    results: list[dict[str, Any]] = field(default_factory=list)  # Pair, seed, correlation and steps of each start.
+    # The number and epoch of the start whose batches are drawn at present, and these batches.
     _epoch: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
     def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[Fitted]:
@@ -152,7 +152,7 @@ class Training:
         return found
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from."""
+        """The facts that must be the same when training is resumed from a checkpoint."""
         args, dataset = self.args, self.train.dataset
         blocks = [(name, list(parameter.shape)) for name, parameter in self.reader.parameters.items()]
         columns = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
@@ -180,14 +180,14 @@ class Training:
 
     def _closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
-        # What was accumulated before adds up over processes: the main one goes on with it, the others start anew.
+        # A saved state is the sum over all processes: the main process continues with it, the others start from zero.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
         sides = self._sides(start.pair, self.args.per_device_train_batch_size)
         for step, row in enumerate(self.processes.in_step(sides)):
             if step < facts["step"]:
                 continue
-            for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not reach to this process
+            for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not have one for all
                 self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
             self.progress.step()
             is_last = step + 1 == start.steps
@@ -196,12 +196,12 @@ class Training:
                 estimator.pool(self.processes.gathered([estimator.counts]), self.processes.add)
             if is_saved:
                 self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
-                if not self.processes.is_main:  # the main one has it all
+                if not self.processes.is_main:  # the main process now holds the sum of all
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         feature = estimator.feature(consume=True)
         if self.args.per_device_train_batch_size > 1:
             (high,), (low,) = self._class_means([feature.encoder], map(_singly, sides))
-            if high > low:  # no scale turns classes round that come out the wrong way
+            if high > low:  # a positive scale cannot correct classes with the wrong sign
                 feature = replace(feature, encoder=feature.encoder.centred(high, low))
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
@@ -235,7 +235,7 @@ class Training:
         )  # fmt: skip
         if state:
             neuron.load_state_dict(state)
-        # The best correlation of this start so far, without its sign, and how many evaluations came since.
+        # The best absolute correlation of this start so far, and the number of evaluations since then.
         best = facts.get("best") or {"size": -1.0, "since": 0}
         self.losses.clear()
         self.recent.clear()
@@ -254,7 +254,7 @@ class Training:
         self._note(start, best["size"], done)
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
-        """This process's rows of a step's batch, and its sign; the order depends on seed and epoch only."""
+        """This process's rows of the batch of a step, and its sign; the order of batches depends on seed and epoch."""
         epoch, within = divmod(step, start.per_epoch)
         if self._epoch[0] != (start.number, epoch):
             seed = start.seed * APART + epoch
@@ -275,7 +275,7 @@ class Training:
         else:
             parameters = self.reader.parameters.items()
             gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
-        if self.processes.count > 1:  # the mean over the rows of all, as if they had been one batch
+        if self.processes.count > 1:  # the mean over the rows of all processes, as if they were one batch
             total = sum(self.processes.gathered([rows]))
             for blocks in gradients.values():
                 for block in blocks.values():
@@ -288,7 +288,7 @@ class Training:
         """Measure the correlation and keep the neuron if it is the best so far."""
         correlation = self._correlation(start.pair, neuron.encode)
         self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
-        # A correlation that is not defined is not better than none, but something must be kept.
+        # An undefined correlation counts as 0. It is still above the initial -1, so that a first neuron is kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
         if size <= best["size"]:
             best["since"] += 1
@@ -313,7 +313,7 @@ class Training:
         return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
 
     def calibrated(self, fitted: Fitted, density: float) -> Feature:
-        """A start's feature with an encoder of that density, whose class means are those of the dense one."""
+        """The feature of a start with an encoder of this density, whose class means are those of the dense encoder."""
         encoder = fitted.feature.encoder
         sparse = encoder.prune(density)
         if sparse is encoder:
@@ -333,6 +333,6 @@ class Training:
 
 
 def _singly(side: list[Signed]) -> Iterator[PairBatch]:
-    """Single rows, as `encode` takes them, of as many batches as possible."""
+    """Yield single rows, as `encode` takes them, first one of each batch, then the next of each."""
     for row in range(max(len(batch) for batch, _ in side)):
         yield from (batch.some_rows([row]) for batch, _ in side if row < len(batch))

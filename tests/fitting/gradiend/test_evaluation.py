@@ -110,7 +110,7 @@ def test_one_scan_serves_several_goals_and_budgets():
     assert other.choose("bpi") == selection
     # Two numbers without intervals do not say what is better.
     assert "cost in language modelling +2.00%" in str(other) and "better" not in str(other) + str(selection)
-    with pytest.raises(ValueError, match="goal='mpi' was not scored; there are bpi, fpi"):
+    with pytest.raises(ValueError, match="goal='mpi' was not scored: write one of bpi, fpi"):
         selection.choose("mpi")
 
 
