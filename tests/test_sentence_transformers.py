@@ -79,7 +79,7 @@ def test_it_loads_where_this_package_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_pooling_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no pooling to stand behind: pass a SentenceTransformer"):
+    with pytest.raises(ValueError, match="has no pooling after which to erase: pass a SentenceTransformer"):
         export_to_sentence_transformers(fitted()[0].auto_model, "gender", tmp_path)
 
 

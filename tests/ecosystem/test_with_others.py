@@ -577,7 +577,7 @@ def test_an_erasure_is_not_merged_under_a_lora(dtype: torch.dtype, others: Other
             owner.merge("lora")
         before = weights_of(owner.model)
         with pytest.raises(
-            ValueError, match=r"another adapter wraps its module.*Call merge_and_unload\(\) of that one"
+            ValueError, match=r"another adapter wraps its module.*Call merge_and_unload\(\) of that adapter"
         ):
             owner.merge("erasure")
         assert worst(weights_of(owner.model), before) == 0
@@ -603,14 +603,14 @@ def test_an_erasure_and_a_gradiend_are_not_both_merged(dtype: torch.dtype, other
         for name in pair:
             owner.add(name)
         if pair[0] == "erasure":  # beside a feature that acts, an erasure is not merged at all
-            with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge that one first"):
+            with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge the GRADIEND first"):
                 owner.merge("erasure")
             assert worst(weights_of(owner.model), plain) == 0
             for layer in gradiend_layers(owner.model).values():
                 layer.set_adapter([])
         owner.merge(pair[0])
         before = weights_of(owner.model)
-        message = "an erasure is merged into .* merge it last" if pair[0] == "erasure" else "Merge that one first"
+        message = "an erasure is merged into .* merge it last" if pair[0] == "erasure" else "Merge the GRADIEND first"
         with pytest.raises(ValueError, match=message):
             owner.merge(pair[1])
         assert worst(weights_of(owner.model), before) == 0

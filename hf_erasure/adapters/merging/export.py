@@ -1,12 +1,12 @@
-"""An adapter for programs without this package: a plain checkpoint, a stock LoRA, or a module behind a pooling.
+"""Export an adapter for programs without this package: a plain checkpoint, a LoRA, or a module behind a pooling.
 
-Erasing a linear layer's input or output subtracts a product of two thin matrices from its weight, which is what a LoRA
-adds: `B A` with `A = R, B = −W L` at the input and `A = R W, B = −L` at the output. What the affine part adds to the
-bias is the bias of `B`. The change of a GRADIEND adapter has a high rank; its largest singular values are kept.
+Erasing a linear layer's input or output adds a product of two thin matrices to its weight, which a LoRA can do: `B A`
+with `A = R, B = −W L` at the input and `A = R W, B = −L` at the output. The affine part's change of the bias is the
+bias of `B`. The change of a GRADIEND adapter has a high rank, so only its largest singular values are kept.
 
-A mean of tokens, or one of them, commutes with an affine map. So where an erasure acts on the last hidden state and on
-nothing before it, the embedding that is pooled of plain states and then erased is the one of erased states: the eraser
-is a `Dense` module behind the pooling, for sentence-transformers alone.
+A mean of tokens, or a single token, commutes with an affine map. So if an erasure acts only on the last hidden state,
+erasing after the pooling gives the same embedding as erasing before it. Then the eraser is exported as a `Dense` module
+behind the pooling, which needs only sentence-transformers.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ from .probe import Probe
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
 _NAME = "default"
-# Means of tokens whose weights add up to one, and single tokens.
+# Poolings whose weights of tokens add up to one: means, and single tokens.
 _AFFINE = ("mean", "cls", "lasttoken", "weightedmean")
-# Sums of tokens with weights that do not.
+# Poolings whose weights of tokens do not add up to one.
 _LINEAR = ("mean_sqrt_len_tokens",)
 _DEEPER = "fit one with target_modules=[…] that names the module which returns the last hidden state, and no other"
 
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What `export_to_lora` wrote.
+    """The result of `export_to_lora`.
 
     Attributes:
-        folder: Where.
+        folder: The folder with the LoRA.
         modules: The modules that the LoRA acts on.
         unmergeable: Module → why PEFT's `merge_and_unload` cannot, or must not, merge the LoRA there.
-        text: The same in a few sentences.
+        text: A summary in a few sentences.
         kept: The share of the squared norm of all changes of weights that is in the LoRA.
-        left_out: Parameters that the adapter changes and a LoRA cannot.
+        left_out: Parameters that the adapter changes and that a LoRA cannot change.
     """
 
     folder: Path
@@ -84,9 +84,9 @@ class LoraExport:
 
 @dataclass(frozen=True)
 class _Added:
-    """What a LoRA adds to one module: `(rank, in)`, `(out, rank)`, and `(out,)` to its bias.
+    """The LoRA of one module: `a` is `(rank, in)`, `b` is `(out, rank)`, and `shift` `(out,)` is added to its bias.
 
-    Where PEFT puts it on a parameter by name, of several experts as a rule, those of all experts are in one matrix.
+    Where PEFT puts a LoRA on a named parameter, usually a stack of experts, one matrix holds the parts of all experts.
     """
 
     module: nn.Module
@@ -98,7 +98,7 @@ class _Added:
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
-    """Do what `hf_erasure.export_to_lora` does, of which this is a part, but for the card."""
+    """Export a LoRA as `hf_erasure.export_to_lora` does, which calls this function, without writing the card."""
     found = adapter_of(model, adapter_name, ChildConfig)
     if isinstance(found.config, GradiendConfig):
         chosen = DEFAULT_RANK if rank is None else rank
@@ -116,7 +116,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         raise ValueError("Erasures are merged into the weights: call unmerge_adapter() before exporting one.")
     refuse_sharded(base)
     before = record.Snapshot(layers, [])
-    try:  # with this erasure acting and no other
+    try:  # while only this erasure acts
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
             layer.sticky_adapters = dict.fromkeys(layer.adapters, False)
@@ -130,19 +130,19 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
                 raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
             added[path] = _added(path, module, plan.erasers[path])
     if not added:
-        raise ValueError(f"The erasure {name!r} has rank 0 at every site: there is nothing to export.")
+        raise ValueError(f"The erasure {name!r} has rank 0 at every site: it has no change to export.")
     without_bias = [path for path, here in added.items() if here.parameter or isinstance(here.module, nn.Embedding)]
     if _has_shifts(added) and without_bias:
         raise ValueError(
-            f"The erasure {name!r} cannot be exported: biases change by it, which needs lora_bias=True, and PEFT does "
-            f"not support that for {without_bias[0]!r}. Fit it again with exclude_modules={without_bias}, or with "
+            f"The erasure {name!r} cannot be exported: it changes biases, which needs lora_bias=True, and PEFT does "
+            f"not support this for {without_bias[0]!r}. Fit it again with exclude_modules={without_bias}, or with "
             "site='input' or target_modules='readers' and affine=False, where no bias changes, or merge it instead."
         )
     return _write(base, config, folder, added)
 
 
 def _added(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
-    """What erasers add to a module, as a LoRA; refused where PEFT has none that adds it."""
+    """Make the LoRA that changes a module as erasers do; raise an error where PEFT has no such LoRA."""
     if len({edit.parameter for edit in edits}) > 1:
         raise _not_exported(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
     parameter, side = edits[0].parameter, edits[0].side
@@ -150,14 +150,14 @@ def _added(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> 
     if not record.is_weight_layer(module):
         if any(bool((edit.right @ edit.bias).any()) for edit in edits):
             raise _not_exported(
-                path, f"the mean is kept, for which a LoRA of its {parameter} has no bias (affine=False)"
+                path, f"it keeps the mean, for which a LoRA of its {parameter} has no bias (use affine=False)"
             )
         if own_bias is not None and side == "output":
             raise _not_exported(path, f"its {own_bias} changes, too")
         return _added_to_parameter(path, module, edits)
     bias = None if own_bias is None else module.get_parameter(own_bias).detach()
     if isinstance(module, record.CONVOLUTIONS) and side == "input" and weight[0, 0].numel() > 1:
-        raise _not_exported(path, "at each place of its kernel something else is added to this convolution")
+        raise _not_exported(path, "each position of this convolution's kernel changes in another way")
     change = record.weight_change(weight, bias, edits, record.scale_of(module))
     a, b = change.a, change.b
     if isinstance(module, record.CONVOLUTIONS):
@@ -167,7 +167,7 @@ def _added(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> 
 
 
 def _added_to_parameter(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
-    """What erasers add to a matrix, or to one for each expert, as PEFT has it: `(experts, out, in)` as a rule."""
+    """Make the LoRA of a matrix, or of a stack of experts' matrices, which PEFT usually has as `(experts, out, in)`."""
     parameter, side = edits[0].parameter, edits[0].side
     weight = module.get_parameter(parameter).detach()
     if weight.dim() != 2 and not (record.is_stack(module, parameter, edits) and len(weight) > 1):
@@ -229,8 +229,8 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             added[names[id(module)]] = _Added(module, len(a), *((b.T, a.T) if is_turned else (a, b)))
     if not added:
         raise ValueError(
-            f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
-            "LoRA. Merge it instead."
+            f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and a LoRA cannot change other "
+            "weights. Merge it instead."
         )
     total = kept + lost + sum(left_out.values())
     text = f" It holds {kept / total:.1%} of the squared norm of the edit"
@@ -245,7 +245,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
 
 
 def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The product nearest to a change `(out, in)`: `(rank, in)` and `(out, rank)`, and their share of its square."""
+    """Factors `(rank, in)`, `(out, rank)` of the product nearest to `(out, in)`, and the share of the square kept."""
     if not 1 <= rank <= min(delta.shape):
         raise ValueError(f"rank={rank} is not between 1 and {min(delta.shape)}, the smaller side of the change.")
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
@@ -255,12 +255,12 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, _Added]) -> LoraExport:
-    """Write a LoRA, and say where PEFT cannot merge it."""
+    """Write a LoRA, and find the modules where PEFT cannot merge it."""
     has_shifts, tied = _has_shifts(added), {name.rpartition(".")[0] for name in shared_weights(base)}
     parameters = {name: f"{name}.{here.parameter}" for name, here in added.items() if here.parameter is not None}
     ranks = {parameters.get(name, name): here.rank for name, here in added.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT reads these as expressions for the end of a name; the anchor keeps them to the whole of it.
+    # PEFT matches these regular expressions with the end of a name; `^` makes them match the whole name.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
     lora = LoraConfig(
         r=usual,
@@ -270,10 +270,10 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
         target_modules=exactly([name for name in added if name not in parameters], base),
         target_parameters=list(parameters.values()) or None,
         lora_bias=has_shifts,
-        # PEFT corrects it for each module.
+        # PEFT corrects this for each module.
         fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in added.values()),
         task_type=config.task_type,
-        # Without a task, AutoPeftModel finds the class of the base here.
+        # Without a task type, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -306,7 +306,7 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
 
 
 def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
-    """Load a model in the class of its checkpoint, or that of the adapter where only that has the adapter's sites."""
+    """Load a model with an adapter: in the checkpoint's class, or the adapter's if only this class has its sites."""
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
         raise ValueError(
@@ -316,7 +316,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     plain = AutoConfig.from_pretrained(model)
     names = [*(plain.architectures or []), Provenance.of(config).base_class]
     chosen: Any = AutoModel
-    # The names are out of files: of all that transformers has, only a model may be made.
+    # The names come from files, so only classes of models in transformers are allowed.
     for candidate in filter(None, map(model_class, names)):
         with torch.device("meta"):
             has_sites = renaming(candidate(plain), config.fitted_modules) is not None
@@ -330,7 +330,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
 def save_merged(
     model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None, untie: bool = False
 ) -> str:
-    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
+    """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged."""
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_NAME]
     base: Any = wrapped.get_base_model()
@@ -350,15 +350,15 @@ def save_merged(
         processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        warn_user(f"{folder} holds the model alone, without tokenizer or processor: {reason}")
+        warn_user(f"{folder} holds only the model, without tokenizer or processor: {reason}")
     else:
         processor.save_pretrained(folder)
-    untied = f" Its tied weights are apart now, tie_word_embeddings=False, which takes {more:,} bytes." if more else ""
+    untied = f" Its weights are untied (tie_word_embeddings=False), which takes {more:,} bytes." if more else ""
     return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
 
 
 def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
-    """The class of a model that transformers has under a name; None where it has none."""
+    """The class of a model that transformers has under this name; None if it has no such model."""
     found = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
@@ -370,19 +370,19 @@ def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
 def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder: str | Path) -> Path:
     """Write an erasure of the last hidden state as an ordinary SentenceTransformer, which loads without this package.
 
-    Its modules are the plain transformer, the pooling, a `Dense` module that erases, and what came behind the pooling.
+    Its modules are the plain transformer, the pooling, a `Dense` module that erases, and the modules after the pooling.
 
     Args:
         model: The SentenceTransformer whose transformer has the adapter. It is not changed.
-        adapter_name: The adapter; it is exported as it acts alone.
+        adapter_name: The adapter; other adapters must not act.
         folder: Where the SentenceTransformer is written.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the adapter also acts before the last hidden state, or the pooling does not commute with it, or
-            the model is another one; says what to do instead.
+        ValueError: If the adapter also acts before the last hidden state, the pooling does not commute with it, or the
+            model has other modules; the message says what to do instead.
         ImportError: If sentence-transformers is not installed.
     """
     try:
@@ -397,8 +397,8 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
     left, right, mean = (part.detach().double().cpu() for part in layer.eraser_state(adapter_name))
     if not isinstance(model, library.SentenceTransformer):
         raise ValueError(
-            f"A {type(model).__name__} has no pooling to stand behind: pass a SentenceTransformer, as of modules=["
-            "models.Transformer(folder), models.Pooling(width, 'mean')], with the adapter on its transformer."
+            f"A {type(model).__name__} has no pooling after which to erase: pass a SentenceTransformer, with modules=["
+            "models.Transformer(folder), models.Pooling(width, 'mean')] and the adapter on its transformer."
         )
     whole = copy.deepcopy(model)
     owner: Any = whole.get_submodule(found.path)
@@ -410,17 +410,17 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
     if len(parts) < 2 or not isinstance(parts[0], modules.Transformer) or not isinstance(parts[1], modules.Pooling):
         raise ValueError(
             f"The first two modules of this SentenceTransformer are {[type(part).__name__ for part in parts[:2]]}, and "
-            "the erasure is to stand right behind a Transformer and a Pooling: share the adapter instead."
+            "the erasure must come directly after a Transformer and a Pooling: share the adapter instead."
         )
-    # It pools in one way, or in several side by side.
+    # A model may pool in one way, or in several ways whose results are concatenated.
     modes = [parts[1].pooling_mode] if isinstance(parts[1].pooling_mode, str) else list(parts[1].pooling_mode)
     offset = left @ (right @ mean)
     for mode in modes:
         if mode not in (*_AFFINE, *(_LINEAR if not bool(offset.any()) else ())):
             remedy = "fit it with affine=False, or " if mode in _LINEAR else ""
             raise ValueError(
-                f"pooling by {mode!r} does not commute with the erasure {adapter_name!r}, so that no module behind it "
-                f"erases the same: {remedy}share the adapter instead."
+                f"pooling by {mode!r} does not commute with the erasure {adapter_name!r}, so a module after it cannot "
+                f"erase the same: {remedy}share the adapter instead."
             )
     erased = torch.block_diag(*[torch.eye(len(left), dtype=left.dtype) - left @ right] * len(modes))
     weight = next(p for p in found.owner.parameters() if p.is_floating_point())
@@ -439,7 +439,7 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
 
 
 def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
-    """The layer that erases the last hidden state; refused where there are others, or it is not that."""
+    """The layer that erases the last hidden state; raise an error if the adapter acts elsewhere or others act, too."""
     name, owner = found.name, found.owner
     if not found.config.fitted:
         raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
@@ -448,8 +448,8 @@ def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
     merged = [child.path for child in adapter_children(owner) if child.merged]
     if others or merged:
         raise ValueError(
-            f"The erasure {name!r} is exported as it acts alone, with the weights as they are, and "
-            f"{others or merged} changes them, too: merge or delete the others, and take back what is merged, first."
+            f"The erasure {name!r} is exported alone, with the weights of the base model, but {others or merged} "
+            "changes the model, too: unmerge merged adapters, and merge the others for good or delete them, first."
         )
     acting = [path for path, layer in layers.items() if layer.eraser_state(name)[0].shape[-1]]
     last = next((path for path in acting if _is_last(owner, layers[path], name)), None)
@@ -459,14 +459,14 @@ def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
             f"it acts at {len(deeper)} modules before it, the first is {deeper[0]!r}" if deeper else "it does nothing"
         )
         raise ValueError(
-            f"The erasure {name!r} does more than to erase the last hidden state of {type(owner).__name__}: {where}. "
-            f"A module behind the pooling cannot do that: {_DEEPER}, or share the adapter instead."
+            f"The erasure {name!r} does not only erase the last hidden state of {type(owner).__name__}: {where}. "
+            f"A module after the pooling cannot do this: {_DEEPER}, or share the adapter instead."
         )
     return layers[last]
 
 
 def _is_last(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
-    """Whether what a site gives is the very tensor that the model returns as its last hidden state."""
+    """Whether the output of a site is the same tensor that the model returns as its last hidden state."""
     if layer.erasures[name].side != "output":
         return False
     given: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Merging erasers into a model's weights: all sites of an adapter, or none.
 
-At a linear layer, a convolution or an embedding, and where an adapter names the weights that make or take its
-activations, the eraser goes into the weights of that very module. At any other site (a norm, above all) it goes into
-the layers that take the site's activation, if nothing but linear layers does.
+At a linear layer, a convolution or an embedding, the eraser goes into the weights of this module; and also where an
+adapter names the weights that make or take its activations. At any other site, usually a norm, it goes into the layers
+that take the site's activation, if only linear layers take it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Place = tuple[str, int]  # the name of a weight, and the axis of the features in
 
 _UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
 _WRAPPED = (
-    "another adapter wraps its module, and what that one adds would not be erased. Call merge_and_unload() of that one "
-    "first, or use the adapter unmerged."
+    "another adapter wraps its module, and the change by that adapter would not be erased. Call merge_and_unload() of "
+    "that adapter first, or use the erasure unmerged."
 )
 
 
 @dataclass
 class MergePlan:
-    """What is to be written where, before anything is."""
+    """What a merge will write into which layers."""
 
-    # By the path of a site with erasers in these layers, and its side, the adapters that are merged there then, in the
+    # Path of a site with erasers in the layers → side → the adapters that are merged there after this merge, in the
     # order in which they act.
     orders: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    # The erasers that are in each layer then, by the layer's name, the one next to the weight first.
+    # Name of a layer → the erasers that are in it after this merge, the one next to the weight first.
     erasers: dict[str, list[record.EraserInWeight]] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # those layers
-    tied: dict[str, list[str]] = field(default_factory=dict)  # of those whose weight is another's too, all its names
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # name of a layer → the layer
+    tied: dict[str, list[str]] = field(default_factory=dict)  # name of a layer with a tied weight → all its names
 
     def add(self, layer: ErasureLayer, name: str, target: str, places: list[Place], side: str) -> None:
-        """Let an adapter's eraser at a site go into weights of a module, at one side of each."""
+        """Plan that an adapter's eraser at a site goes into weights of a module, at one side of each weight."""
         left, right, bias = layer.eraser_state(name)
         new = [record.EraserInWeight(layer.path, name, side, left, right, bias, own, axis) for own, axis in places]
         self.erasers.setdefault(target, []).extend(new if left.shape[-1] else ())
@@ -64,7 +64,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
     _refuse_means(model, plan)
     modules, untied = list(plan.modules.values()), _untied(model, plan)
     layers = {path: layer for path, layer in erasure_layers(model).items() if path in plan.orders}
-    # Rounding is measured on weights that are there.
+    # Rounding is measured on the weights themselves, so none of them may be offloaded.
     unchecked = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
@@ -76,8 +76,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
             untied.untie()
             if not unchecked and distance(probe.run(), plain) > 0:
                 raise ValueError(
-                    f"{type(model).__name__} computes something else with the same weights where its configuration "
-                    "says tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without the "
+                    f"{type(model).__name__} computes other outputs with the same weights if its configuration has "
+                    "tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without the "
                     "modules that share a weight, exclude_modules=[…], or use the adapter unmerged."
                 )
         for target, module in plan.modules.items():
@@ -98,8 +98,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         raise
     if untied is not None:
         warn_user(
-            f"{sorted(plan.tied)} have weights of their own now, where they were tied: the model is {untied.bytes:,} "
-            "bytes larger, and its configuration says tie_word_embeddings=False."
+            f"{sorted(plan.tied)} had tied weights and have their own weights now: the model is {untied.bytes:,} "
+            "bytes larger, and its configuration has tie_word_embeddings=False."
         )
     if before is None:
         warn_user(
@@ -108,7 +108,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
 
 
 def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
-    """Find the layers that take the erasers of adapters, tied ones if `allow_tied`; refused for a site without."""
+    """Find the layers that take the erasers of adapters, tied ones if `allow_tied`; raise if a site has none."""
     plan, layers = MergePlan(), erasure_layers(model)
     folded: dict[str, list[str]] = {}  # site → the adapters whose erasers go into the layers that take its activation
     merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
@@ -143,15 +143,15 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
 
 
 def _put_in_order(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[str, list[str]]) -> None:
-    """Add the erasers that are in the layers already, and put all in the order in which they enter a weight."""
+    """Add the erasers that are in the layers already, and sort all by the order in which they enter a weight."""
     for path in [*sites, *(eraser.path for module in plan.modules.values() for eraser in record.erasers_in(module))]:
         plan.orders[path] = {site: _order(layers[path], sites.get(path, []), site) for site in SITES}
-    place: dict[tuple[str, str], int] = {}  # of an eraser's site and adapter, from the weight outwards
+    place: dict[tuple[str, str], int] = {}  # (site, adapter) of an eraser → its position, from the weight outwards
     for path, order in plan.orders.items():
         entering = [name for site in SITES for name in _from_the_weight(layers[path], site, order[site])]
         place |= {(path, name): at for at, name in enumerate(entering)}
     for target, new in plan.erasers.items():
-        # Its own before those of a norm in front of it.
+        # The layer's own erasers come before those of a norm in front of it.
         known = [
             (e.path != target, place[e.path, e.adapter], e) for e in [*record.erasers_in(plan.modules[target]), *new]
         ]
@@ -159,7 +159,7 @@ def _put_in_order(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[
 
 
 def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place] | None:
-    """The weights of a site's own module that take an eraser, each with its axis of the features, or None."""
+    """The weights of a site's own module that take an eraser, each with its axis of the features; None without any."""
     host, site = layer.host, layer.erasures[name].side
     weights = getattr(adapters_now(model).configs.get(name), "weights", None)
     if weights is not None:
@@ -173,7 +173,7 @@ def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise before any forward pass: a sharded model that first runs below its root is useless afterwards."""
+    """Refuse a sharded model before any forward pass: if a part of it runs before its root, it cannot be used again."""
     sharded = next((name for name, p in model.named_parameters() if placement.is_sharded(p)), None)
     if sharded is not None:
         raise ValueError(
@@ -183,10 +183,10 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
-    """Refuse weights that something else changes, too.
+    """Refuse weights that other adapters change, too.
 
-    An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass. And
-    erasers before and behind a change that is not an eraser's could not be told apart when they are taken back.
+    An eraser in a weight would not act on the change that a GRADIEND adapter adds to this weight in the forward pass.
+    And if another change is merged between two erasers, the erasers cannot be removed separately.
     """
     merging = {id(module): target for target, module in plan.modules.items()}
     for layer in gradiend_layers(model).values():
@@ -195,7 +195,7 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
         if names and targets:
             raise ValueError(
                 f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
-                "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
+                "change of this weight it would not erase. Merge the GRADIEND first, by its own merge_and_unload()."
             )
     for target, module in plan.modules.items():
         if record.changed_since(module):
@@ -208,14 +208,14 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
 def _refuse_direct(
     model: nn.Module, layer: ErasureLayer, weights: dict[str, list[Place]], plan: MergePlan, *, allow_tied: bool
 ) -> None:
-    """Refuse a module that cannot take the erasers at its own sides into its weights."""
+    """Refuse a module whose weights cannot take the erasers at its own sides."""
     path, host, tied = layer.path, layer.host, placement.tied_to(model, layer.path)
     if isinstance(host, BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     if tied:
         if not allow_tied:
             head = getattr(model, "get_output_embeddings", lambda: None)()
-            left = "what the head reads is un-erased" if host is head else "a token says what it said alone"
+            left = "the head's input stays un-erased" if host is head else "the embeddings stay un-erased"
             raise ValueError(
                 f"The erasure at {path!r} cannot be merged: its weight {tied_words(model, path, tied)}. Or fit it "
                 f"again with exclude_modules=[{path!r}]; then {left}."
@@ -227,7 +227,7 @@ def _refuse_direct(
         for parameter, axis in places:
             refusal = record.why_not_mergeable(host, site, parameter)
             shape = host.get_parameter(parameter).shape if refusal is None else ()
-            if refusal is None and width:  # fitted; are its features those of an axis of the weight?
+            if refusal is None and width:  # it is fitted: its features must lie along an axis of the weight
                 if isinstance(host, record.CONVOLUTIONS) and layer.erasures[name].holder.erasures[name].axis != 1:
                     refusal = (
                         "it does not erase along the channels of this convolution. Fit it again with "
@@ -245,16 +245,16 @@ def _refuse_direct(
 def _folded_uses(
     model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
 ) -> dict[str, Uses]:
-    """What takes the activations of sites that are not linear layers themselves; refused unless linear layers do."""
-    refused = f"The erasure at {next(iter(sites))!r} cannot be merged: which layers take its activation is found by"
+    """What takes the activations of sites that are not linear layers; raise an error unless linear layers do."""
+    refused = f"The erasure at {next(iter(sites))!r} cannot be merged: the layers that take its activation are found by"
     if placement.is_offloaded(model):
         raise ValueError(
-            f"{refused} following it to their weights, and weights of this model are offloaded. Load the model on one "
+            f"{refused} following it to their weights, but weights of this model are offloaded. Load the model on one "
             "device to merge, use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
         )
     if probe.failure:
         raise ValueError(
-            f"{refused} running the model on a dummy input, and this {type(model).__name__} cannot be "
+            f"{refused} running the model on a dummy input, but this {type(model).__name__} fails on it "
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
     uses, fed = trace_uses(model, probe.run, sites, names)
@@ -280,11 +280,11 @@ def _folded_uses(
 
 
 def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
-    """The adapters that are merged at one side of a module once `names` are, in the order in which they act.
+    """The adapters that are merged at one side of a module after `names` are, in the order in which they act.
 
-    They act in the order in which they are named, and after those that are merged already. Where all of these are
-    active, and each call named them in the order in which they act, that order stays. One that is not to be merged and
-    acts between them and the weight is refused.
+    They act in the order in which they are named, and after those that are merged already. If all merged adapters are
+    active, and each call named them in the order in which they act, that order stays. An unmerged adapter that acts
+    between them and the weight raises an error.
     """
     here = [name for name in names if layer.erasures[name].side == site]
     present = _from_the_weight(layer, site, layer.applied_adapters(site))
@@ -301,12 +301,12 @@ def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
 
 
 def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T]:
-    """What is given in the order in which it acts, in that in which it enters the weight: reversed at an input."""
+    """Sort items in acting order by the order in which they enter the weight; at an input that is the reverse."""
     return ordered if site == "output" and record.is_weight_layer(layer.host) else ordered[::-1]
 
 
 def _run_before(layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
-    """What the model gives while erasers act unmerged in the order in which they will act once merged."""
+    """The model's outputs while the erasers act unmerged, in the order in which they will act after the merge."""
     modules = {id(m): m for m in [*plan.modules.values(), *(m for layer in layers.values() for m in layer.written)]}
     snapshot = record.Snapshot(layers.values(), modules.values())
     try:
@@ -327,8 +327,8 @@ def _run_before(layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) 
 
 
 def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
-    """Refuse erasers that keep a mean for which a layer has no place; names the sites."""
-    lacking: dict[str, str] = {}  # site → the first layer without a place
+    """Refuse erasers that keep a mean where a layer has no bias to hold it; the message names the sites."""
+    lacking: dict[str, str] = {}  # site → the first layer without a bias for its mean
     for target, module in plan.modules.items():
         for edit in plan.erasers[target]:
             if bool((edit.right @ edit.bias).any()) and not record.takes_mean(module, edit.parameter, edit.side):
@@ -339,22 +339,22 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     layers = erasure_layers(model)
     why = f"for which {lacking[sites[0]]!r} would need a bias, and has none."
     edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
-    if not any(layers[edit.path].concept_erasure_bias[edit.adapter].any() for edit in edits):  # of the linear map
+    if not any(layers[edit.path].concept_erasure_bias[edit.adapter].any() for edit in edits):  # they are linear maps
         raise ValueError(
-            f"The erasure at {sites[0]!r} cannot be merged: it moves activations to a target, {why} Take the target "
-            "away first, hf_erasure.set_target(model, name, None), or use this adapter unmerged."
+            f"The erasure at {sites[0]!r} cannot be merged: it moves activations to a target, {why} Remove the target "
+            "first, hf_erasure.set_target(model, name, None), or use this adapter unmerged."
         )
     without = f"leave out the sites that need one, exclude_modules={sites}, " if len(sites) < len(plan.orders) else ""
     raise ValueError(
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
         f"{why} Leave a target out, and fit it again with ConceptErasureConfig(affine=None), which takes the linear "
-        "map that keeps the mean where there is no place for a bias, or with affine=False, "
+        "map that keeps the mean where layers have no bias, or with affine=False, "
         f"{without}or use this adapter unmerged. {preset(model, [layers[site] for site in sites])}".rstrip()
     )
 
 
 def _untied(model: nn.Module, plan: MergePlan) -> record.Untied | None:
-    """What will untie the weights that erasers go into; None where none of them is tied."""
+    """An object that will untie the weights that erasers go into; None where none of them is tied."""
     for target, names in plan.tied.items():
         reason = record.why_not_untied(model, target)
         if reason is not None:

@@ -1,10 +1,10 @@
-"""What a small forward pass tells: where the output of a site goes, and whether a merge has kept the model's outputs.
+"""A small forward pass finds where the output of a site goes, and whether a merge has kept the model's outputs.
 
-The output is followed through the operations of the pass. The inputs of modules do not tell: a residual connection adds
-a tensor that no module was called with, and a router of experts multiplies by a parameter of its own.
+The output is followed through the operations of the pass. The inputs of modules are not enough: a residual connection
+adds a tensor that no module was called with, and a router of experts multiplies by its own parameter.
 
-What a probe batch does not run (an expert that no token chose, a branch that depends on values) is not seen; therefore
-only architectures are folded in which every use is plain, and the outputs are compared afterwards.
+Parts that the probe batch does not run (an expert that no token chose, a branch that depends on values) are not seen.
+Therefore only architectures are folded in which every use is simple, and the outputs are compared afterwards.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
 from .record import axis_of, takes_mean, why_not_mergeable, why_not_untied
 
-# A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
-# rounding does, and others are larger.
+# A merge may change the outputs so many times as much as another rounding of the weights does. That rounding is only
+# one random sample, and other samples are larger.
 _TIMES_ROUNDING = 4
-# What hands entries of an activation on as they are, and changes no tensor that is there.
+# Operations that only move or copy entries of an activation, and change no tensor in place.
 _MOVES = {name for name in REARRANGING if not name.endswith("_")} - {"neg", "masked_fill", "sum", "mean"}
 
 
 class Probe:
-    """A bare model's own dummy input, run the same way each time: without dropout, gradients or autocast.
+    """Runs of a bare model on its dummy input, always in the same way: without dropout, gradients or autocast.
 
-    `watch` is given the call of a first pass, and makes it; left out, what the model gives is the same each time.
+    `watch` is given the first forward pass as a function and must call it; without it, the probe runs the model once.
     """
 
     def __init__(self, model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> None:
         self.model = model
-        self.failure: str | None = None  # why the model cannot be run on it
+        self.failure: str | None = None  # the reason why the model cannot be run on the dummy input
         self.inputs: dict[str, Tensor] = {}
         device = next((p.device.type for p in model.parameters()), "cpu")
         self._device = device if torch.amp.is_autocast_available(device) else "cpu"
@@ -53,11 +53,11 @@ class Probe:
                 self.inputs = dummy_batch(model, watch)
             if watch is None:
                 self.run()
-        except Exception as error:  # whatever a model may raise at an input it was not made for
+        except Exception as error:  # a model may raise any error at an input for which it was not made
             self.failure = f"{type(error).__name__}: {error}"
 
     def run(self) -> list[Tensor]:
-        """The tensors the model returns; draws of its own are not used up."""
+        """The tensors that the model returns; the state of random generators stays as it was."""
         with (
             torch.inference_mode(False),
             evaluating(self.model),
@@ -68,13 +68,13 @@ class Probe:
 
 
 def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
-    """Raise if the outputs after adapters were merged into modules differ from those before by more than rounding."""
+    """Raise a `ValueError` if a merge into modules has changed the outputs by more than rounding."""
     after = probe.run()
     drift = distance(after, before)
     if drift == 0:
         return
     rounding = _TIMES_ROUNDING * distance(_run_with_other_rounding(probe, modules), after)
-    # The outputs are rounded too: of few numbers that differ in their last bit a sample of weights may have none.
+    # The outputs are rounded too: if only few of them differ in their last bit, the other rounding may show none.
     rounding += max(torch.finfo(value.dtype).eps / 2 for value in after if value.is_floating_point())
     if not drift <= rounding:
         raise ValueError(
@@ -83,8 +83,8 @@ def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], na
         )
     if rounding >= 1:
         warn_user(
-            f"The outputs after merging {names} could not be compared with those before: other rounding of weights "
-            "changes them by as much as they are. Compare them yourself, in float64."
+            f"The outputs after merging {names} could not be compared with those before: another rounding of the "
+            "weights changes them by their whole size. Compare them yourself, in float64."
         )
 
 
@@ -110,8 +110,8 @@ def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Ten
 class Uses:
     """What a forward pass does with the activation of one site."""
 
-    weights: list[Weight] = field(default_factory=list)  # that multiply it, in the order of the calls
-    obstacles: list[str] = field(default_factory=list)  # names of the other operations it goes into
+    weights: list[Weight] = field(default_factory=list)  # the weights that multiply it, in the order of the calls
+    obstacles: list[str] = field(default_factory=list)  # names of the other operations that it goes into
     quantised: list[str] = field(default_factory=list)  # names of the modules with quantised weights that it goes into
     returned: bool = False  # whether it is part of what the model returns
     runs: int = 0  # how many times the site was reached
@@ -120,10 +120,10 @@ class Uses:
 def trace_uses(
     model: nn.Module, run: Callable[[], Any], sites: dict[str, ErasureLayer], names: list[str]
 ) -> tuple[dict[str, Uses], dict[Weight, set[str]]]:
-    """Run the model on a small input and see where the activations of `sites` go, whose erasers are to be folded.
+    """Run the model on a small input and find where the activations of `sites` go, whose erasers will be folded.
 
-    An erasure of another adapter than `names` stays in force and stands in the way. Returned are the uses of each site
-    by path, and what each of these weights is used for: paths of sites, or what else takes it.
+    An erasure of an adapter that is not among `names` stays unmerged, and is an obstacle. Returns path of a site → its
+    uses; and weight → what it is used for: paths of sites, or names of other operations.
     """
     graph, uses = Graph(model, run), {path: Uses() for path in sites}
     erased = [
@@ -146,7 +146,7 @@ def trace_uses(
         axis = sites[path].erasures[name].axis
         here.runs += 1
         here.returned |= node in graph.returned and (site == "output" or node is call.given)
-        # An eraser at an input acts inside of the call, one at an output behind it.
+        # An eraser at an input acts inside the call, an eraser at an output acts after it.
         is_inside = site == "input"
         here.obstacles += [
             told
@@ -154,7 +154,7 @@ def trace_uses(
             if other != path and shown is node and (call.index in at.around) == is_inside
         ]
         if node.kind == "constant":
-            here.obstacles.append("operations on what the model is given, which are not followed")
+            here.obstacles.append("operations on the model's inputs, which are not followed")
         for use in graph.uses:
             if use.taken is node and (call.index in use.calls) == is_inside:
                 made[use.made] = path
@@ -162,7 +162,7 @@ def trace_uses(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     fed: dict[int, set[str]] = {}
     elsewhere = set()
-    for use in graph.uses:  # a weight is taken by the products of which it is a factor, too
+    for use in graph.uses:  # the products of which a weight is a factor are among its uses, too
         own, made_by = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
         if own is None or made_by is None or (own.owner, own.parameter) != (made_by.owner, made_by.parameter):
             elsewhere.add(use.taken)
@@ -179,8 +179,8 @@ def trace_uses(
 
 
 def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
-    """Note what takes an activation: a weight that multiplies its features, or what stands in the way."""
-    if use.made is use.taken and use.operation in _MOVES:  # other uses take what was moved
+    """Record what takes an activation: a weight that multiplies its features, or an obstacle."""
+    if use.made is use.taken and use.operation in _MOVES:  # the moved entries have uses of their own
         return
     calls = [graph.calls[number] for number in use.calls]
     quantised = next((call.name for call in reversed(calls) if has_quantised(call.module)), None)
@@ -208,7 +208,7 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
 def why_not_foldable(
     model: nn.Module, path: str, uses: Uses, fed: dict[Weight, set[str]], *, allow_tied: bool
 ) -> str | None:
-    """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
+    """The reason why a site cannot be folded into the layers that take its activation; None when it can."""
     if not uses.runs:
         return "it was not reached when the model ran on a dummy input"
     if uses.returned:
@@ -220,7 +220,7 @@ def why_not_foldable(
             "their weights"
         )
     if uses.quantised:
-        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
+        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after a merge"
     if not uses.weights:
         return "no layer of the model takes its activation"
     for weight in uses.weights:
@@ -236,11 +236,11 @@ def why_not_foldable(
 def sites_without_room(
     model: nn.Module, name: str, config: ConceptErasureConfig, sites: dict[str, ErasureLayer], *, may_run: bool
 ) -> set[str]:
-    """The sites of an adapter, which is not merged, whose affine part would need a bias that is not there.
+    """The sites of an unmerged adapter whose affine part would need a bias that a layer does not have.
 
-    Which layers take the activations of a norm is found by one small forward pass, where this process alone `may_run`
-    one; other sites need none. Where an adapter cannot be merged as a whole anyway, there are no such sites. Quantised
-    and tied weights do not count as such a case, since they may be loaded in float, and untied.
+    For norms, one small forward pass finds the layers that take their activations, if this process alone `may_run` one;
+    other sites do not need it. The result is empty if the adapter cannot be merged as a whole anyway. Quantised and
+    tied weights do not prevent a merge here, since they may be loaded in float, and untied.
     """
     places: dict[str, list[tuple[nn.Module, str, str]]] = {}
     folded = {}
@@ -268,7 +268,7 @@ def sites_without_room(
     without = set()
     for path, here in places.items():
         for module, weight, side in here:
-            # Of quantised layers there is room once they are loaded in float.
+            # A quantised layer with a bias has room for the affine part once it is loaded in float.
             has_bias = has_quantised(module) and module._parameters.get("bias") is not None
             if not has_bias and not takes_mean(module, weight, side):
                 without.add(path)
@@ -279,7 +279,7 @@ def sites_without_room(
 
 
 def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
-    """The remedy of an erasure at norms that does not merge: the word for sites that do; empty where none does."""
+    """A sentence with the word for sites that merge in this model, for an erasure at norms that does not; or empty."""
     if not all(is_norm(innermost(layer.host)) for layer in layers):
         return ""
     for word in ("readers", "writers"):
@@ -292,13 +292,13 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
         if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
             tied = [name for name in modules if tied_to(model, name)]
             untie = f", with untie=True for {tied}" if tied else ""
-            told = "the documentation has how much the figures differ, under 'Where to erase'"
+            told = "'Where to erase' in the documentation shows how much the figures differ"
             return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({told}). "
     return ""
 
 
 def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
-    """What shares a weight, and whether a merge may untie it, in words that follow "its weight"."""
+    """Say which names share a weight and whether a merge may untie it, in words that follow "its weight"."""
     reason = why_not_untied(model, path)
     way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
     return (

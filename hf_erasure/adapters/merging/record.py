@@ -1,11 +1,11 @@
-"""Erasers in weights: the formulas, and a record by which all is taken back.
+"""Erasers in weights: the formulas, and a record from which a merge is undone.
 
-A weight may take erasers of several sites: its own, and those of a norm in front of it. The way back for one of them is
-to start from the original and write the others anew, since a projection does not have an inverse. The record is kept on
-the module that owns the weight.
+A weight may take erasers of several sites: its own, and those of a norm in front of it. A projection does not have an
+inverse, so to remove one eraser the others are written anew into the original weight. The record is kept on the module
+that owns the weight.
 
 A weight is a tensor of any shape with an axis along which the features of the hidden state lie: a matrix, a stack of
-matrices of experts, the kernel of a convolution. A linear map commutes with whatever is done along the other axes.
+matrices of experts, the kernel of a convolution. A linear map commutes with any operation along the other axes.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ..common import placement
 from ..common.layer import innermost
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# By the forward of a module: the axes of its weight along which the features that it takes and gives lie.
+# Forward of a module → the axes of its weight along which the features of its input and of its output lie.
 _AXES: dict[Any, dict[str, int]] = {
     nn.Linear.forward: {"input": 1, "output": 0},
     Conv1D.forward: {"input": 0, "output": 1},
     nn.Embedding.forward: {"output": 1},
     **{kind.forward: {"input": 1, "output": 0} for kind in CONVOLUTIONS},
 }
-# A plain attribute of the module: it is copied with the module, and is not part of the state dict.
+# The record is a plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
 # The entry of a configuration that ties the embedding and the head, and all other weights that are shared.
 _ENTRY = "tie_word_embeddings"
-# An integer of as many bytes as a number has.
+# Bytes of a number → the integer type of the same size.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class EraserInWeight:
-    """One eraser on its way into one weight."""
+    """One eraser that is merged into one weight."""
 
-    path: str  # the site: the weight's own module, or one whose output that module takes
+    path: str  # the site: the weight's own module, or a module whose output the weight's module takes
     adapter: str  # the adapter it belongs to
     side: str  # the side of the weight it acts on, `"output"` or `"input"`
     left: Tensor  # (width, rank)
@@ -55,13 +55,13 @@ class EraserInWeight:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What erasers make of a weight and its bias, in float64.
+    """A weight and its bias as erasers change them, in float64.
 
-    The weight has changed by `b @ a`, where it is a matrix `(out, in)`, or is one when its other axes are one.
+    If the weight is a matrix `(out, in)`, or its other axes have length one, it has changed by `b @ a`.
     """
 
     weight: Tensor  # the changed weight, in its own shape
-    offset: Tensor  # (out,), the changed bias; zero where there is none and none is needed
+    offset: Tensor  # (out,), the changed bias; zero where the weight has no bias and needs none
     b: Tensor  # (out, rank)
     a: Tensor  # (rank, in)
 
@@ -69,11 +69,11 @@ class WeightChange:
 def weight_change(
     weight: Tensor, bias: Tensor | None, edits: Iterable[EraserInWeight], scale: float | None = None
 ) -> WeightChange:
-    """The weight and the bias `(out,)` that compute alone what they compute with erasers, the next to the weight first.
+    """Make the weight and the bias `(out,)` that act like these with erasers, the one next to the weight first.
 
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
-    `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one; `scale` is what the rows of a table
-    are multiplied with, None for a weight that is multiplied by.
+    `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one; `scale` is the factor by which an
+    embedding's rows are multiplied, and None for a weight of another module.
     """
     changed = weight.double()
     offset = None if bias is None else bias.double()
@@ -103,7 +103,7 @@ def weight_change(
 def merged_parameters(
     host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]
 ) -> dict[str, Tensor]:
-    """The changed parameters of `host` by name, each in its dtype."""
+    """The changed parameters of `host` by name, each in its own dtype."""
     by_parameter: dict[str, list[EraserInWeight]] = {}
     for edit in edits:
         by_parameter.setdefault(edit.parameter, []).append(edit)
@@ -124,7 +124,7 @@ def merged_parameters(
 
 
 def is_stack(host: nn.Module, parameter: str, edits: Iterable[EraserInWeight]) -> bool:
-    """Whether a weight is a stack of matrices of experts, which are changed one after the other: float64 takes room."""
+    """Whether a weight is a stack of experts' matrices; they are changed one by one, since float64 takes memory."""
     is_cube = host._parameters[parameter].dim() == 3  # type: ignore[union-attr]
     return is_cube and not isinstance(host, CONVOLUTIONS) and all(edit.axis > 0 for edit in edits)
 
@@ -151,30 +151,30 @@ def axis_of(host: nn.Module, site: str) -> int | None:
 
 
 def is_weight_layer(host: nn.Module) -> bool:
-    """Whether `host` is known to compute what `weight_change` supposes; those with a forward of their own are not."""
+    """Whether `host` is known to compute what `weight_change` assumes; a module with another forward is not."""
     return axis_of(host, "output") is not None
 
 
 def bias_of(host: nn.Module, parameter: str) -> str | None:
-    """The name of the parameter that a module adds to what it makes with a weight; None where it is not known."""
-    name = "bias" if type(host).forward in _AXES else f"{parameter}_bias"  # of experts
+    """The name of the bias that a module adds to the product with a weight; None where it is not known."""
+    name = "bias" if type(host).forward in _AXES else f"{parameter}_bias"  # experts name it so
     return name if host._parameters.get(name) is not None else None
 
 
 def takes_mean(host: nn.Module, parameter: str, side: str) -> bool:
-    """Whether the part of an affine eraser that keeps the mean has a place in a module: its bias, or a table's rows."""
+    """Whether a module has a place for the mean that an affine eraser keeps: its bias, or the rows of an embedding."""
     if scale_of(host) is not None:
         return True
     if bias_of(host, parameter) is None:
         return False
-    if isinstance(host, CONVOLUTIONS) and side == "input":  # what is put around an input was not erased
+    if isinstance(host, CONVOLUTIONS) and side == "input":  # the padding around an input is not erased
         return not any(host.padding) if isinstance(host.padding, tuple) else host.padding == "valid"
-    # What experts give is weighted and summed, and the weights need not sum to one.
+    # The outputs of experts are weighted and summed, and the weights need not sum to one.
     return side == "input" or type(host).forward in _AXES
 
 
 def scale_of(host: nn.Module) -> float | None:
-    """What a table's rows are multiplied with when they are looked up; None where a module does something else."""
+    """The factor of an embedding's rows when they are looked up; None where a module does not only scale rows."""
     if type(host).forward is nn.Embedding.forward:
         return 1.0
     scale = getattr(host, "embed_scale", None)
@@ -185,18 +185,18 @@ def scale_of(host: nn.Module) -> float | None:
     tried.__dict__ = {**host.__dict__, "_parameters": {"weight": rows}, "padding_idx": None}
     try:
         found = type(host).forward(tried, torch.arange(3, device=rows.device))
-    except Exception:  # whatever a stranger's module may raise that is not called with ids alone
+    except Exception:  # an unknown module may raise any error when it is called with ids alone
         return None
     return factor if torch.equal(found, rows * factor) else None
 
 
 def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> str | None:
-    """The reason why an eraser at one side of `host` has no place in its weight, or None if it has."""
+    """The reason why an eraser at one side of `host` cannot be merged into its weight; None if it can."""
     kind = type(host).__name__
     if getattr(host, "parametrizations", None):
         return f"the weight of this {kind} is parametrized; remove the parametrization first."
     if placement.has_quantised(host):
-        told = "its weight is quantised, and would not be exact after it"
+        told = "its weight is quantised, and would not be exact after a merge"
         return f"{told}. Use the adapter unmerged, or {placement.FLOAT_FIRST}."
     if isinstance(host, nn.Embedding):
         if site == "input":
@@ -213,19 +213,19 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     return None
 
 
-# ---- tied tables, which a merge must give values of their own --------------------------------------------------------
+# ---- tied weights, which a merge must separate -----------------------------------------------------------------------
 
 
 class Untied:
-    """All tied weights of a model, each with values of its own; the configuration says so, and reloading does too."""
+    """The tied weights of a model, to be given separate values; the configuration is changed for reloading, too."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.owners = _tied_by_configuration(model)  # each tied weight: the modules that own it, and its names there
+        self.owners = _tied_by_configuration(model)  # tied weight → the modules that own it, and its names there
         self.modules = [module for places in self.owners.values() for module, _ in places]
         self._shared = {weight: places[0][0].get_parameter(places[0][1]) for weight, places in self.owners.items()}
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         configs: list[Any] = [module.config for module in models]
-        for config in configs:  # and those inside them, each once
+        for config in configs:  # the loop also appends the configurations inside them, each once
             inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
             configs += [value for value in inner if not any(value is known for known in configs)]
         ties = {id(config): config for config in configs if getattr(config, _ENTRY, False)}
@@ -237,11 +237,11 @@ class Untied:
 
     @property
     def bytes(self) -> int:
-        """How many bytes the model has more."""
+        """How many bytes larger the model is once its weights are untied."""
         return sum((len(self.owners[weight]) - 1) * p.numel() * p.element_size() for weight, p in self._shared.items())
 
     def untie(self) -> None:
-        """Give all but the first owner of each weight a copy; the configuration says that nothing is tied."""
+        """Give each owner of a weight but the first a copy; the configuration then ties nothing."""
         self.is_open = True
         for config, _ in self._configs:
             setattr(config, _ENTRY, False)
@@ -267,7 +267,7 @@ class Untied:
 
 
 def why_not_untied(model: nn.Module, path: str) -> str | None:
-    """The reason why a module cannot get a weight of its own, in words that follow its name; None where it can."""
+    """The reason why a module cannot get its own weight, in words that follow its name; None where it can."""
     if placement.is_offloaded(model):
         return "weights of this model are offloaded: load it on one device to untie them"
     module = model.get_submodule(path)
@@ -278,7 +278,7 @@ def why_not_untied(model: nn.Module, path: str) -> str | None:
 
 
 def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """The weights that an entry of the configuration ties, with their owners, each once."""
+    """Name of each weight that the configuration ties → its owners, each once."""
     keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     by_configuration = {*keys, *keys.values()}
     found: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -301,17 +301,17 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What was written over a module's parameters."""
+    """What a merge has changed in a module's parameters."""
 
-    # Parameter name → its values before any eraser; of those that were written.
+    # Name of a parameter that was changed → its values before any eraser.
     originals: dict[str, Tensor] = field(default_factory=dict)
     erasers: list[EraserInWeight] = field(default_factory=list)  # the one next to the weight first
-    untied: Untied | None = None  # what has given the module a weight of its own, where it shared that of another
-    digests: dict[str, int] = field(default_factory=dict)  # parameter name → `_digest` of what was written last
+    untied: Untied | None = None  # the object that has untied the module's weight, if it was tied
+    digests: dict[str, int] = field(default_factory=dict)  # parameter name → `_digest` of the values written last
 
 
 def record_of(module: nn.Module) -> MergeRecord | None:
-    """What was written into a module's weights; None where nothing was."""
+    """The record of what was merged into a module's weights; None where nothing was."""
     found: MergeRecord | None = module.__dict__.get(_RECORD)
     return found
 
@@ -322,16 +322,16 @@ def erasers_in(module: nn.Module) -> list[EraserInWeight]:
 
 
 def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
-    """What erasers, or those before them, change in a module, from the originals, with these and no others in it."""
+    """The values, made from the originals, of all parameters that former erasers or these change, with only these."""
     record = record_of(module) or MergeRecord()
     values = placement.values_of(module) | record.originals
     return record.originals | (merged_parameters(module, values, erasers) if erasers else {})
 
 
 def rewrite(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
-    """Let these erasers be in a module's weights, and no others; what else was added since, as a LoRA, stays.
+    """Write a module's weights with only these erasers; other changes since, such as a merged LoRA, stay.
 
-    They are in order, the one next to the weight first. Returned are the values of the parameters that have changed.
+    The erasers are in order, the one next to the weight first. Returns the values of the parameters that have changed.
     """
     record, present = record_of(module) or MergeRecord(), placement.values_of(module)
     values, later = dict(written_anew(module, erasers)), changed_since(module)
@@ -342,14 +342,14 @@ def rewrite(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tenso
     for name, now in later.items():
         old, new = (parts[name].to(now.device, now.dtype) for parts in (before, values))
         changed = (now.double() - old.double() + new.double()).to(now.dtype)
-        values[name] = torch.where(now == old, new, changed)  # what nothing was added to is there to the bit
+        values[name] = torch.where(now == old, new, changed)  # entries without a later change are exact bit for bit
     for name, value in values.items():
         placement.set_parameter(module, name, value)
     return values
 
 
 def withdraw(module: nn.Module, path: str) -> None:
-    """Take back what the erasers of one site did to a module."""
+    """Remove the erasers of one site from a module's weights."""
     record = record_of(module)
     if record is None:
         return
@@ -364,26 +364,26 @@ def withdraw(module: nn.Module, path: str) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop the record and its copies: what is merged stays merged."""
+    """Drop the record and its copies: merged erasers stay merged."""
     untied = (record_of(module) or MergeRecord()).untied
     for other in [module, *(untied.modules if untied is not None else [])]:
         other.__dict__.pop(_RECORD, None)
 
 
 def changed_since(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters into which something else has written since erasers were, with their values now."""
+    """The parameters that other code has changed after erasers were merged, with their present values."""
     digests = (record_of(module) or MergeRecord()).digests
     present = {name: placement.value_of(module, name) for name in digests}
     return {name: v for name, v in present.items() if v is not None and _digest(v) != digests[name]}
 
 
 def _digest(value: Tensor) -> int:
-    """A number that another value of a parameter is most unlikely to have: the sum of its bits, read as integers."""
+    """The sum of a parameter's numbers, their bits read as integers; it almost always changes with the values."""
     return int(value.detach().contiguous().view(_INTEGERS[value.dtype.itemsize]).sum(dtype=torch.int64))
 
 
 class Snapshot:
-    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
+    """Present weights, records and attributes of layers; references are enough, since a merge makes new tensors."""
 
     def __init__(self, layers: Iterable[Any], modules: Collection[nn.Module], untied: Untied | None = None) -> None:
         notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
@@ -393,7 +393,7 @@ class Snapshot:
         self.untied = untied
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for layer, notes in self.notes:
             for name, value in notes.items():
                 setattr(layer, name, value)

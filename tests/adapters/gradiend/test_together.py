@@ -315,7 +315,7 @@ def test_one_kind_is_merged_and_the_other_stays(first: str, gradiends: Gradiends
         tuners[name].model, tuners[name].peft_config, tuners[name].active_adapter = model, model.peft_config, [name]
         tuners[name].targeted_module_names = []
     if first == "erasure":
-        with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge that one first"):
+        with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge the GRADIEND first"):
             tuners["erasure"].merge_adapter()
         assert same(outputs_of(model, batch), together)
         model.set_adapter("erasure")
