@@ -1,6 +1,6 @@
-"""Everything that touches PEFT's internals."""
+"""All code that uses PEFT's internals."""
 
-from .internals import register  # isort: skip  it checks what the others import, so it comes first
+from .internals import register  # isort: skip  it checks the internals that the other imports need, so it comes first
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import ErasureLayer, erasure_layers, site_layers
 from .erasure.model import ConceptErasureModel, set_strength, set_target

@@ -1,8 +1,8 @@
-"""What this package relies on in PEFT, transformers and accelerate, checked at import, and how it adds types to PEFT.
+"""Check at import the internals of PEFT, transformers and accelerate that this package uses, and add types to PEFT.
 
-What of it is wrapped stands in `hf_erasure.patches`. A release that lacks one of these would fail in the middle of a
-user's call, or give wrong results; so the import fails, and says what is missing where. Of a release of transformers
-that demands a newer PEFT than the installed one, and fails in every `add_adapter`, the import warns.
+`hf_erasure.patches` lists the functions that are wrapped. If a release lacked an internal, a user's call would fail
+halfway or give wrong results; so the import fails instead, and its error names what is missing where. The import warns
+of a release of transformers that demands a newer PEFT than the installed one, since every `add_adapter` would fail.
 
 `PeftType` is a closed enum, and PEFT looks every type up in it by name, so a mere string in its tables would break
 `load_adapter`. A new member is therefore added to the enum itself, in the way the `enum` module builds its own.
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Internal:
-    """Something that must be there."""
+    """A module, class, function or attribute that must exist."""
 
     module: str  # where it is imported from
     name: str  # its name there; with a dot for an attribute of a class
-    parameters: tuple[str, ...] = ()  # names of parameters that it must take
+    parameters: tuple[str, ...] = ()  # names of parameters that it must accept
 
     @property
     def package(self) -> str:
-        """Whose it is, under the name it is installed by."""
+        """The package that has it, by the name under which pip installs it."""
         return self.module.partition(".")[0]
 
     def why_missing(self) -> str | None:
-        """What is not as expected; None when all is."""
+        """Say which part of it is missing; None if all parts are there."""
         try:
             found = resolve_name(f"{self.module}:{self.name}")
         except ImportError:
@@ -58,7 +58,7 @@ class Internal:
         return None
 
 
-# On a member of the enum that we added, so that it is known again after this module was reloaded.
+# An attribute of the enum members that this package adds, so that they are recognised after this module is reloaded.
 _MARK = "_added_by_hf_erasure"
 _TUNERS = "peft.tuners.tuners_utils"
 _MIXIN = "transformers.integrations.peft"
@@ -101,7 +101,7 @@ INTERNALS = (
 
 
 def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
-    """Check everything that is relied on."""
+    """Raise an `ImportError` if an internal is missing."""
     for internal in internals:
         missing = internal.why_missing()
         if missing is not None:
@@ -114,7 +114,7 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
 
 
 def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
-    """Warn where the oldest PEFT that transformers accepts, if it says so, is newer than the installed one."""
+    """Warn if transformers states a lowest PEFT release and the installed PEFT is older."""
     if demanded is None or Version(installed("peft")) >= Version(demanded):
         return
     transformers = installed("transformers")
@@ -128,7 +128,7 @@ def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", N
 
 
 def installed(package: str) -> str:
-    """The release of a package that is installed."""
+    """The installed release of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -136,34 +136,34 @@ def installed(package: str) -> str:
 
 
 def _supported(package: str) -> str:
-    """The releases of a package that this package asks for, as pip writes them."""
+    """The releases of a package that this package requires, as pip writes them."""
     try:
         wanted = [Requirement(text) for text in requires("hf-erasure") or ()]
-    except PackageNotFoundError:  # run from a folder of sources
+    except PackageNotFoundError:  # the package runs from a folder of sources
         return ""
     return next((str(found.specifier) for found in wanted if found.name == package and found.marker is None), "")
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add a type, as `"CONCEPT_ERASURE"`, to `PeftType` and return the member; a second call returns the same one."""
+    """Add a type such as `"CONCEPT_ERASURE"` to `PeftType` and return the member; a second call returns the same."""
     known = peft_types.PeftType
     if hasattr(known.__members__.get(name), _MARK):
         return known(name)
     if name in known.__members__:
         raise ImportError(
-            f"peft {installed('peft')} already has a PeftType.{name}, which hf_erasure meant to add. Install a release "
-            "of hf-erasure made for this peft, or an older peft."
+            f"peft {installed('peft')} already has a PeftType.{name}, which hf_erasure would add. Install a release of "
+            "hf-erasure made for this peft, or an older peft."
         )
     member = str.__new__(known, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = known  # type: ignore[attr-defined]
-    # `EnumMeta` keeps the definition order of members for comparisons made by newer Pythons.
+    # `EnumMeta` keeps the order in which members are defined, and newer Pythons compare it.
     member._sort_order_ = len(known.__members__)  # type: ignore[attr-defined]
     known._member_map_[name] = member
     known._value2member_map_[name] = member
     known._member_names_.append(name)
-    # EnumMeta forbids rebinding members through normal attribute access, hence `type.__setattr__`.
+    # EnumMeta does not allow members to be set by a normal assignment, so `type.__setattr__` is used.
     type.__setattr__(known, name, member)
     if known(name) is not member or getattr(known, name) is not member:
         raise ImportError(
@@ -175,7 +175,7 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case), also after a reload."""
+    """Add a configuration and its tuner to PEFT's tables under `name` (lower case), also after a reload."""
     peft_type = peft_types.PeftType(name.upper())
     if peft_type in mapping.PEFT_TYPE_TO_TUNER_MAPPING and hasattr(peft_type, _MARK):
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls

@@ -1,19 +1,19 @@
 """Saving an adapter so that a folder holds all of one save or all of another, whenever the process is killed.
 
-A save is written into a hidden folder inside the target (*staging*), brought to disk, and renamed to
-`.hf-erasure-commit`: from that moment on it has happened. Then its files are moved to their places,
-`adapter_config.json` first, and the empty folder goes away. Whoever comes across a folder of that name finishes the
-moving: loading does, and so does the next save. Renaming onto a folder that is not empty fails, so that saves at the
-same time commit one after the other and their files are never mixed. What a killed one has left is removed by the next.
+A save is written into a hidden folder inside the target (*staging*), synced to disk, and renamed to
+`.hf-erasure-commit`: with this rename it is committed. Then its files are moved to their places, `adapter_config.json`
+first, and the empty folder is removed. If a killed process has left a folder of that name, loading and the next save
+finish the move. Renaming onto a folder that is not empty fails, so that saves at the same time commit one after the
+other and their files are never mixed. The staging of a killed save is removed by the next save.
 
-What is to lie beside an adapter, as its card, is written by the functions in `ON_STAGED`. Each is called with the
-staged folder of an adapter, the model that is saved, a `PeftModel` or a transformers model, and the adapter's name:
-once for every adapter of this package that a save writes, on the process that writes, when `adapter_config.json` and
-`adapter_model.safetensors` are complete there and nothing has been committed. What it writes is committed with them,
-and what it raises fails the save and leaves the target as it was. A `README.md` in the target is in the staged folder
-too, to be updated. Of a `PeftModel` the staged folder of an adapter that is not called "default" is below that of the
-folder that is saved to, which is `root_of(folder)`, and all this will lie at `target_of(folder)`, both of
-`common.files`. It writes files directly in these two: a push uploads one level of folders.
+The functions in `ON_STAGED` write files that belong to an adapter, such as its card. Each is called with the staged
+folder of an adapter, the model that is saved, a `PeftModel` or a transformers model, and the adapter's name: once for
+each adapter of this package that a save writes, on the process that writes, when `adapter_config.json` and
+`adapter_model.safetensors` are complete there and nothing has been committed. Its files are committed with them; an
+error that it raises stops the save and leaves the target as it was. A `README.md` in the target is copied into the
+staged folder first, so that it can be updated. In a save of a `PeftModel`, an adapter that is not called "default" has
+a folder inside the staged folder of the whole save. `root_of(folder)` of `common.files` is that folder, and
+`target_of(folder)` is the final place. Such functions write only directly in these two: a push uploads one level.
 """
 
 from __future__ import annotations
@@ -50,44 +50,44 @@ from .common.files import CARD, COMMIT, CONFIG, PICKLE, PREFIX, STAGING, WEIGHTS
 from .common.layer import AdapterChild, child_configs, is_child
 from .common.lookup import adapters_in
 
-# What is to be committed is in this folder of a staging; a file beside it is locked by its writer while that lives.
+# The folder of a staging with the files to commit; and the end of the name of a file that its live writer locks.
 _CONTENT, _ALIVE = "content", ".lock"
 
 ON_STAGED: list[Callable[[Path, Any, str], None]] = []
-# Where a save goes that pushes too, while it pushes: what is uploaded lies in another folder.
+# The target folder of a save that also pushes, while it pushes: the uploaded files lie in another folder.
 PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 # The types of tensors that adapters have, by the names that safetensors has for them.
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
-# What stands in the name of a module that was compiled, sharded or checkpointed by itself.
+# Parts in the names of modules that were compiled, sharded or checkpointed by themselves.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder to write a save into; what is in it when the block ends goes into `folder`, all at once."""
+    """Yield a hidden folder to write a save into; when the block ends, all its files go into `folder` at once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
-    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):  # of saves that were killed before they were committed
-        # A link may lead to a file of somebody else, and a lock empties the file that it is on.
+    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):  # saves that were killed before their commit have left these
+        # A link may lead to another person's file, and locking a file empties it.
         if alive.is_file() and not alive.is_symlink():
             left = FileLock(alive, timeout=0)
-            with suppress(Timeout, NotImplementedError):  # its writer is at work, or the file system has no locks
+            with suppress(Timeout, NotImplementedError):  # its writer is running, or the file system has no locks
                 left.acquire()
                 _remove(alive.with_suffix(""), left)
-    while True:  # a file beside the staging is locked by this process as long as it is at work
+    while True:  # this process locks a file beside the staging while it saves
         staging = folder / f"{STAGING}{secrets.token_hex(8)}"
         alive = staging.with_suffix(_ALIVE)
         lock: BaseFileLock = FileLock(alive)
         try:
             lock.acquire()
-        except NotImplementedError:  # file systems without locks: there the file is merely there
+        except NotImplementedError:  # in file systems without locks, the file only exists
             alive.unlink(missing_ok=True)
             lock = SoftFileLock(alive)
             lock.acquire()
         if alive.exists():
             break
-        lock.release()  # another save took the file for one of a process that was killed
+        lock.release()  # another save has removed the file, as if this process had been killed
     try:
         content = staging / _CONTENT
         content.mkdir(parents=True)
@@ -98,14 +98,14 @@ def staged(folder: str | Path) -> Iterator[Path]:
 
 
 def finish(folder: str | Path) -> None:
-    """Finish a save that was killed after it had been committed; does nothing where there is none."""
+    """Finish a save that was killed after its commit; do nothing if the folder has no such save."""
     folder = Path(folder)
     commit = folder / COMMIT
     while os.path.lexists(commit):
         try:
             if not stat.S_ISDIR(commit.lstat().st_mode):
                 raise ValueError(f"{str(commit)!r} is not a folder that a save has left: delete it.")
-            # The configuration first: with it the folder is found to be an adapter's, and the rest is moved then.
+            # The configuration is first: with it the folder counts as an adapter, whose loading moves the other files.
             for file in sorted(commit.iterdir(), key=lambda path: (path.name != CONFIG, path.name)):
                 if not stat.S_ISREG(file.lstat().st_mode):
                     raise ValueError(f"{str(file)!r} is not a file that a save has left: delete {str(commit)!r}.")
@@ -123,7 +123,7 @@ def finish(folder: str | Path) -> None:
 
 
 def _commit(content: Path, folder: Path) -> None:
-    """Bring everything to disk, then let folder after folder take its place."""
+    """Sync all files to disk, then commit one folder after the other."""
     paths = list(content.rglob("*"))
     places = {path: folder / path.relative_to(content) for path in paths if path.is_dir()}
     for target in places.values():
@@ -131,7 +131,7 @@ def _commit(content: Path, folder: Path) -> None:
             raise ValueError(f"{str(target)!r} is a link to another place: delete it, or save into another folder.")
     for file in (path for path in paths if path.is_file()):
         _sync(file)
-    # The deepest first, the folder itself last: it has the card of the whole.
+    # The deepest folders are first, and the root is last: it has the card of all adapters.
     for place in [*sorted(places, key=lambda path: -len(path.parts)), content]:
         _sync(place)
         if not any(place.iterdir()):
@@ -141,7 +141,7 @@ def _commit(content: Path, folder: Path) -> None:
         while True:
             finish(target)
             try:
-                os.rename(place, target / COMMIT)  # the save has happened
+                os.rename(place, target / COMMIT)  # this commits the folder
                 break
             except OSError as error:
                 if not _is_another(error):
@@ -156,13 +156,13 @@ def _is_another(error: OSError) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on disk, as far as the system can say so."""
+    """Wait until a file or a folder is on disk, if the file system supports this."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # file systems that cannot do it for folders
+    except OSError as error:  # some file systems cannot sync folders
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
@@ -170,19 +170,19 @@ def _sync(path: Path) -> None:
 
 
 def _remove(staging: Path, lock: BaseFileLock) -> None:
-    """Remove a staging, and last of all its lock."""
+    """Remove a staging, and its lock last."""
     if not staging.is_symlink():
         shutil.rmtree(staging, ignore_errors=True)
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
-# What transformers takes for a push besides `push_to_hub=True`.
+# The arguments for a push that transformers takes with `push_to_hub=True`.
 _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
-    """`save_pretrained` of a `PeftModel` or a transformers model, staged where it writes an adapter of ours."""
+    """`save_pretrained` of a `PeftModel` or a transformers model; a save of an adapter of this package is staged."""
     call = inspect.signature(original).bind(*args, **kwargs)
     given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
     folder, configs = Path(given["save_directory"]), child_configs(model)
@@ -191,7 +191,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     if names is None:
         names = list(model.peft_config)
     elif not is_peft and getattr(model, "_hf_peft_config_loaded", False):
-        names = model.active_adapters() if configs else ["default"]  # of other methods no matter which
+        names = model.active_adapters() if configs else ["default"]  # for other methods any name will do
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)
@@ -223,7 +223,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
 
 @contextmanager
 def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
-    """Stage a save of adapters of ours, each at its place below the folder, and lead its arguments `given` there."""
+    """Stage a save of our adapters, each at its place below the folder; `given`, its arguments, are changed to that."""
     more = given.get("kwargs", {})
     if not given.get("safe_serialization", more.get("safe_serialization", True)):
         raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
@@ -240,12 +240,12 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
                 f"{str(folder / place)!r} holds {which}, which the {config.described} would overwrite. Save it into "
                 "another folder, or delete that one first."
             )
-        own_tensors(model, name, state_dict)  # nothing is begun for an adapter that is not whole
+        own_tensors(model, name, state_dict)  # an incomplete adapter raises here, before anything is written
     with staged(folder) as content:
         given["save_directory"] = str(content)
         yield
         for place in {"", *places.values()}:
-            # The card that is there already is to be updated, in the place of the one that PEFT has just written.
+            # The card that PEFT has just written is replaced by the existing card, which will be updated.
             card, staged_card = folder / place / CARD, content / place / CARD
             staged_card.unlink(missing_ok=True)
             if card.is_file() and not card.is_symlink():
@@ -256,7 +256,7 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
 
 
 def _kind_in(place: Path) -> tuple[Any, str]:
-    """Of which kind the adapter in a folder is, None without one; or why that cannot be told."""
+    """The kind of the adapter in a folder, None without an adapter; and the reason if the kind cannot be read."""
     try:
         return (str(read_config(place / CONFIG).get("peft_type")) if os.path.lexists(place / CONFIG) else None), ""
     except (OSError, ValueError) as error:
@@ -267,7 +267,7 @@ def _kind_in(place: Path) -> tuple[Any, str]:
 
 
 def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """`get_peft_model_state_dict`, which gives `own_tensors` for an adapter of either kind."""
+    """`get_peft_model_state_dict`; for an adapter of this package it returns `own_tensors`."""
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     whole, adapter_name, state_dict = (
         getattr(model, "_orig_mod", model),
@@ -283,9 +283,9 @@ def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any
 
 
 def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors of an adapter of either kind, with those of its `modules_to_save`, by the keys of its file.
+    """Key in the file → tensor, for an adapter of either kind and for its `modules_to_save`.
 
-    Values in a `state_dict`, as gathered from shards, go before the model's own. Keys are without PEFT's prefix.
+    Values in a `state_dict`, such as gathered shards, are used before the model's own. Keys have no prefix of PEFT's.
     """
     config: ChildConfig = model.peft_config[adapter_name]
     is_wrapped = hasattr(model, "get_base_model")
@@ -294,7 +294,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for path, module in base.named_modules():
-        kept: dict[str, tuple[str, Tensor]] = {}  # by the key below the module: the same in a file, and a value
+        kept: dict[str, tuple[str, Tensor]] = {}  # key below the module → the key in a file, and the value
         if isinstance(module, AdapterChild) and adapter_name in module.sticky_adapters:
             module.check_values(adapter_name)
             stores = module.stores(adapter_name)
@@ -310,8 +310,8 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
         raise ValueError(
             f"The {config.described} cannot be saved: no module of this {type(base).__name__} has adapter "
             f"{adapter_name!r} any more, as after merge_and_unload() or unload(). Nothing was written. Save the "
-            "adapter before that, or load it again. A merged model is saved by save_pretrained of what "
-            "merge_and_unload() returned, into a folder of its own."
+            "adapter before that, or load it again. To save a merged model, call save_pretrained of the model that "
+            "merge_and_unload() returned, with another folder."
         )
     found = {name: (_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
     fault = fault_of(found, config, f"in this {type(base).__name__}") if config.fitted else None
@@ -321,7 +321,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             "model or moved in it, or fields that fitting writes were changed: save the adapter before that, or load "
             "it into the model that it was fitted on."
         )
-    for end in config.modules_to_save or ():  # a name that no module has is nothing to save
+    for end in config.modules_to_save or ():  # a name that matches no module is ignored
         named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
         if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
             raise ValueError(
@@ -344,7 +344,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
 
 
 def refuse_embeddings(wish: Any) -> None:
-    """Raise a `ValueError` where a caller wants the model's own embeddings among the tensors of an adapter."""
+    """Raise a `ValueError` if a caller asks to save the model's own embeddings with an adapter."""
     if wish not in ("auto", False):
         raise ValueError(
             f"save_embedding_layers={wish!r} would put the model's own embeddings into the adapter, where no model "
@@ -352,7 +352,7 @@ def refuse_embeddings(wish: Any) -> None:
         )
 
 
-# What decides on the effect of an adapter beside its tensors.
+# The fields of a configuration on which an adapter's effect depends, apart from its tensors.
 _SETTINGS = (
     "peft_type",
     "site",
@@ -366,9 +366,9 @@ _SETTINGS = (
 
 
 def digest_of(folder: str | Path, config: Any) -> str | None:
-    """16 hexadecimal digits by which what an adapter does is known; None where there are no weights.
+    """A hash in 16 hexadecimal digits of an adapter's effect; None where its weights are missing.
 
-    They are the same for every copy, whether it was saved from a bare encoder or from a model with a head.
+    It is the same for every copy, whether it was saved from a bare encoder or from a model with a head.
     """
     named = (cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False) for name in (WEIGHTS, PICKLE))
     file = next(filter(None, named), None)
@@ -380,12 +380,12 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
     if dial is not None:
         settings["dial"] = [dial.strength, *dial.weights]
     hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    if file.endswith(PICKLE):  # it is not opened
+    if file.endswith(PICKLE):  # it is hashed, but never unpickled
         hashed.update(Path(file).read_bytes())
         return hashed.hexdigest()[:16]
     with torch.device("cpu"), safe_open(file, framework="pt") as content:
         names = sorted(content.keys())
-        # Names are hashed below what all begin with: a head on top of the encoder prefixes them all.
+        # Names are hashed without their common beginning, since a model with a head adds a prefix to all of them.
         first, last = (names[0].split("."), names[-1].split(".")) if names else ([], [])
         shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
         for name in names:
@@ -397,14 +397,14 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
 
 
 def digest_of_data(value: Any) -> str | None:
-    """16 hexadecimal digits for plain data; None for nothing."""
+    """A hash of plain data in 16 hexadecimal digits; None for empty data."""
     if not value:
         return None
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:
-    """Refuse, or warn of, what a save of all of a model's tensors or a `state_dict` would lose of adapters in it."""
+    """Refuse a save of a model's tensors or `state_dict` that would lose adapters in it; warn where it may be meant."""
     saved: Any = model if getattr(model, "_hf_peft_config_loaded", False) else None
     if isinstance(model, PeftModel):
         saved = base_of(model)
@@ -429,12 +429,12 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
             "saved without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
             "model.save_pretrained; it may come from the part's folder."
         )
-    # Of an adapter that is on here transformers would look for the configuration here.
+    # transformers would look for the configuration of an acting adapter in this model, even if a part has it.
     acting = saved.active_adapters() if saved is model else []
     foreign = [adapter for adapter in acting if adapter not in own]
     if foreign:
         raise ValueError(
-            f"This {name} cannot be saved: {foreign} is on, which is not an adapter of it but of {part}, and {own} is "
-            f"off. {keep}. Call model.set_adapter({own}) before saving this model with its own."
+            f"This {name} cannot be saved: {foreign} is on, which is not an adapter of this model but of {part}, and "
+            f"{own} is off. {keep}. Call model.set_adapter({own}) before you save this model with its own adapters."
         )
     warn_user(f"Saving this {name} leaves out {told}: {keep}.")

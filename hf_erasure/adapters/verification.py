@@ -1,4 +1,4 @@
-"""Does an adapter that seems to be there really act? The commonest reason for "same numbers as the base" is no."""
+"""Check whether a loaded adapter really acts: a model with the numbers of its base often has one that does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .loading.fingerprint import other_than_when_fitted
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify_adapter`: true when the adapter acts, and a text that says why, or why not."""
+    """The result of `verify_adapter`: true when the adapter acts, with a text that says what it does, or why not."""
 
     ok: bool
     text: str
@@ -44,18 +44,18 @@ def verify_adapter(
     """Check that an adapter is loaded, active and changes the model's output.
 
     Args:
-        model: A model with adapters, or whatever such a model is inside of: a `PeftModel`, a `SentenceTransformer`,
+        model: A model with adapters, or a module that contains one: a `PeftModel`, a `SentenceTransformer`,
             `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         adapter_name: The adapter to check.
-        batch: Model inputs for the comparison of outputs; a dummy input of the model's own when left out.
+        batch: Model inputs for the comparison of outputs; the model's own dummy input by default.
 
     Returns:
         A `Verification`. For an erasure its text states the leakage of `last_hidden_state` that was measured when the
-        adapter was fitted, beside the worst of the sites. Where other adapters act now than at fitting, it names them:
-        what was measured holds beside those of then.
+        adapter was fitted, and that of the worst site. If other adapters act now than at fitting, the text names them:
+        the measured figures hold only with the adapters of that time.
 
     Raises:
-        ValueError: If several models inside have an adapter of that name.
+        ValueError: If several models inside `model` have an adapter of that name.
     """
     name = adapter_name
     try:
@@ -70,7 +70,7 @@ def verify_adapter(
     if not all(name in child.merged_adapters for child in children):
         output = _output_of(model, found, batch)
         active = output()
-        with ExitStack() as stack:  # when the adapter does not act, and all others do as they do
+        with ExitStack() as stack:  # in this block the adapter does not act, and the others act as before
             for child in children:
                 stack.enter_context(child.without(name))
             plain = output()
@@ -79,16 +79,16 @@ def verify_adapter(
         if weights and not any(map(why_not_editable, weights.values())):
             with edited(owner, name):
                 merged = output()
-        # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
+        # Both use the same weights, bit for bit; kernels may sum in another order, which changes far less.
         if merged is not plain and distance([active], [merged]) > 1e-2 * distance([plain], [merged]):
             with UsedAsTheyAre(weights) as used:
                 output()
             return Verification(
                 False,
                 f"Adapter {name!r} acts in part only: the output differs from that of the merged weights. "
-                f"{used.names or 'Some weights'} are read where a change that is not merged does not reach: not as an "
-                "attribute of their module, or outside of the model that the adapter was added to. Merge the adapter, "
-                "by merge_adapter() or merge_and_unload() of the PeftModel, or leave such modules out by "
+                f"{used.names or 'Some weights'} are read in a way that an unmerged change does not reach: not as an "
+                "attribute of their module, or outside of the model that the adapter was added to. Merge the adapter "
+                "with merge_adapter() or merge_and_unload() of the PeftModel, or leave such modules out with "
                 "exclude_modules.",
             )
         change = distance([active], [plain])
@@ -102,7 +102,7 @@ def verify_adapter(
 
 
 def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
-    """What a GRADIEND adapter that acts does, in words, and what rounding leaves of it, if that is worth a remark."""
+    """Say in words what an acting GRADIEND adapter does; and how much rounding leaves of it, if not nearly all."""
     layers, parameters = gradiend_layers(model, name).values(), targeted_parameters(model, name).values()
     share = sum(edit.values.numel() for layer in layers for _, edit in layer.edits_of(name))
     total = sum(parameter.numel() for parameter in parameters)
@@ -118,7 +118,7 @@ def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple
 
 
 def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
-    """What an erasure that acts does, in words, and what was measured when it was fitted."""
+    """Say in words what an acting erasure does; and what was measured when it was fitted."""
     ranks = [x.eraser_state(found.name)[0].shape[-1] for x in site_layers(found.owner, found.name).values()]
     config, told = found.config, Provenance.of(found.config)
     shared = f" of {len(config.fitted_modules)} modules" if len(config.fitted_modules) > len(ranks) else ""
@@ -136,7 +136,7 @@ def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     def shown(site: str) -> str:
         ends = [f"{end:.2f}" for end in told.leakage_intervals.get(site, ())]
         interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if ends else ""
-        before, after = (max(0.0, value) for value in leakage[site])  # older versions kept a sign
+        before, after = (max(0.0, value) for value in leakage[site])  # older versions wrote signed values
         return f"{site} {before:.3f} → {after:.3f}{interval}"
 
     sites = [name for name in leakage if "last_hidden_state" not in name]
@@ -175,12 +175,12 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
 
 
 def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
-    """What gives the first floating-point tensor of the model around an adapter, or of a wrapper for the batch."""
+    """A function that returns the first floating-point output of the model around an adapter, or of its wrapper."""
     callee: nn.Module = callee_of(model, found.model)
     inputs = inputs_of(batch or {})
     if batch is None:
         inputs = dummy_batch(found.model)
-    else:  # a `**kwargs` takes anything and tells nothing
+    else:  # a forward with `**kwargs` takes any input, so only named parameters count
         inner, outer = (inputs.keys() <= inspect.signature(m.forward).parameters.keys() for m in (found.model, model))
         callee = model if outer and not inner else callee
 
