@@ -611,7 +611,7 @@ def test_an_adapter_is_exported_as_it_acts_alone_and_nothing_changes(tmp_path: P
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LayerNorm' cannot be merged: its activation goes into `add`"):
         export_to_lora(fitted("bert"), "gender", tmp_path / "new")
-    with pytest.raises(ValueError, match=r"lora_bias=True, and PEFT does not support that for 'transformer.wte'"):
+    with pytest.raises(ValueError, match=r"lora_bias=True, and PEFT does not support this for 'transformer.wte'"):
         export_to_lora(fitted("gpt2", ("wte", "c_fc")), "gender", tmp_path / "new")
     with pytest.raises(ValueError, match=r"'nowhere' is not an hf_erasure adapter .*; those here are \['gender'\]"):
         export_to_lora(fitted("gpt2", ("c_fc",)), "nowhere", tmp_path / "new")
@@ -703,7 +703,7 @@ def test_merge_unties_on_request_and_says_what_it_costs(assets: Path, tmp_path: 
     result = CliRunner().invoke(app, [*command, "--untie"])
     assert result.exit_code == 0, result.output
     # A table of 512 tokens with 64 float32 numbers each.
-    assert f"tie_word_embeddings=False, which takes {512 * 64 * 4:,} bytes" in result.stdout
+    assert f"tie_word_embeddings=False), which takes {512 * 64 * 4:,} bytes" in result.stdout
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     batch = {"input_ids": torch.arange(3, 20)[None]}
     assert distance(outputs_of(merged, batch), outputs_of(model, batch)) < MERGE_TOLERANCE[torch.float32]

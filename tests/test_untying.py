@@ -81,7 +81,7 @@ def test_a_tied_table_gets_values_of_its_own_on_request_and_is_tied_again(
         wrapper.merge_adapter()
     before.assert_same(State(wrapper, batch))
 
-    with pytest.warns(UserWarning, match=r"bytes larger, and its configuration says tie_word_embeddings=False"):
+    with pytest.warns(UserWarning, match=r"bytes larger, and its configuration has tie_word_embeddings=False"):
         wrapper.merge_adapter(untie=True)
     assert distance(outputs_of(wrapper, batch), erased) < MERGE_TOLERANCE[torch.float32]
     assert not base.config.tie_word_embeddings and not base.all_tied_weights_keys

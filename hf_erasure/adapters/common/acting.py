@@ -288,7 +288,7 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
 
 @dataclass(eq=False)
 class AdapterBuffers(Iterable[str]):
-    """The names of all present buffers of adapters, read anew each time since fitting adds some, and former names."""
+    """The names of all present buffers of adapters, which fitting changes, and the names that were there before."""
 
     model: nn.Module  # the base model
     others: Iterable[str]  # the names that other code put there
@@ -381,7 +381,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
         _UNDONE.reset(token)
 
 
-# ---- what goes off when another comes --------------------------------------------------------------------------------
+# ---- adapters that go off when another comes -------------------------------------------------------------------------
 
 
 @contextmanager
@@ -427,7 +427,7 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
     copies_now = ActiveCopies(model)
     for place, name in before.items():
         acting = copies_now.on.get(place)
-        # A user who switches adapters knows of a copy in whose place another acts.
+        # A user who switches adapters knows that another copy then acts in this place.
         if acting != name and (newcomer is not None or acting is None):
             instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
             warn_user(
@@ -455,7 +455,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     if not adapter_children(model):
         return original(adapter_name)
     names, copies = check_one_copy(model, adapter_name), ActiveCopies(model)
-    note_adapters(model)  # a class of a task may have added its head since
+    note_adapters(model)  # a task class of PEFT may have added its head since
     ours = {name for name, config in adapters_now(model).configs.items() if isinstance(config, ChildConfig)}
     # `add_adapter` ends with the same call as a user's: only the running frames tell the two apart.
     running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")

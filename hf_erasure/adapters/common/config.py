@@ -64,7 +64,7 @@ class ChildConfig(PeftConfig):
     places: ClassVar[str] = "modules"  # what messages call the modules where the adapter acts
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"  # a configuration to write in a message
     remedy: ClassVar[str]  # a sentence that says what to call so that the adapter is fitted
-    own_type: ClassVar[PeftType]  # what PEFT calls the kind
+    own_type: ClassVar[PeftType]  # PEFT's type for the kind
     # The words that `target_modules` may be, in addition to names, a pattern and "all-linear".
     words: ClassVar[tuple[str, ...]] = ()
     # Whether the user named no modules: `target_modules` was `None` or a word when this process added the adapter.
@@ -150,20 +150,20 @@ class ChildConfig(PeftConfig):
         raise NotImplementedError
 
     def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
-        """A copy with a list `modules_to_save` of its own, which names `more_to_save` too."""
+        """A copy of the configuration with its own list `modules_to_save`, to which `more_to_save` is added."""
         names = [*(self.modules_to_save or ()), *more_to_save]
         config = copy.copy(self)
         config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
         return config
 
     def forget_modules_to_save(self, count: int) -> None:
-        """Keep `count` of the `modules_to_save`, in place, after a class of PEFT has added its head to them."""
+        """Keep `count` of the `modules_to_save`, in place, after a task class of PEFT has added its head to them."""
         if self.modules_to_save:
             del self.modules_to_save[count:]
             self.modules_to_save = self.modules_to_save or None
 
     def take_fitted(self, saved: ChildConfig) -> None:
-        """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
+        """If this configuration was never fitted, take over what fitting wrote into a saved one."""
         if saved.fitted and not self.fitted:
             for known in fields(self):
                 if known.metadata == BY_FITTING:
@@ -332,10 +332,10 @@ class Data(Part):
 
 @dataclass(frozen=True)
 class Told(Data):
-    """What only its maker knows of an adapter, and what was measured of it afterwards."""
+    """Facts that only the maker of an adapter knows, and figures that were measured afterwards."""
 
-    license: str = ""  # as the Hub writes it
-    language: list[str] = field(default_factory=list)  # codes
+    license: str = ""  # its identifier on the Hub
+    language: list[str] = field(default_factory=list)  # language codes
     results: list[Any] = field(default_factory=list)  # rows of `hf-erasure evaluate`, as the card shows them
     results_of: str = ""  # the state of the adapter when `results` were measured
 
@@ -344,7 +344,7 @@ class Told(Data):
 class Training(Part):
     """What a callback measured last while the model under the adapter was trained."""
 
-    step: int | None = None  # of the Trainer
+    step: int | None = None  # the step of the Trainer
     figures: dict[str, Any] = field(default_factory=dict)  # by the names under which they are logged
     measured_on: str = ""  # the data that the figures were measured on, in words
 
@@ -386,7 +386,7 @@ class Provenance(Part):
     leakage: dict[str, tuple[float, float]] = field(default_factory=dict)
     # Site → the two ends of the confidence interval before, and the two ends after.
     leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
-    measured_on: str = ""  # what the leakage was measured on, in words
+    measured_on: str = ""  # the data that the leakage was measured on, in words
     # Site → what its eraser leaves at a visit, as a share of `|x| |z|`. Only modules that are called several times are
     # here, and only where more than rounding is left, so that the guarantee does not hold.
     residuals: dict[str, float] = field(default_factory=dict)

@@ -108,7 +108,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self.path = path  # the host's name in the model
         # This bypasses `nn.Module.__setattr__`: the host must not become a submodule of its own child.
         self.__dict__["host"] = host
-        # Adapter name → whether it stays active beside others; in the order in which they were added.
+        # Adapter name → whether it stays on when others are activated; in the order in which they were added.
         self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
@@ -147,7 +147,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def state_placement(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype of the state; the device is the CPU where accelerate has offloaded the weights."""
-        # A quantised layer may have no floating-point weight; its packed weight tells the device.
+        # A quantised layer may have no floating-point weight; its packed weight then gives the device.
         weight = next(iter(sorted(self.host.parameters(), key=lambda p: not p.is_floating_point())), None)
         if weight is None:
             return torch.device("cpu"), self.precisions[0]

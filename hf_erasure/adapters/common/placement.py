@@ -25,7 +25,7 @@ OUT_OF_REACH = "is offloaded where it cannot be reached. Load the model on one d
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
 
 
-# ---- devices, and weights that accelerate keeps elsewhere ------------------------------------------------------------
+# ---- devices, and weights that accelerate has offloaded --------------------------------------------------------------
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -82,7 +82,7 @@ def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
 
 
 def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:
-    """The values of an offloaded parameter on the device where accelerate runs its module; None if not offloaded so."""
+    """The values of an offloaded parameter on the device where accelerate runs its module; None without its hook."""
     hook = _hook_of(module)
     value = None if hook is None else value_of(module, name)
     return None if value is None else value.to(hook.execution_device)

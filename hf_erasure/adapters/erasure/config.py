@@ -214,7 +214,7 @@ class ConceptErasureConfig(ChildConfig):
         return {name: v for name, v in super().to_dict().items() if name not in _LATER or _LATER[name] != v}
 
     def take_fitted(self, saved: Any) -> None:
-        """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
+        """If this configuration was never fitted, take over what fitting wrote into a saved one, and its strength."""
         if saved.fitted and not self.fitted:
             self.strength = saved.strength if self.strength is _FULL else self.strength
             self.target = saved.target if self.target is None else self.target

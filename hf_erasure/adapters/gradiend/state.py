@@ -1,4 +1,4 @@
-"""Functions on a model with a GRADIEND adapter: what fitting fills in, and what is done with the feature afterwards."""
+"""Functions on a model with a GRADIEND adapter: they store fitted features, and read, steer or try them afterwards."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from .layer import GradiendLayer, gradiend_layers, strength
 
 @dataclass(frozen=True)
 class StoredFeature:
-    """A feature as an adapter keeps it."""
+    """A feature as it is stored in an adapter."""
 
     pair: tuple[str, str]  # the classes at +1 and −1
-    encoder: FeatureEncoder | None  # what reads it off a gradient; None where it was fitted without `keep_encoder`
-    decoder: FeatureDecoder  # what says how weights change
+    encoder: FeatureEncoder | None  # reads the feature from a gradient; None if fitted without `keep_encoder`
+    decoder: FeatureDecoder  # gives the change of the weights
 
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The parameters that an adapter changes, by their full names without wrappers; a tied weight comes once."""
+    """Full name without wrappers → parameter that an adapter changes; a tied weight has only one entry."""
     layers, _ = _adapter(model, adapter_name, fitted=False, unmerged=False)
     return {name: layer.parameter(own) for name, layer, own in _places(layers, adapter_name)}
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
-    """What the state of an adapter will take once it is fitted, in memory and on disk, with its present `density`."""
+    """The bytes that an adapter's state takes once it is fitted, in memory and on disk, with its present `density`."""
     _, config = _adapter(model, adapter_name, fitted=False, unmerged=False)
     n = sum(p.numel() for p in targeted_parameters(model, adapter_name).values())
     pairs = config.expected_pairs()
     vectors = (3 if config.keep_encoder else 2) * pairs
     if config.density >= 0.5:
         return 4 * vectors * n
-    # One list of positions serves all pairs, another all encoders.
+    # All pairs share one list of positions, and all encoders share another.
     positions = 2 if config.keep_encoder else 1
     return 4 * (vectors + positions) * math.ceil(config.density * n)
 
@@ -53,10 +53,10 @@ def stated_bytes(model: nn.Module, adapter_name: str) -> int:
 def set_features(
     model: nn.Module, adapter_name: str, features: Sequence[Feature], pairs: Sequence[tuple[str, str]]
 ) -> None:
-    """Give an adapter its features, pruned to the `density` of its configuration, or refuse them and change nothing.
+    """Store features in an adapter, pruned to the `density` of its configuration; an error changes nothing.
 
-    The blocks of a feature, one for each pair of classes at +1 and −1, are named as in `targeted_parameters`, and
-    may be some of these. The adapter acts when `steer` has given it a learning rate, or its configuration has one.
+    There is one feature for each pair of classes, at +1 and −1. The blocks of a feature are named as in
+    `targeted_parameters`, or are some of them. The adapter acts once its learning rate is not 0.
     """
     layers, config = _adapter(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
@@ -110,7 +110,7 @@ def set_features(
 
 
 def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
-    """The features of a fitted adapter, one for each pair of classes; tensors are the adapter's own."""
+    """The features of a fitted adapter, one for each pair of classes; they share the adapter's tensors."""
     layers, config = _adapter(model, adapter_name, unmerged=False)
     places = list(_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
@@ -137,10 +137,10 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
 
 
 def steer(model: nn.Module, adapter_name: str, **strengths: Any) -> None:
-    """Say how an adapter changes the weights: `W + learning_rate · (feature_factor · Wd + bd)`.
+    """Set how strongly an adapter changes the weights: `W + learning_rate · (feature_factor · Wd + bd)`.
 
-    `strengths` are `feature_factor`, `learning_rate` and the `pair` of classes that acts; what is not given stays. In
-    place: compiled code stays valid, unless a learning rate of 0 is left or entered. A refusal changes nothing.
+    `strengths` are `feature_factor`, `learning_rate` and the `pair` of classes that acts; others stay as they are. In
+    place: compiled code stays valid, unless the learning rate changes from or to 0. An error changes nothing.
     """
     layers, config = _adapter(model, adapter_name)
     steered = _steered(config, **strengths)
@@ -152,11 +152,11 @@ def steer(model: nn.Module, adapter_name: str, **strengths: Any) -> None:
 
 @contextmanager
 def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[None]:
-    """Hold an adapter's edit in the model's own weights for a while, as a merge would leave them.
+    """Write an adapter's edit into the model's own weights inside the block, as a merge would.
 
-    `strengths` are those of `steer`; what is not given is taken from the configuration, which stays as it is. The
-    adapter itself does not act meanwhile, others do as they did. Afterwards the weights are as they were, to the bit;
-    of a sparse edit only the entries that change are read and written. Quantised and offloaded weights are refused.
+    `strengths` are those of `steer`; the others are taken from the configuration, which does not change. Inside the
+    block the adapter itself does not act, and other adapters act as before. Afterwards the weights are restored bit for
+    bit. A sparse edit reads and writes only the entries that change. Quantised and offloaded weights are refused.
     """
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))
@@ -176,10 +176,10 @@ def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[No
 
 
 def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
-    """The share of an adapter's edit that is left when the weights are rounded to their own dtype, 1 for all.
+    """The share of an adapter's edit that is left when the weights are rounded to their own dtype; 1 if all is left.
 
-    It is the length of the rounded edit along the wanted one. In bfloat16 edits far below the spacing of a weight's
-    values vanish, so that a small learning rate may do nothing. `strengths` are as of `edited`.
+    It is the rounded edit's length along the exact edit, divided by the exact edit's length. In bfloat16, edits far
+    below the spacing of a weight's values vanish, so a small edit may do nothing. `strengths` are as for `edited`.
     """
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))
@@ -189,7 +189,7 @@ def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
 def _adapter(
     model: nn.Module, name: str, *, fitted: bool = True, unmerged: bool = True
 ) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
-    """An adapter's layers and configuration; refused where it is not `fitted` or `unmerged` though it must be."""
+    """An adapter's layers and configuration; raise an error if it must be `fitted` or `unmerged` and is not."""
     found = adapter_of(model, name, GradiendConfig)
     layers = gradiend_layers(found.owner, name)
     if fitted and not found.config.fitted:
@@ -200,7 +200,7 @@ def _adapter(
 
 
 def _places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tuple[str, GradiendLayer, str]]:
-    """Each parameter that an adapter targets: its full name, its layer, and its own name there."""
+    """Each parameter that an adapter targets: its full name, its layer, and its name in the layer."""
     for path, layer in layers.items():
         for own in layer.gradiend_parameters[adapter_name]:
             yield f"{path}.{own}", layer, own
@@ -226,7 +226,7 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
 def _aligned(
     name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
-    """Common positions `(count,)` int32 of a block of all features, and their values `(features, count)` there."""
+    """Common positions `(count,)` int32 of a block in all features, and their values `(features, count)` there."""
     nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     found = [[values.get(name, nothing) for values in kind] for kind in values_of]
     filled = [value for value in found[0] if value.numel()]
@@ -255,7 +255,7 @@ def _steered(
     learning_rate: float | None = None,
     pair: Sequence[str] | None = None,
 ) -> GradiendConfig:
-    """A copy of a configuration with another strength, where one is given."""
+    """A copy of a configuration with the strengths that are given."""
     steered = copy.copy(config)
     steered.feature_factor = config.feature_factor if feature_factor is None else float(feature_factor)
     steered.learning_rate = config.learning_rate if learning_rate is None else float(learning_rate)

@@ -73,7 +73,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
 
 
 def recognise(model: nn.Module, config: ChildConfig) -> None:
-    """Check the model that a fitted adapter is attached to, and rename the adapter's modules as this model names them.
+    """Check the model to which a fitted adapter is attached, and rename the adapter's modules as this model names them.
 
     A model that lacks a site, that has a weight which the tensors do not fit, or that has other weights is refused;
     other weights are only a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Weights that were
@@ -409,7 +409,7 @@ def _token_weights(model: nn.Module) -> set[str]:
     return found
 
 
-# ---- what acts beside an adapter that is fitted, and afterwards ------------------------------------------------------
+# ---- the other adapters that act at fitting, and afterwards ----------------------------------------------------------
 
 
 def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:

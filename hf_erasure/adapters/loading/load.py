@@ -400,7 +400,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _check_saved(
     found: dict[str, tuple[int, ...]], config: ChildConfig, model: nn.Module, saved: list[str] | None, where: str
 ) -> None:
-    """Check the tensors that are not the adapter's: only those of `modules_to_save` are allowed, and `saved` must come.
+    """Check tensors that are not the adapter's: only those of `modules_to_save` are allowed, `saved` ones must exist.
 
     A task class of PEFT adds its head to the `config`; if the adapter was saved without one, the model's head stays.
     """

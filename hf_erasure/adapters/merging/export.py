@@ -55,7 +55,7 @@ _NAME = "default"
 _AFFINE = ("mean", "cls", "lasttoken", "weightedmean")
 # Poolings whose weights of tokens do not add up to one.
 _LINEAR = ("mean_sqrt_len_tokens",)
-_DEEPER = "fit one with target_modules=[…] that names the module which returns the last hidden state, and no other"
+_DEEPER = "fit one with target_modules=[…] that names only the module which returns the last hidden state"
 
 
 @dataclass(frozen=True)
