@@ -204,8 +204,11 @@ def test_a_merge_and_an_export_are_of_what_acts(site: str, changed: dict, tmp_pa
     assert distance(outputs_of(dialled.merge_and_unload(), batch), acting) < TOLERANCE
 
 
-def test_a_dial_merges_at_norms_and_a_target_asks_for_a_bias_where_there_is_none(tmp_path: Path) -> None:
-    model, batch = fitted("llama", target_modules=None), small_batch("llama", seed=5)
+@pytest.mark.parametrize("targets", [None, "readers"])
+def test_a_dial_merges_at_norms_and_a_target_asks_for_a_bias_where_there_is_none(
+    targets: str | None, tmp_path: Path
+) -> None:
+    model, batch = fitted("llama", target_modules=targets), small_batch("llama", seed=5)
     half = loaded("llama", saved(model, tmp_path / "half", strength=0.5))
     acting = outputs_of(half, batch)
     assert distance(outputs_of(half.merge_and_unload(), batch), acting) < TOLERANCE

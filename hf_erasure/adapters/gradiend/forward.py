@@ -51,6 +51,11 @@ _ELSEWHERE |= {"set_input_embeddings", "set_output_embeddings", "resize_token_em
 # Attributes of a weight that do not read its values, and functions that only call these; `detach` makes changed values.
 _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad"}
 _NO_USE = {*_NO_VALUES, "__get__", "is_floating_point", "detach"}
+# What a message says of a weight in whose place another tensor is.
+GONE = (
+    "is not a parameter of the model any more, as after pruning or a parametrization. Make that permanent "
+    "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or load the adapter into its own base model."
+)
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,8 @@ class ForwardWithEdits:
             weight: Tensor | None = self.module._parameters.get(name)
             if weight is not None and weight.device.type == "meta":
                 weight = value_where_it_runs(self.module, name)
+            if weight is None and layer.acting_adapters():
+                raise ValueError(f"{layer.path}.{parameter} {GONE}")
             if weight is not None:
                 weights[name] = weight
                 edits.setdefault(name, []).extend(layer.acting_edits(parameter, weight.device))

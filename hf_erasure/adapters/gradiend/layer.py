@@ -13,7 +13,7 @@ from ..common.layer import AdapterChild, StateDict, innermost
 from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded, shared_weights
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
-from .forward import Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write
+from .forward import GONE, Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write
 
 CHILD = "gradiend"
 # A module that owns a parameter, with the parameter's name there.
@@ -47,9 +47,9 @@ class GradiendLayer(AdapterChild):
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter of the module, by its own name."""
-        parameter = self.owner._parameters[name]
+        parameter = self.owner._parameters.get(name)
         if parameter is None:
-            raise ValueError(f"{self.path}.{name} is gone from the model: load the adapter into its own base model.")
+            raise ValueError(f"{self.path}.{name} {GONE}")
         return parameter
 
     def add_adapter(self, name: str, config: GradiendConfig, parameters: tuple[str, ...] = ()) -> None:

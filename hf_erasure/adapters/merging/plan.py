@@ -339,7 +339,9 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     layers = erasure_layers(model)
     why = f"for which {lacking[sites[0]]!r} would need a bias, and has none."
     edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
-    if not any(layers[edit.path].concept_erasure_bias[edit.adapter].any() for edit in edits):  # they are linear maps
+    holders = [layers[edit.path].erasures[edit.adapter].holder for edit in edits]
+    biases = [holder.concept_erasure_bias[edit.adapter] for holder, edit in zip(holders, edits, strict=True)]
+    if not any(bias.any() for bias in biases):  # they are linear maps
         raise ValueError(
             f"The erasure at {sites[0]!r} cannot be merged: it moves activations to a target, {why} Remove the target "
             "first, hf_erasure.set_target(model, name, None), or use this adapter unmerged."

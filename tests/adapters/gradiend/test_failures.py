@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from hf_erasure.adapters import (
     GradiendConfig,
@@ -279,6 +280,35 @@ def test_quantised_weights_are_refused(gradiends: Gradiends):
     model.add_adapter(config_of(exclude_modules=["layer.0.output.dense"]), adapter_name=NAME)
     assert "encoder.layer.0.output.dense" not in gradiend_layers(model)
     assert "encoder.layer.1.output.dense" in gradiend_layers(model)
+
+
+def _shrunk(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", nn.Softshrink())
+
+
+def _pruned(module: nn.Module) -> None:
+    prune.l1_unstructured(module, "weight", amount=0.3)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "kept"),
+    [(_shrunk, parametrize.remove_parametrizations), (_pruned, prune.remove)],
+    ids=["parametrized", "pruned"],
+)
+def test_a_weight_that_is_no_parameter_any_more_is_not_passed_over(replaced, kept, gradiends: Gradiends):
+    """Without an error the model would run with the change of all other weights."""
+    model = gradiends.base("bert")
+    model.load_adapter(gradiends.folder("bert"), adapter_name=NAME)
+    query = model.encoder.layer[0].attention.self.query
+    replaced(query)
+    for used in (lambda: outputs_of(model, batch_of("bert")), lambda: targeted_parameters(model, NAME)):
+        with pytest.raises(ValueError, match=r"query\.weight is not a parameter .* any more.*remove_parametrizations"):
+            used()
+    model.disable_adapters()
+    off = outputs_of(model, batch_of("bert"))
+    model.enable_adapters()
+    kept(query, "weight")
+    assert not same(outputs_of(model, batch_of("bert")), off)
 
 
 def test_merging_into_weights_that_were_offloaded_changes_nothing(gradiends: Gradiends):
