@@ -103,9 +103,9 @@ def combine_adapters(
         config = _combined(holder, concepts, into, sticky)
         if len(config.fitted_sites or ()) > 1:
             warnings.warn(
-                f"{into!r} was combined from erasers that were fitted while the other concepts were still there "
-                "upstream. It is exact at the sites whose input the other adapters leave alone, such as the first one; "
-                "what arrives at deeper sites is changed by all of them. To erase the concepts from the whole network, "
+                f"{into!r} was combined from erasers that were fitted while the other concepts were not erased "
+                "upstream. It is exact at the sites whose input the other adapters do not change, such as the first "
+                "one; all of them change the input of deeper sites. To erase the concepts from the whole network, "
                 "fit anew: give batches={name: …} with the labels of each.",
                 stacklevel=2,
             )

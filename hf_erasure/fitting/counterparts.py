@@ -51,7 +51,7 @@ def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> lis
     table: dict[str, Any] = dict(counterparts)
     if all(isinstance(value, str) for value in table.values()):
         if len(classes) != 2:
-            raise PairError(f"{{word: word}} serves two classes; for {len(classes)} write {{class: [words]}}")
+            raise PairError(f"{{word: word}} is for two classes; for {len(classes)} write {{class: [words]}}")
         rows: list[tuple[str, ...]] = [(word, str(other)) for word, other in table.items()]
     else:
         lengths = {name: len(words) for name, words in table.items() if not isinstance(words, str)}
@@ -139,7 +139,7 @@ class CounterpartWords:
 
         Raises:
             PairError: The table does not fit the classes.
-            ValueError: There is no such file or table, or it cannot be read.
+            ValueError: The file or table does not exist, or cannot be read.
         """
         if isinstance(source, Mapping):
             return cls(source, classes)

@@ -325,7 +325,7 @@ def conclude(
     if report.residuals:
         warnings.warn(report.shortfall, stacklevel=3)
     if report.outlook and _FAR * report.groups < max(line.width or 0 for line in lines):
-        logger.warning("%r was fitted on far fewer texts than activations are wide. %s", task.name, report.outlook)
+        logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()
     absent = [label for label, share in zip(config.labels or (), shares, strict=False) if share == 0]

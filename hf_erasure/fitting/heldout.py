@@ -105,7 +105,7 @@ def measure(
     if fitted:
         warnings.warn(
             f"{fitted} of the {examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
-            "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
+            "figures are on fitted rows, and say little about others. Give rows that are not in batches.",
             stacklevel=4,
         )
     groups = measurement.environments or range(len(own.hashes) or examples)

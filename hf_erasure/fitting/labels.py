@@ -404,7 +404,7 @@ class BatchLabels:
                 raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
             if labels.shape[1] == z_dim and lengths and z_dim not in lengths:
                 raise ValueError(
-                    f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1)."
+                    f"{of} cannot be matched with the tokens: for one-hot rows write concept_labels.argmax(1)."
                 )
         strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= z_dim)]
         if self._by_class and strange.numel():

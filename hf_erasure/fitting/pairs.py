@@ -31,7 +31,7 @@ class Pairs:
         """Read and check the pairs of a batch.
 
         Raises:
-            ValueError: There is not one id for each row, or a pair is not of two texts of two classes.
+            ValueError: The rows do not have one id each, or a pair is not of two texts of two classes.
         """
         text_of, labels = (ids_in(batch, name, rows) for name in ("concept_pairs", "concept_pair_labels"))
         words = batch.get("concept_words")
@@ -121,7 +121,7 @@ def ids_in(batch: Mapping[str, Any], name: str, rows: int, count: int | None = N
     """`(rows,)` int64 ids that a batch has under a name, on the CPU; below `count` where one is given.
 
     Raises:
-        ValueError: There is not one id for each row, or one is out of range.
+        ValueError: The rows do not have one id each, or an id is out of range.
     """
     given = batch.get(name)
     ids = torch.as_tensor([] if given is None else given, device="cpu")

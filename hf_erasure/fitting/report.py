@@ -312,7 +312,7 @@ class ErasureReport:
             ValueError: If leakage was not measured.
         """
         if not self.leakage:
-            raise ValueError("There is no leakage to plot: fit with eval_batches=….")
+            raise ValueError("Leakage was not measured, so it cannot be plotted: fit with eval_batches=….")
         figure = figures.Figure(figsize=(9, 6), layout="constrained")
         leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         measured = [line for line in self.sites if line.correlation_before is not None]

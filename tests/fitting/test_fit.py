@@ -421,7 +421,7 @@ def test_report_as_table_frame_and_plot(tmp_path: Path) -> None:
     assert "last_hidden_state" in repr(report) and "pre-LN" in repr(report)
     report.plot(str(tmp_path / "leakage.png"))
     assert (tmp_path / "leakage.png").stat().st_size > 0
-    with pytest.raises(ValueError, match="no leakage to plot"):
+    with pytest.raises(ValueError, match="Leakage was not measured, so it cannot be plotted"):
         fit(with_adapter(), small_batches("bert")).plot()
     with pytest.raises(KeyError, match="not in this report"):
         report["nowhere"]

@@ -145,7 +145,7 @@ class Progress:
         if checkpoint is True:
             checkpoint = get_last_checkpoint(str(self.root)) if self.root.is_dir() else None
             if checkpoint is None:
-                raise ValueError(f"There is no checkpoint in output_dir={str(self.root)!r} to resume from.")
+                raise ValueError(f"output_dir={str(self.root)!r} has no checkpoint: train from the start.")
         if checkpoint is None or checkpoint is False:
             return {}, {"start": 0, "step": 0}
         folder = Path(str(checkpoint))

@@ -1,7 +1,7 @@
 """Counterfactual pairs, checked and tokenised.
 
 A row has ``text`` with one ``[FEATURE]`` slot, ``factual`` and ``counterfactual`` (words that fit the slot), ``label``
-(a class name) and, for more than two classes, ``counterfactual_label``. For a classifier there is no slot, and
+(a class name) and, for more than two classes, ``counterfactual_label``. Rows for a classifier have no slot, and
 ``factual`` and ``counterfactual`` are names of the model's own labels.
 """
 
@@ -299,7 +299,7 @@ def _fault_of_words(
     """What is wrong with the slot of a text or with the two words; a word that does not align there has no tokens."""
     one, other, count, around = pair.factual, pair.counterfactual, text.count(SLOT), f"punctuation around {SLOT}"
     if count != 1:
-        found = "there is no slot" if count == 0 else f"there are {count} slots"
+        found = "the text has no slot" if count == 0 else f"the text has {count} slots"
         return f"{found}; write {SLOT} exactly once, where {one!r} goes"
     if task == "causal" and not text.partition(SLOT)[0].strip():
         return (

@@ -136,7 +136,7 @@ class GradiendTrainer:
             `cor` of each pair.
 
         Raises:
-            ValueError: If there is no training data, a gradient is not finite, or the checkpoint is not of this
+            ValueError: If training data is missing, a gradient is not finite, or the checkpoint is not of this
                 training.
         """
         if self.train_dataset is None:
@@ -269,7 +269,7 @@ class GradiendTrainer:
             ValueError: If `train` was not called.
         """
         if not self.starts:
-            raise ValueError("There are no starts to sum up: call train() first.")
+            raise ValueError("There are no starts to summarise: call train() first.")
         table = pandas.DataFrame(self.starts)
         table["converged"] = table["correlation"] >= self.args.convergence
         by_pair = table.groupby("pair", sort=False)
@@ -350,7 +350,7 @@ class GradiendTrainer:
         if fitted:
             warnings.warn(
                 f"{fitted} of the {len(dataset)} pairs measured on are pairs of train_dataset: the figures are "
-                "on fitted rows, and say little of others. Give pairs that were not learned from.",
+                "on fitted rows, and say little about others. Give pairs that were not trained on.",
                 stacklevel=3,
             )
         return in_words(len(dataset), fitted)

@@ -180,8 +180,12 @@ def test_more_than_two_classes() -> None:
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 FAULTS = {
-    "two slots": ("bert", {"text": "[FEATURE] said [FEATURE] ate"}, "there are 2 slots"),
-    "no slot": ("bert", {"text": "Tom said he ate"}, r"there is no slot; write \[FEATURE\] exactly once, where 'he'"),
+    "two slots": ("bert", {"text": "[FEATURE] said [FEATURE] ate"}, "the text has 2 slots"),
+    "no slot": (
+        "bert",
+        {"text": "Tom said he ate"},
+        r"the text has no slot; write \[FEATURE\] exactly once, where 'he'",
+    ),
     "same word": ("bert", {"counterfactual": "he"}, "factual and counterfactual are both 'he'"),
     "no text": ("bert", {"text": " "}, "text is ' '; write text there"),
     "no word": ("bert", {"counterfactual": ""}, "counterfactual is ''; write text there"),
