@@ -56,7 +56,7 @@ _MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
 
 
 class OutOfStep(Exception):
-    """A site that is called again, or that batches reach in different orders."""
+    """A site is called again, or different batches reach it in different orders."""
 
 
 class _Abandoned(BaseException):
@@ -402,7 +402,7 @@ class Record(TorchDispatchMode):
         """Read the operations, and begin the pass again."""
         self._own, self._storages, self._empty = {}, {}, set()
         with self._path.with_suffix(".operations").open("rb") as file:
-            self._entries, self._count = pickle.load(file)  # of this process, in a folder of its own
+            self._entries, self._count = pickle.load(file)  # written by this process, into its own folder
         self._position = 0
 
     def forget(self) -> None:
@@ -447,7 +447,7 @@ def _content(tensor: Tensor) -> bytes | None:
     """The bytes of a small tensor of integers or booleans, whose values Python code may read; else None."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or not 0 < tensor.numel() <= _FEW:
         return None
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # an expanded tensor
         return None
     values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return _bytes_of(values.untyped_storage()).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""From a data set to the batches that fitting reads: model inputs plus `concept_labels`.
+"""Make the batches that fitting reads from a data set: model inputs plus `concept_labels`.
 
 A batch is a plain dict. `concept_labels` has one of three forms:
 
@@ -92,7 +92,7 @@ def concept_dataloader(
             the names of a `ClassLabel`, or the sorted distinct strings. For lists of floats they name the dimensions.
         label_subwords: Whether `"all"` subwords of a word get its label or only the `"first"`.
         shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
-        seed: Seed of that order.
+        seed: Seed of the random order.
         split_between_processes: Give each process of a launcher its own share of the rows. Every row is in exactly one
             share, so shares may differ in length or be empty.
         counterfactual_column: Column of the same text with the other of two classes; a row without one has `None`
@@ -111,9 +111,9 @@ def concept_dataloader(
 
     Raises:
         TypeError: `dataset`, `tokenizer`, `labels` or a count is of the wrong type.
-        ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, there is
-            nothing to make counterfactuals of, or (while iterating) a row's label is unknown, missing, or does not
-            match its input.
+        ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words,
+            counterfactuals cannot be made of the data, or (while iterating) a row's label is unknown, missing, or does
+            not match its input.
     """
     from datasets.distributed import split_dataset_by_node
 
@@ -137,7 +137,7 @@ def concept_dataloader(
             ids = NumberedColumn.of(dataset, name, argument)
             collate.beside["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
             columns.append(name)
-    # Unused columns stay unread, except where a transform writes columns on the fly and may need any of them.
+    # Unused columns are not read, unless a transform writes columns on the fly and may need any of them.
     transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
     if not transformed and dataset.column_names is not None and set(columns) <= set(dataset.column_names):
         dataset = dataset.select_columns(list(dict.fromkeys(columns)))

@@ -1,4 +1,4 @@
-"""What an erasure does on data it was not fitted on: leakage before and after, and how far activations move.
+"""Measure an erasure on data that it was not fitted on: leakage before and after, and how far activations move.
 
 Each row is recognised by a hash of eight bytes, so that held-out rows that were also fitted on are noticed.
 """

@@ -69,7 +69,7 @@ class SiteReport:
         interval_after: The same for `correlation_after`.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.
-        change_ignored: The same over real positions without a label; needs `eval_batches`.
+        change_ignored: The same over positions without a label that are not padding; needs `eval_batches`.
     """
 
     site: str
@@ -136,8 +136,8 @@ class ErasureReport:
     def to_pandas(self) -> pandas.DataFrame:
         """The lines as rows, indexed by site; columns are attributes of `SiteReport`; `attrs` has pool and rows.
 
-        There is a column `visit` where a module is called several times in one forward pass, without a value in the
-        row of all visits together.
+        It has a column `visit` if a module is called several times in one forward pass; this column has no value in
+        the row of all visits together.
         """
         frame = pandas.DataFrame([asdict(site) for site in self.sites]).set_index("site")
         frame.attrs |= {"pool": self.pool, "reader": self.reader, "measured_on": self.measured_on}
@@ -209,7 +209,7 @@ class ErasureReport:
 
     @property
     def unsettled(self) -> list[str]:
-        """The sites that are called several times and were fitted in one pass: nothing is promised at later calls."""
+        """The sites that are called several times and were fitted in one pass: later calls have no guarantee."""
         return [line.site for line in self.sites if line.visits > 1 and line.residual is None]
 
     @property
@@ -255,7 +255,7 @@ class ErasureReport:
 
     @property
     def outlook(self) -> str:
-        """What the figures are expected to be on other texts, in a sentence; empty where nothing is expected."""
+        """What a linear probe is expected to read on other texts, in words; empty if `expected_reading` is None."""
         reads = self.expected_reading
         if reads is None:
             return ""

@@ -127,7 +127,7 @@ def task_for(
 
 
 def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureConfig], dict[str, ErasureLayer]]:
-    """An adapter that can be fitted, and its sites."""
+    """Find an adapter, check that it can be fitted, and return it with its sites."""
     found = adapter_of(model, name, ConceptErasureConfig)
     layers = site_layers(found.owner, name)
     if any(layer.merged for layer in layers.values()):
@@ -317,7 +317,7 @@ def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
 
 
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:
-    """`(rows, rank)` float64: what an eraser reads, about its bias, in the mean of each class.
+    """`(rows, rank)` float64: what an eraser reads, relative to its bias, in the mean of each class.
 
     For a concept of values, the means are those that a regression gives at the value 0 and at 1 in each column. For
     several visits, the readings are those of the mean over all visits.

@@ -31,7 +31,7 @@ Blocks = dict[str, Tensor]
 
 
 class GradientReader(SlotReader):
-    """Reads mean-loss gradients of batches off a model, as named float32 blocks.
+    """Reads mean-loss gradients of batches from a model, as named float32 blocks.
 
     One forward pass is enough for the factual and the counterfactual word, and their difference takes one backward
     pass: with one forward pass the softmax terms of ``g(factual) - g(counterfactual)`` cancel and the loss is a

@@ -71,7 +71,7 @@ class PairSet:
     def batches(
         self, batch_size: int, *, pair: Sequence[str] | None = None, seed: int | None = None, shuffle: bool = False
     ) -> list[PairBatch]:
-        """Batches of one class each (and of one counterfactual class), the classes evenly mixed.
+        """Batches that each have one class (and one counterfactual class), with the classes evenly mixed.
 
         Args:
             batch_size: Rows in a batch; the last batch of a class may be smaller.

@@ -207,7 +207,7 @@ class GradiendTrainer:
             means, and `cor_a_b` is that of the pair (a, b). For several sets the keys begin with `prefix_set`.
 
         Raises:
-            ValueError: If there is nothing to measure, or the adapter is not fitted.
+            ValueError: If an `eval_dataset` is missing, or the adapter is not fitted.
         """
         sets = self._eval_sets(eval_dataset)
         if not sets:
@@ -245,7 +245,7 @@ class GradiendTrainer:
         """Pair of classes → the function that reads its feature from a gradient; `evaluate` measures these.
 
         Raises:
-            ValueError: If the adapter is not fitted, or holds no encoder and was not fitted here.
+            ValueError: If the adapter is not fitted, or holds no encoder and was not fitted by this trainer.
         """
         if self.fitted and not self.config.keep_encoder:  # the dense encoders, as they were estimated
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
@@ -294,9 +294,9 @@ class GradiendTrainer:
 
         Args:
             goal: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"`, or the name of the class to strengthen.
-            budget: By how much language modelling may get worse: a share of the loss, for masked models of the
-                accuracy. It is held against the upper end of the cost's one-sided 95 % interval over the neutral texts,
-                so that other texts keep it too; more texts make the interval smaller.
+            budget: By how much language modelling may get worse: a share of the loss, or of a masked model's accuracy.
+                The upper end of the cost's one-sided 95 % interval over the neutral texts must be within the budget, so
+                that it holds for other texts too; more texts make the interval smaller.
             feature_factors: The grid's values of h.
             learning_rates: The grid's values of α.
             eval_dataset: Pairs whose slots are scored; report results on other pairs.

@@ -294,7 +294,7 @@ class Training:
             best["since"] += 1
             return
         best.update(size=size, since=0)
-        if correlation < 0:  # class 0 is +1
+        if correlation < 0:  # class 0 must encode to +1
             neuron.flip()
         self.progress.keep(start.number, Fitted(start.pair, neuron.feature(), abs(correlation), step, start.seed))
 
