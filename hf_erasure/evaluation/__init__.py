@@ -1,4 +1,4 @@
-"""Measure a model before and after adapters: bias, what is still readable, and what was paid for it."""
+"""Measure a model before and after adapters: bias, what is still readable, and the cost in capability."""
 
 from .data import LAYOUT, DataFolder, MissingData
 from .loading import AdapterDoesNotAct

@@ -1,4 +1,4 @@
-"""The folder of data that an evaluation reads: how it is laid out, and what to say where a part is missing."""
+"""The folder of data that an evaluation reads: its layout, and the error where a part is missing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_erasure.metrics import readers
 
 T = TypeVar("T")
 
-# Part → the files that are looked for, and what the folder should hold.
+# Part → the pattern of its files, and what its folder should hold, in words.
 _PARTS = {
     "bias-in-bios": ("*.csv", "*.csv with the columns hard_text (or text), profession and gender"),
     "crows-pairs": ("crows_pairs_anonymized.csv", "crows_pairs_anonymized.csv"),
     "seat": ("*.jsonl", "sent-weat6.jsonl, … as in bias-bench"),
     "stereoset": ("dev.json", "dev.json"),
-    "ud-ewt": ("*.conllu", "*.conllu; the file of the test split is read where there is one"),
+    "ud-ewt": ("*.conllu", "*.conllu; the file of the test split is read if there is one"),
     "winobias": (
         "*_stereotyped_type*.txt.*",
         "pro_ and anti_stereotyped_type1 and 2 .txt.dev, female_occupations.txt, male_occupations.txt",
@@ -29,21 +29,21 @@ _PARTS = {
 }
 LAYOUT = {name: holds for name, (_, holds) in _PARTS.items()}
 TEXTS = ("wikitext-2", "tinystories-sample")
-# Shorter lines are headings and fragments.
+# The fewest characters of a line that is read: shorter lines are headings and fragments.
 _LEAST_CHARACTERS = 40
-# Of longer paragraphs the beginning is read: more paragraphs say more than long ones.
+# The most characters that are read of a paragraph: many paragraphs measure more than a few long ones.
 _MOST_CHARACTERS = 200
 _TREEBANK_TEXT = re.compile(r"#\s*text\s*=\s*(.*\S)")
 _WORD_NUMBER = re.compile(r"\d+(-\d+)?")
 
 
 class MissingData(ValueError):
-    """A part of the data folder is not there; the message says which file was looked for."""
+    """A part of the data folder is missing; the message says which file is expected."""
 
 
 @dataclass(frozen=True)
 class Biographies:
-    """Texts, which a file may have rid of the name of the profession, with each person's profession and gender."""
+    """Texts, from which a file may have removed the profession, with each person's profession and gender."""
 
     texts: list[str]
     professions: list[str]
@@ -52,29 +52,29 @@ class Biographies:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence as it was written, and `(start, end, tag)` of every word in its characters."""
+    """A sentence as it was written, and for every word `(start, end, tag)`, in characters of the sentence."""
 
     text: str
     spans: list[tuple[int, int, str]]
 
     def tags(self, offsets: list[tuple[int, int]]) -> list[str | None]:
-        """The tag of the word each token's last visible character belongs to, None where there is none."""
+        """For each token the tag of the word to which its last visible character belongs; None without such a word."""
         owner = {at: tag for start, end, tag in self.spans for at in range(start, end)}
         found: list[str | None] = []
         for start, end in offsets:
             visible = [at for at in range(start, end) if not self.text[at].isspace()]
             found.append(owner.get(visible[-1]) if visible else None)
-        # Some tokenizers put a lone mark of a word's beginning before the first word; like every other it has no tag.
+        # Some tokenizers put a separate mark of the beginning of a word before the first word; the mark has no tag.
         if len(offsets) > 1 and offsets[0] == (0, 1) and offsets[1][0] == 0:
             found[0] = None
         return found
 
 
 class DataFolder:
-    """A folder laid out as `LAYOUT` says; parts are looked for when they are asked for.
+    """A folder with the layout `LAYOUT`; a part is looked for when it is read.
 
-    Of each part there are at most `limit` items, spread evenly; all when None. `left_out` has, of the parts that were
-    asked for, file → its rows that could not be read. Raises `MissingData` if there is no such folder.
+    Each part gives at most `limit` items, evenly spread; all when None. `left_out` has, for the parts that were read,
+    file → its rows that could not be read. Raises `MissingData` if the folder does not exist.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
@@ -85,10 +85,10 @@ class DataFolder:
             raise MissingData(f"--data {self.path}: there is no such folder. It should hold {layout}.")
 
     def part(self, name: str) -> Path:
-        """The folder of a part. Raises `MissingData` if the part or its files are not there."""
+        """The folder of a part. Raises `MissingData` if the part or its files are missing."""
         folder, (files, holds) = self.path / name, _PARTS[name]
         if not folder.is_dir() or not any(folder.glob(files)):
-            raise MissingData(f"{self.path} has no {name}/{files}: put there {holds}")
+            raise MissingData(f"{self.path} has no {name}/{files}: add {holds}")
         return folder
 
     def file(self, name: str) -> Path:
@@ -96,9 +96,9 @@ class DataFolder:
         return self.part(name) / _PARTS[name][0]
 
     def biographies(self) -> Biographies:
-        """Biographies, sorted by profession and gender before they are thinned, so that all kinds stay.
+        """Biographies, sorted by profession and gender before `limit` is applied, so that all kinds stay.
 
-        Raises `MissingData` if there are none, or a column is missing.
+        Raises `MissingData` if the part is missing, and `ValueError` if a column is missing.
         """
         rows: list[tuple[str, str, str]] = []
         for path in sorted(self.part("bias-in-bios").glob("*.csv")):
@@ -108,36 +108,36 @@ class DataFolder:
         return Biographies([r[2] for r in rows], [r[0] for r in rows], [r[1] for r in rows])
 
     def sentences(self) -> list[Sentence]:
-        """Sentences of the treebank with a part of speech a word."""
+        """Sentences of the treebank, with the part of speech of each word."""
         folder = self.part("ud-ewt")
         files = sorted(folder.glob("*test*.conllu")) or sorted(folder.glob("*.conllu"))
         return readers.spread([sentence for path in files for sentence in self._noted(read_treebank(path))], self.limit)
 
     def texts(self) -> dict[str, list[str]]:
-        """Running text by its kind, a paragraph (the beginning of a long one) an entry.
+        """Kind of running text → its paragraphs, of long ones the beginning.
 
-        Raises `MissingData` if there is none of any kind.
+        Raises `MissingData` if there is no text of any kind.
         """
         places = {name: f"{name}/{_PARTS[name][0]}" for name in TEXTS}
         found = {name: self.paragraphs(name) for name, place in places.items() if (self.path / place).is_file()}
         if not found:
-            raise MissingData(f"{self.path} has no text: put there {' or '.join(places.values())}")
+            raise MissingData(f"{self.path} has no text: add {' or '.join(places.values())}")
         return found
 
     def paragraphs(self, name: str) -> list[str]:
-        """Running text of one kind, as `texts` has it."""
+        """The paragraphs of one kind of running text, as in `texts`."""
         path, expected = self.file(name), f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
         lines = [(where, line.strip()) for where, line in readers.lines_of(path)]
         long = [(where, line) for where, line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
         return readers.spread(self._noted(readers.good_rows(path, long, _cut, expected)), self.limit)
 
     def occupations(self) -> list[tuple[str, str]]:
-        """Occupations and the gender that most who have them are of, as WinoBias lists them."""
+        """Occupations and the gender of most people who have them, as WinoBias lists them."""
         folder, found = self.part("winobias"), []
         for gender in ("female", "male"):
             path = folder / f"{gender}_occupations.txt"
             if not path.is_file():
-                raise MissingData(f"{folder} has no {path.name}: put there {LAYOUT['winobias']}")
+                raise MissingData(f"{folder} has no {path.name}: add {LAYOUT['winobias']}")
             names = self._noted(readers.good_rows(path, readers.content_lines(path), str.strip, "an occupation a line"))
             found += [(name, gender) for name in names]
         return found
@@ -155,14 +155,14 @@ def _biography(cells: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _cut(text: str) -> str:
-    """The beginning of a text, whole words; where words are not parted by spaces, as many characters."""
+    """The beginning of a text in whole words; in whole characters if its words are not separated by spaces."""
     beginning = text[:_MOST_CHARACTERS]
     space = beginning.rfind(" ")
     return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
 
 
 def read_treebank(path: str | Path) -> readers.Rows[Sentence]:
-    """The sentences of a CoNLL-U file; those that cannot be read are left out and named by their first line.
+    """The sentences of a CoNLL-U file; sentences that cannot be read are left out and named by their first line.
 
     Raises `ValueError` if no sentence can be read.
     """
@@ -170,7 +170,7 @@ def read_treebank(path: str | Path) -> readers.Rows[Sentence]:
 
 
 def _blocks(path: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """The first line and the lines of every sentence; comments without a word after them are not a sentence."""
+    """The place of the first line, and the lines, of every sentence; comments without words are not a sentence."""
     for has_text, rows in itertools.groupby(readers.lines_of(path), key=lambda row: bool(row[1].strip())):
         places, block = zip(*rows, strict=True)
         if has_text and any(not line.startswith("#") for line in block):
@@ -180,9 +180,9 @@ def _blocks(path: str | Path) -> Iterator[tuple[str, list[str]]]:
 def read_sentence(lines: list[str]) -> Sentence:
     """One sentence of a CoNLL-U file.
 
-    A line `1-2` holds a surface token that is several words ("don't": "do" + "n't"). Where these spell it, each has its
-    own characters; where they do not ("im": "I" + "am"), the characters have no tag. Raises `BadRow` if the lines do
-    not say how the sentence was written, or a word is not in it.
+    A line `1-2` holds a surface token that is several words ("don't": "do" + "n't"). If the words spell the token, each
+    has its own characters; if they do not ("im": "I" + "am"), the characters have no tag. Raises `BadRow` if the lines
+    lack the text of the sentence, or a word is not in it.
     """
     text = next((match.group(1) for line in lines if (match := _TREEBANK_TEXT.match(line))), "")
     if not text:
@@ -192,7 +192,7 @@ def read_sentence(lines: list[str]) -> Sentence:
     for row in rows:
         if not _WORD_NUMBER.fullmatch(row[0]) or ("-" not in row[0] and len(row) < 4):
             raise readers.BadRow(
-                f"has {' '.join(row)!r} where a word has number, form, lemma and part of speech, parted by tabs"
+                f"has {' '.join(row)!r} where a word has number, form, lemma and part of speech, with tabs between"
             )
     words = {int(row[0]): (row[1], row[3]) for row in rows if "-" not in row[0]}
     spans, position, inside = [], 0, 0
@@ -210,7 +210,7 @@ def read_sentence(lines: list[str]) -> Sentence:
         position = start + len(row[1])
         if "".join(form for form, _ in members) == row[1]:
             for form, tag in members:
-                if tag != "_":  # no part of speech was given
+                if tag != "_":  # "_": without a part of speech
                     spans.append((start, start + len(form), tag))
                 start += len(form)
     return Sentence(text, spans)

@@ -1,4 +1,4 @@
-"""A model with none, one or several adapters, loaded anew, and checked that they act."""
+"""Load a model anew with no adapter, one or several, and check that the adapters act."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ BASE, TOGETHER = "base", "together"
 
 
 class AdapterDoesNotAct(ValueError):
-    """An adapter that is to be measured leaves the model as it is; the message says why."""
+    """An adapter to measure does not change the model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder, and what it is called in tables and in the model."""
+    """An adapter's folder, and its name in tables and in the model."""
 
     name: str
     folder: str
@@ -46,19 +46,19 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What it is, in a word or two."""
+        """The kind of adapter, in a word or two."""
         return str(self.config.described) if isinstance(self.config, ChildConfig) else str(self.config.peft_type.value)
 
     @property
     def pools(self) -> list[str]:
-        """The pools that an erasure was fitted for; nothing for other kinds, and where it does not say."""
+        """The pools that an erasure was fitted for; empty for other kinds, and if the erasure does not name any."""
         kept = Provenance.of(self.config).pool if isinstance(self.config, ConceptErasureConfig) else ""
         return [name for name in kept.split("+") if name in POOLS]
 
     def host(self, model: Any) -> Any:
-        """The model that it is loaded into: this one, or its backbone where it was fitted on that alone.
+        """The model that the adapter is loaded into: `model`, or its backbone if it was fitted on the backbone alone.
 
-        None where neither has the modules that it was fitted on.
+        None if neither has the modules that the adapter was fitted on.
         """
         if not isinstance(self.config, ChildConfig):
             return model
@@ -68,7 +68,7 @@ class Adapter:
         return None
 
     def acts(self, model: nn.Module) -> tuple[bool, str]:
-        """Whether it does, and what `verify_adapter` says; of other kinds, whether the output differs without it."""
+        """Whether the adapter acts, in words too: by `verify_adapter`, or for other kinds by the outputs without it."""
         if isinstance(self.config, ChildConfig):
             found = verify_adapter(self.host(model) or model, self.name)
             return found.ok, found.text
@@ -86,7 +86,7 @@ class Adapter:
             switched.set_adapter(others) if others else switched.disable_adapters()
             without = outputs()
             switched.enable_adapters()
-            for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
+            for wrapper in auxiliary_wrappers(model).values():  # `enable_adapters` leaves these out
                 wrapper.enable_adapters(True)
             switched.set_adapter(active)
         change = distance(now, without)
@@ -96,7 +96,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Entry:
-    """One column of the tables: the base, an adapter, or all adapters; learning rates of GRADIEND times `strength`."""
+    """A column of the tables: the base, an adapter, or all adapters; GRADIEND's learning rates are times `strength`."""
 
     name: str
     adapters: tuple[Adapter, ...] = ()
@@ -112,7 +112,7 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{folder} holds no adapter with a configuration that can be read: {reason}") from error
-        # A dot parts the keys of a state dict, as do the prefixes "gradiend_" and "concept_erasure_"; hyphens are free.
+        # Dots and the prefixes "gradiend_" and "concept_erasure_" have a meaning in keys of a state dict; hyphens not.
         plain = re.sub(r"[\W_]+", "-", Path(folder).resolve().name).strip("-") or "adapter"
         plain = "gradiend-adapter" if plain == "gradiend" else plain
         taken, number, name = {BASE, TOGETHER, *(adapter.name for adapter in found)}, 2, plain
@@ -123,9 +123,9 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
 
 
 def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> list[Entry]:
-    """The base, each adapter, GRADIEND adapters at other strengths, and all adapters together where there are several.
+    """The base, each adapter, GRADIEND adapters at other strengths, and several adapters together.
 
-    Raises `ValueError` if strengths are given, and there is no GRADIEND adapter, or one is 0.
+    Raises `ValueError` if strengths are given without a GRADIEND adapter, or a strength is 0.
     """
     steered = [adapter for adapter in adapters if isinstance(adapter.config, GradiendConfig)]
     if strengths and not steered:
@@ -141,10 +141,10 @@ def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> 
 
 
 class Loader:
-    """Loads a model in one class for all entries: the first that has the modules of all adapters.
+    """Loads a model in one class for all entries: the first class that has the modules of all adapters.
 
-    `note` is what a reader of the results should know: why this is not the class of the checkpoint, if it is not, and
-    which side of an encoder-decoder is read. Raises `OSError` if there is no such model.
+    `note` is for a reader of the results: why the class is not that of the checkpoint, if it differs, and which side of
+    an encoder-decoder is read. Raises `OSError` if the model cannot be loaded.
     """
 
     def __init__(self, model: str, adapters: Sequence[Adapter]) -> None:
@@ -155,20 +155,20 @@ class Loader:
         own = next(filter(None, map(model_class, self._config.architectures or [])), AutoModel)
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         others = filter(None, (model_class(Provenance.of(adapter.config).base_class) for adapter in ours))
-        # The class that the model is loaded in.
+        # The class in which the model is loaded.
         self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._lacking(kind, ours)), own)
         notes = []
         if getattr(self._config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
         if self.kind is not own:
             notes.append(
-                f"loaded as {self.kind.__name__} and not as {own.__name__}, since only there are the modules that "
+                f"loaded as {self.kind.__name__} and not as {own.__name__}, which lacks modules that "
                 f"{self._lacking(own, ours)[0]} was fitted on"
             )
         self.note = "; ".join(notes)
 
     def _lacking(self, kind: Any, adapters: list[Adapter]) -> list[str]:
-        """The adapters whose modules a model of a class does not have."""
+        """The names of the adapters whose modules a model of a class does not have."""
         with torch.device("meta"):
             model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
         return [adapter.name for adapter in adapters if adapter.host(model) is None]
@@ -180,13 +180,13 @@ class Loader:
         """
         model: Any = self.kind.from_pretrained(self.path).to(Processes().device).eval()
         with warnings.catch_warnings():
-            # Said when the second adapter is loaded; below all are made active.
+            # Warnings when a second adapter is loaded; all adapters are made active below.
             warnings.filterwarnings("ignore", message="(Adding .* switched |Other adapters act here)")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in entry.adapters:
                 (adapter.host(model) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
-        # A model and its backbone may hold adapters of their own, and neither's set_adapter knows the other's.
+        # A model and its backbone may both hold adapters, and `set_adapter` of one does not know those of the other.
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.set_adapter(names)
@@ -200,10 +200,10 @@ class Loader:
 
 
 def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """By which a base and the adapters that are evaluated are known again.
+    """Digests by which the base and the adapters of an evaluation can be recognised later.
 
-    `base` is a digest of a sample of all weights; of `adapters` by name `adapter` is a digest of its values, and `base`
-    the weights of this model, where the adapter keeps a sample of its own base.
+    `base` is a digest of a sample of all weights. `adapters` has for each name `adapter`, a digest of its values, and
+    `base`, the weights of this model at the sample that the adapter keeps of its own base, if it keeps one.
     """
     found: dict[str, Any] = {}
     for adapter in adapters:
@@ -216,9 +216,9 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
 
 
 def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
-    """What `Adapter.acts` says of each adapter of an entry.
+    """What `Adapter.acts` says about each adapter of an entry.
 
-    Raises `AdapterDoesNotAct` if one is false, unless `allow_inactive`.
+    Raises `AdapterDoesNotAct` if one does not act, unless `allow_inactive`.
     """
     said = {}
     for adapter in entry.adapters:
@@ -226,6 +226,6 @@ def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) ->
         said[adapter.name] = text
         if not acts and not allow_inactive:
             raise AdapterDoesNotAct(
-                f"{text} Its numbers would be those of the base. (--allow-inactive measures it all the same.)"
+                f"{text} Its numbers would be those of the base. (--allow-inactive measures it nevertheless.)"
             )
     return said

@@ -1,4 +1,4 @@
-"""The measures of the tables: what each needs, how it is read, and how it is taken of a model."""
+"""The measures of the tables: what each needs, what its number means, and how it is computed for a model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hf_erasure.models.scorer import FINAL
 from .data import DataFolder
 from .subject import Subject, TokenStates
 
-# Folds of the probes of single tokens; a tag with fewer than two tokens a fold is too rare to be probed.
+# Folds of the probes of single tokens; a tag in fewer sentences than two for each fold is too rare for a probe.
 _TOKEN_FOLDS = 3
-# Texts of a pseudo-perplexity at most, and tokens of its windows: a masked model reads a row for each token.
+# The most texts of a pseudo-perplexity, and the tokens of its windows: a masked model reads a row for each token.
 _PSEUDO_TEXTS, _PSEUDO_WINDOW = 40, 64
 # Rows of a batch of windows.
 _PERPLEXITY_ROWS = 32
-# Texts of each kind: the base's states of all of them are kept in memory.
+# The most texts of each kind for the distortion: the base's states of all of them are kept in memory.
 _DISTORTION_TEXTS = 300
 GENDER_SEAT = ("sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-weat8", "sent-weat8b")
 
@@ -39,22 +39,22 @@ class Measure:
     """One row of the tables."""
 
     key: str  # its name in the results
-    title: str  # in the tables
-    purpose: str  # `"bias"`, or `"capability"`, what was paid
+    title: str  # its name in the tables
+    purpose: str  # `"bias"`, or `"capability"`, for the cost
     figure: str  # which number of the result is the main one
     better: str  # `"lower"`, `"higher"` or `"closer"` to the ideal
-    ideal: float  # of a model without the bias, or without loss
+    ideal: float  # the value of a model without the bias, or without loss
     says: str  # what the number is, in a sentence
-    # Of a subject that pools as the measure does, the metric's whole result with `intervals`.
+    # A subject that pools as the measure does → the metric's whole result with `intervals`.
     take: Callable[[Subject], dict[str, Any]]
     needs_head: bool = False  # whether the model must predict words
-    source: str = ""  # paper and address, where it is one of the field's
+    source: str = ""  # paper and address, if the measure is an established one
     harness: str | None = None  # the task of lm-evaluation-harness that measures the same on causal models
-    concept: str | None = None  # what it is a measure of; None where it is of no concept
-    pool: str | None = None  # of a measure of pooled states, which pool it reads; None of others
+    concept: str | None = None  # the concept that it measures; None if it measures none
+    pool: str | None = None  # the pool, if it reads pooled states; None otherwise
 
     def described(self) -> dict[str, Any]:
-        """Its facts for the results."""
+        """The facts of the measure for the results."""
         ideal = self.ideal if math.isfinite(self.ideal) else None
         names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness", "concept", "pool")
         return {**{name: getattr(self, name) for name in names}, "ideal": ideal}
@@ -73,7 +73,7 @@ def _of_metric(
 
 
 def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
-    """Leakage of parts of speech, tags too rare to be in every fold left out and named."""
+    """Leakage of parts of speech; tags that are too rare to be in every fold are left out and named."""
     of_tag: dict[str, set[int]] = {}
     for tag, sentence in zip(tokens.tags, tokens.sentences, strict=True):
         of_tag.setdefault(tag, set()).add(sentence)
@@ -86,7 +86,7 @@ def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, A
 
 
 def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) -> list[dict[str, Any]]:
-    """Linear leakage of `"gender"` or `"pos"` (at so many tokens) at every layer, with intervals."""
+    """Linear leakage of `"gender"`, or of `"pos"` at no more than `most_tokens`, at every layer, with intervals."""
     if concept == "gender":
         genders = subject.biographies.genders
         return [
@@ -103,7 +103,7 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
 
 
 def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
-    """A linear probe of a concept, and those that are not; a kernel is for texts, as it takes all pairs of rows."""
+    """A linear probe of a concept, and nonlinear ones; the kernel is for texts only, as it reads all pairs of rows."""
     kinds = {
         "linear": ("linear", says),
         "mlp": ("MLP", "the same with a multilayer perceptron: what is not linearly readable may still be readable"),
@@ -121,7 +121,7 @@ def _asked(subject: Subject, ask: Callable[..., dict[str, Any]], source: Path, *
 
 
 def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
-    """Computed once a subject, as two figures are of one result."""
+    """StereoSet, computed once for a subject: two measures are figures of one result."""
     key = f"stereoset {bias_types}"
     if key not in subject.kept:
         subject.kept[key] = _asked(
@@ -132,7 +132,7 @@ def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, 
 
 
 def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
-    """StereoSet and CrowS-Pairs, of one kind of bias or of all."""
+    """StereoSet and CrowS-Pairs, for one kind of bias or for all."""
     stereoset = partial(_stereoset, bias_types=bias_types)
     name, suffix = f" ({of or 'all kinds'})", f"_{of}" if of else ""
     return [
@@ -219,7 +219,7 @@ SUITES = (*_CONCEPTS, "all")
 def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
     chosen, longest = subject.data.paragraphs(name), subject.longest
     if subject.head == "masked":
-        # A forward row a token: few texts, and windows that are short.
+        # A masked model reads a row for each token: use few texts and short windows.
         chosen, longest = spread(chosen, _PSEUDO_TEXTS), min(longest, _PSEUDO_WINDOW)
     return benchmarks.text_perplexity(
         subject.model, subject.tokenizer, chosen, max_length=longest, batch_size=_PERPLEXITY_ROWS, **subject.statistics
@@ -246,7 +246,7 @@ def _distortion(subject: Subject) -> dict[str, Any]:
 
 
 def _capability_measures(data: DataFolder) -> list[Measure]:
-    """What is paid, in every suite; perplexity on each kind of text that is there."""
+    """The measures of the cost, in every suite; perplexity on each kind of text that the folder has."""
     kinds = [name for name in ("wikitext-2", "tinystories-sample") if (data.path / name).is_dir()] or ["wikitext-2"]
     return [
         *(
@@ -273,9 +273,9 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
 
 
 def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
-    """What a suite measures, capability at the end; what reads pooled states once for each pool.
+    """The measures of a suite, capability at the end; a measure of pooled states is there once for each pool.
 
-    The first pool keeps a measure's key, and the mean alone its title.
+    The key of a measure has the pool's name except for the first pool; its title, unless the mean is the only pool.
     """
     if suite not in SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")

@@ -1,4 +1,4 @@
-"""What the report draws besides the measures: embeddings in two dimensions, probability shifts, the feature neuron."""
+"""What the report draws beside the measures: embeddings in two dimensions, probability shifts, the feature neuron."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from .data import DataFolder
 from .loading import Adapter
 from .subject import Subject
 
-# Texts of each class that a neuron reads; each takes a gradient, so they are fewer than elsewhere.
+# Texts of each class that a neuron reads; each needs a gradient, so they are fewer than for other measures.
 _NEURON_TEXTS = 40
-# Points of a picture at most, so that single ones can be told apart.
+# The most points of a picture, so that single points can be told apart.
 _POINTS = 120
 _SENTENCE_END = re.compile(r"(?<=[.?])\s+|(?<=[。！？])")
 _PREFIX = "The {} said that "
 
 
 def plane_of(states: Tensor, labels: list[str]) -> Callable[[Tensor], list[dict[str, Any]]]:
-    """A fixed plane to look at states in: along the difference of the genders' means, and across it.
+    """Fit a fixed plane in which states are drawn: along the difference of the genders' means, and across it.
 
-    Directions come from one half of the base's states `(rows, width)`, whose labels are of two kinds; only the other
-    half is drawn, of the base and of every adapter. Raises `ValueError` if there are too few rows of either kind.
+    The directions come from one half of the base's states `(rows, width)`, whose labels have two values. Only the other
+    half is drawn, for the base and for every adapter. Raises `ValueError` if a label has too few rows.
 
     Returns:
-        States → `x`, `y` and `label` of those that are drawn.
+        A function: states → `x`, `y` and `label` of the rows that are drawn.
     """
     kinds = sorted(set(labels))
     fitted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % 2 == 0
@@ -51,8 +51,8 @@ def plane_of(states: Tensor, labels: list[str]) -> Callable[[Tensor], list[dict[
     of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
     if len(kinds) < 2 or not {*kinds[:2]} <= {*of} or not shown:
         raise ValueError(
-            f"{len(labels)} biographies of the genders {kinds} are too few for a plane, whose directions come from "
-            "one half and whose points are the other: raise --limit."
+            f"{len(labels)} biographies of the genders {kinds} are too few for a plane: its directions come from one "
+            "half of them and its points from the other: raise --limit."
         )
     mean = x.mean(0)
     means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
@@ -83,7 +83,7 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
     ending = " was tired." if head == "masked" else ""
     if not known:
         raise ValueError("The tokenizer knows none of the occupations.")
-    # Both classes, as pairs have them; each text has its slot once all the same.
+    # Rows of both classes, as in pairs; each text nevertheless has its slot once.
     words = {"female": ("she", "he"), "male": ("he", "she")}
     rows = [
         {"text": _PREFIX.format(name) + SLOT + ending, "factual": one, "counterfactual": other, "label": label}
@@ -100,15 +100,15 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
 
 
 def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
-    """What the feature neuron of a GRADIEND adapter reads off texts of each class, and off neutral ones.
+    """The values of a GRADIEND adapter's feature neuron on texts of each class, and on neutral texts.
 
-    Texts are sentences of the data folder with a word of one class; the words are those of the recipe that lies beside
-    the adapter, or "she" and "he" for classes with such names. Raises `ValueError` if the adapter has no encoder, there
-    are no words for its classes, or no sentences with them.
+    Texts are sentences of the data folder with a word of one class. The words are those of the recipe beside the
+    adapter, or "she" and "he" for classes with such names. Raises `ValueError` if the adapter has no encoder, or if
+    its classes have no words, or the words no sentences.
     """
     head, tokenizer = subject.require_head(), subject.tokenizer
     handle = GradiendAdapter.of(adapter.host(subject.model), adapter.name)
-    handle.encoders()  # says so where there are none
+    handle.encoders()  # raises an error if there are none
     pair = list(handle.config.pair or (handle.config.pairs or [])[0])
     table = _words(adapter, list(handle.config.classes or []))
     texts = _sentences(subject.data)
@@ -150,14 +150,14 @@ def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
         if key in FEMALE | MALE:
             found[name] = ["she", "herself"] if key in FEMALE else ["he", "himself"]
     if len(found) < len(classes) or len({tuple(words) for words in found.values()}) < 2:
-        raise ValueError(f"no words are known for its classes {classes}; with a recipe beside the adapter they are")
+        raise ValueError(f"no words are known for its classes {classes}: put the adapter's recipe.yaml beside it")
     return found
 
 
 def _sentences(data: DataFolder) -> list[str]:
-    """Short sentences of the data folder's texts, the tamest kind of text first."""
+    """Short sentences of the data folder's texts, the simplest kind of text first."""
     texts = DataFolder(data.path).texts()
     paragraphs = [text for name in sorted(texts) for text in spread(texts[name], 1500)]
     cut = [part.strip().rstrip(".?") for text in paragraphs for part in _SENTENCE_END.split(text)]
-    # Chinese says in a third of the characters what takes as many bytes.
+    # The least length is in bytes: a Chinese sentence has as many bytes, but a third of the characters.
     return [part if part[-1] in "。！？" else f"{part}." for part in cut if len(part.encode()) > 20 and len(part) < 160]

@@ -1,7 +1,7 @@
-"""The report: one HTML file with everything in it, for light and dark, wide and narrow.
+"""The report: one HTML file that needs no other file, for light and dark, wide and narrow screens.
 
 Its pictures are drawn by matplotlib as SVG within the page, which gives them their colours. Series differ by marker and
-by the dashes of their line, so colour is never needed to tell them apart. Without matplotlib there are the tables.
+by the dashes of their line, so colour is never needed to tell them apart. Without matplotlib the page has only tables.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from hf_erasure.models.scorer import FINAL
 from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
 
 NO_PICTURES = "This report has no pictures, which need matplotlib: pip install 'hf-erasure[plot]'."
-# Variable of the page with a colour for light and one for dark → what stands for it while matplotlib draws.
+# Variable of the page, which has a colour for light and one for dark → the colour that matplotlib draws in its place.
 _INK = {name: f"#abcd{i:02x}" for i, name in enumerate(["fg", "muted", "rule", *(f"s{k}" for k in range(7))])}
 MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "x", "plus": "+"}
 _DASHES = ("-", (0, (4, 2)), (0, (1, 2)), (0, (5, 2, 1, 2)), (0, (7, 1)), (0, (1, 1)))
 # Width of a picture and height of a row, in points that the page scales to its column.
 WIDTH, _ROW = 360, 18
-# Occupations that fit into a picture, and bars of a histogram.
+# The most occupations of a picture, and the bars of a histogram.
 _OCCUPATIONS, _BINS = 18, 20
 _STYLE: Any = {
-    # Text stays text, in which nothing is a formula.
+    # Text stays text, and is never read as a formula.
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 10.5,
     "axes.labelsize": 10, "legend.fontsize": 10, "legend.frameon": False, "legend.handletextpad": 0.5,
     "xtick.labelsize": 10, "ytick.labelsize": 10,
@@ -50,19 +50,19 @@ _STYLE: Any = {
 class Picture:
     """A picture, and the words around it."""
 
-    figure: Any  # of matplotlib
-    title: str  # of the picture
-    said: str  # what is to be seen, for a screen reader
-    caption: str = ""  # stands above it; the title if left out
-    note: str = ""  # stands below it
+    figure: Any  # a figure of matplotlib
+    title: str  # the name of the picture
+    said: str  # what the picture shows, for a screen reader
+    caption: str = ""  # the text above it; the title if empty
+    note: str = ""  # the text below it
 
     def svg(self, key: str) -> Markup:
-        """An element for the page, all of whose ids begin with the key."""
+        """The picture as an element of the page; all ids in it begin with the key."""
         from matplotlib import rc_context
 
         file = io.StringIO()
         with rc_context({"svg.hashsalt": key}), warnings.catch_warnings():
-            # The browser has the fonts for what those of matplotlib lack.
+            # The browser has fonts for the characters that matplotlib's fonts lack.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
             self.figure.savefig(file, format="svg", metadata={"Date": None})
         head, _, body = file.getvalue().partition("<svg")[2].partition(">")
@@ -76,7 +76,7 @@ class Picture:
 
 
 def shortened(name: str, most: int) -> str:
-    """A name of at most so many characters; the middle goes, since names differ at their ends."""
+    """A name of at most `most` characters; the middle is cut, because names differ at their ends."""
     if len(name) <= most:
         return name
     tail = (most - 1) // 2
@@ -88,7 +88,7 @@ def _figure(height: float) -> Any:
 
 
 def _axes(height: float, ideal: float | None, axis: str) -> Any:
-    """Axes in a figure of their own, with a line across at the ticks of an axis and a dashed one at the ideal."""
+    """Axes in a new figure, with a line across at the ticks of an axis and a dashed line at the ideal."""
     axes = _figure(height).subplots()
     axes.grid(axis=axis)
     if ideal is not None:
@@ -98,13 +98,13 @@ def _axes(height: float, ideal: float | None, axis: str) -> Any:
 
 
 def _of_series(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a series."""
+    """The colour, marker and dashes of a series."""
     marker = list(MARKERS.values())[number % len(MARKERS)]
     return {"color": _INK[f"s{number % 7}"], "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
 
 
 def _with_legend(axes: Any) -> Any:
-    """The figure of the axes, with the names of all series below, for which it grows."""
+    """The figure of the axes, made higher for a legend with the names of all series below."""
     handles, names = axes.get_legend_handles_labels()
     figure = axes.get_figure()
     figure.set_figheight(figure.get_figheight() + _ROW * ((len(names) + 1) // 2) / 72)
@@ -113,11 +113,11 @@ def _with_legend(axes: Any) -> Any:
 
 
 def interval_bars(results: Results) -> Iterator[Picture]:
-    """For every measure the value of each entry with its interval."""
+    """Draw for every measure the value of each entry with its interval."""
     for measure in results.measures:
         cells = [(name, results.cell(name, measure["key"])) for name in results.names]
         values = [v for _, cell in cells if cell for v in (cell["value"], *(cell["interval"] or ()))]
-        # An ideal far away would press all values together.
+        # If a far ideal were drawn, all values would be close together.
         is_far = measure["better"] == "lower" and min(map(abs, values)) >= 2 * (max(values) - min(values))
         axes = _axes(_ROW * len(cells) + 34, None if is_far else measure["ideal"], "x")
         for row, (_, cell) in enumerate(cells):
@@ -137,7 +137,7 @@ def interval_bars(results: Results) -> Iterator[Picture]:
 
 
 def depth(results: Results) -> Iterator[Picture]:
-    """Linear leakage at every layer, a line an entry."""
+    """Linear leakage at every layer, a line for each entry."""
     for concept, entries in results.depth.items():
         axes = _axes(220, 0, "y")
         for name, rows in entries.items():
@@ -157,7 +157,7 @@ def depth(results: Results) -> Iterator[Picture]:
 
 
 def embeddings(results: Results) -> Iterator[Picture]:
-    """Biographies in a plane, a panel an entry, all with the same axes."""
+    """Biographies in a plane, a panel for each entry, all with the same axes."""
     every = [point for points in results.embedding.values() for point in points]
     kinds = sorted({point["label"] for point in every})
     for name, points in results.embedding.items() if every else ():
@@ -174,7 +174,7 @@ def embeddings(results: Results) -> Iterator[Picture]:
 
 
 def shifts(results: Results) -> Iterator[Picture]:
-    """The share of "she" by occupation, a row an occupation, a mark an entry."""
+    """The share of "she" by occupation, a row for each occupation, a mark for each entry."""
     names = [name for name in results.names if name in results.shifts]
     if not names:
         return
@@ -200,7 +200,7 @@ def shifts(results: Results) -> Iterator[Picture]:
 
 
 def neurons(results: Results) -> Iterator[Picture]:
-    """Histograms of the feature neuron, a row a class, each as high as its highest bar."""
+    """Histograms of the feature neuron, a row for each class, each as high as its highest bar."""
     for name, found in results.neurons.items():
         groups = [(label, values) for label, values in found["values"].items() if values]
         limit = max(1.0, *(abs(v) for _, values in groups for v in values))
@@ -219,7 +219,7 @@ def neurons(results: Results) -> Iterator[Picture]:
 
 
 def frontiers(results: Results) -> Iterator[Picture]:
-    """Bias against capability, a point an entry: down is less bias."""
+    """Bias against capability, a point for each entry: lower points have less bias."""
     for panel in results.frontiers():
         points, paid, bias = panel["points"], panel["capability"], panel["bias"]
         axes = _axes(200, 0, "y")
@@ -244,7 +244,7 @@ def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
 
 
 def rendered(results: Results) -> str:
-    """The report as HTML; it loads nothing from elsewhere."""
+    """The report as HTML; it loads no other file."""
     environment = Environment(
         loader=PackageLoader("hf_erasure.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -259,22 +259,22 @@ def rendered(results: Results) -> str:
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:
-    """The pictures under their headings; those without a picture are left out, and say why under "Not measured"."""
+    """The pictures under their headings; a heading without a picture is left out, and "Not measured" has the reason."""
     from matplotlib import rc_context
 
     sections: list[tuple[str, str, str, Callable[[Results], Iterator[Picture]]]] = [
-        ("frontier", "Bias against capability", "What was gained and what was paid, a point for each entry. Best is "
-         "low, and where the arrow under the axis points.", frontiers),
-        ("depth", "Leakage by depth", "What a linear probe reads at each layer from states it was not fitted on.",
+        ("frontier", "Bias against capability", "Bias and its cost, a point for each entry. The best points are low, "
+         "and in the direction of the arrow under the axis.", frontiers),
+        ("depth", "Leakage by depth", "What a linear probe reads at each layer, from states that it was not fitted on.",
          depth),
         ("embeddings", "Biographies before and after", "Last hidden states in one fixed plane: along the difference of "
-         "the genders' means in the base, and along what varies most across it. The plane comes from other biographies "
-         "than those drawn. A cloud that looks mixed here may still be separable in the other dimensions.",
+         "the genders' means in the base, and along the largest variance across it. The plane comes from other "
+         "biographies than those drawn. A cloud that looks mixed here may still be separable in the other dimensions.",
          embeddings),
-        ("shifts", "Probability shifts", "What the model would rather say next.", shifts),
-        ("neuron", "The feature neuron", "What a GRADIEND adapter reads off the gradients of single texts, relative to "
-         "the highest bar of each row.", neurons),
-        ("bars", "Every measure with its interval", "The dashed line is the ideal, where it is near.", interval_bars),
+        ("shifts", "Probability shifts", "Which word the model prefers next.", shifts),
+        ("neuron", "The feature neuron", "What a GRADIEND adapter reads from the gradients of single texts, relative "
+         "to the highest bar of each row.", neurons),
+        ("bars", "Every measure with its interval", "The dashed line is the ideal, if it is near.", interval_bars),
     ]  # fmt: skip
     found = []
     for key, title, about, draw in sections:
@@ -285,7 +285,7 @@ def _sections(results: Results) -> list[dict[str, Any]]:
                 for number, picture in enumerate(draw(results)):
                     words = {"caption": picture.caption or picture.title, "note": picture.note}
                     drawn.append(words | {"drawing": picture.svg(f"{key}{number}")})
-        except Exception as error:  # one picture's failure is not the report's
+        except Exception as error:  # the other pictures are still drawn
             drawn, failed = [], f"This could not be drawn: {reason_of(error)}."
         if drawn or failed:
             found.append({"key": key, "title": title, "text": failed or about, "figures": drawn})
@@ -293,7 +293,7 @@ def _sections(results: Results) -> list[dict[str, Any]]:
 
 
 def _numbers(results: Results) -> list[dict[str, Any]]:
-    """What is drawn beside the measures, as tables for who cannot see the drawing."""
+    """What is drawn beside the measures, as tables for readers who cannot see the drawings."""
     found = []
     for concept, entries in results.depth.items():
         layers = zip(*entries.values(), strict=True)

@@ -1,4 +1,4 @@
-"""What an evaluation found: values by entry and measure, what could not be measured, and what the report draws."""
+"""The results of an evaluation: values by entry and measure, what could not be measured, and what the report draws."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from hf_erasure.models.pooling import IN_WORDS
 
 from .loading import BASE
 
-# The layout of `results.json`; raise it when what an older version wrote cannot be read any more.
+# The layout of `results.json`; raise it when the file of an older version can no longer be read.
 FORMAT = 1
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
-# The heading of measures that are of the concept of none of the adapters.
-OTHER = "Other measures, of what no adapter here is about"
+# The heading of measures of concepts that are not those of the adapters.
+OTHER = "Other measures, of concepts that no adapter here is about"
 ARROWS = {"lower": "↓", "higher": "↑", "closer": "→"}
 
-# What the numbers do not say.
+# Limits of the numbers, in sentences for the reader of the results.
 LIMITS = (
     "Erasure guards linearly: after it no linear predictor with a convex loss does better than a constant, at these "
-    "sites and on the distribution it was fitted on. It says nothing of other layers, other text or nonlinear readers.",
-    "Nonlinear probes may still read the concept; the figures of an MLP and an RBF-SVM stand beside the linear one.",
+    "sites and on the distribution it was fitted on. Other layers, other text and nonlinear readers are not guarded.",
+    "Nonlinear probes may still read the concept; the figures of an MLP and an RBF-SVM are beside the linear one.",
     "On pre-LN models the intermediate hidden states stay un-erased unless whole blocks are targeted: look at the "
     "leakage by depth.",
     "CrowS-Pairs and StereoSet hold noisy pairs, SEAT effect sizes have wide permutation intervals on small models, "
     "and a value near the ideal is not a proof that a model is unbiased.",
-    "Intervals say how much other items would move a number, the model and the fitted adapter being what they are.",
+    "Intervals say how much a number would change with other items, for the same model and the same fitted adapter.",
 )
 
 
@@ -43,7 +43,7 @@ class Results:
     # The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, which of them were fitted for all tokens
     # (`of_tokens`), and what `verify_adapter` said.
     entries: list[dict[str, Any]] = field(default_factory=list)
-    measures: list[dict[str, Any]] = field(default_factory=list)  # the rows: facts of what was taken of some entry
+    measures: list[dict[str, Any]] = field(default_factory=list)  # the rows: facts of the measures of some entry
     # Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
     values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # `measure`, `entry` (None for all) and `reason`
@@ -54,30 +54,30 @@ class Results:
     embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # entry → points in a plane
     shifts: dict[str, dict[str, Any]] = field(default_factory=dict)  # entry → share of "she" by occupation
     neurons: dict[str, dict[str, Any]] = field(default_factory=dict)  # adapter → values of the feature neuron
-    # Of the `base`, and of the `adapters` by name: `adapter`, and the `base` where it was fitted.
+    # `base`, and `adapters`: name → `adapter`, and `base`, the weights at the sample of the adapter's own base.
     fingerprints: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        """Of the entries, in order."""
+        """The names of the entries, in order."""
         return [entry["name"] for entry in self.entries]
 
     def cell(self, entry: str, key: str) -> dict[str, Any] | None:
-        """Value and interval; None where it could not be measured."""
+        """The value and interval of a measure; None if it could not be measured."""
         return self.values.get(entry, {}).get(key)
 
     def verdict(self, entry: str, measure: dict[str, Any]) -> str:
-        """`"better"` or `"worse"` than the base; nothing where the entry's interval holds the base's value."""
+        """`"better"` or `"worse"` than the base; empty if the entry's interval contains the base's value."""
         base, own = self.cell(BASE, measure["key"]), self.cell(entry, measure["key"])
         if entry == BASE or base is None or own is None:
             return ""
         return verdict(base["value"], own["value"], own["interval"], measure["better"], measure["ideal"])
 
     def groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """The measures under their headings: bias by concept, what is of no adapter's concept, and what was paid."""
+        """The measures under their headings: bias by concept, concepts of none of the adapters, and capability."""
         told = [entry.get("concepts") or [None] for entry in self.entries if entry["adapters"]]
         concepts = {concept for each in told for concept in each}
-        # An adapter of another library does not say what it is about.
+        # An adapter of another library does not name its concept.
         all_count = not told or any(None in each for each in told)
         found: dict[str, list[dict[str, Any]]] = {}
         for measure in (m for m in self.measures if m["purpose"] == "bias"):
@@ -91,11 +91,11 @@ class Results:
         return [*found.items(), *([("Capability kept", paid)] if paid else [])]
 
     def frontiers(self) -> list[dict[str, Any]]:
-        """For every bias a panel: distance from the ideal against capability, a point an entry."""
+        """For every bias a panel: distance from the ideal against capability, a point for each entry."""
         capabilities = [m for m in self.measures if m["purpose"] == "capability" and self._complete(m)]
         if not capabilities:
             return []
-        # Perplexity says most of what was paid; then what is still read off the states.
+        # Perplexity shows most of the cost; the next best is what can still be read from the states.
         rank = {"perplexity": 0, "profession": 1}
         paid = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
         panels = []
@@ -116,14 +116,14 @@ class Results:
         return all(self.cell(name, measure["key"]) is not None for name in self.names)
 
     def to_json(self) -> str:
-        """The same text for the same results; what is not finite is null."""
+        """The results as JSON, the same text for the same results; numbers that are not finite are null."""
         text = json.dumps({"format": FORMAT, **vars(self), "limits": LIMITS}, default=str)
         plain = json.loads(text, parse_constant=lambda _: None)
-        # Half a character, from a file that is not UTF-8, cannot be written.
+        # A lone surrogate, from a file that is not UTF-8, cannot be written.
         return json.dumps(plain, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
     def save(self, folder: Path) -> Path:
-        """Write them as JSON into a folder that is there, whole or not at all; returns the file."""
+        """Write the results as JSON into a folder that exists, completely or not at all; return the file."""
         path = folder / RESULTS_FILE
         write_text(path, self.to_json())
         return path
@@ -162,7 +162,7 @@ class Results:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def pooling(self) -> str:
-        """By what vector of a text probes read it, as a sentence; empty where the results do not say."""
+        """The vectors by which probes read a text, in a sentence; empty if the results do not name them."""
         words = [IN_WORDS[pool] for pool in self.about.get("pools", []) if pool in IN_WORDS]
         if not words:
             return ""
@@ -172,19 +172,19 @@ class Results:
         return f"Probes and SEAT read a text by {' and by '.join(words)}{first}.{guarded}"
 
     def notes(self) -> list[str]:
-        """What could not be measured, a sentence each."""
+        """What could not be measured, a sentence for each."""
         return [
             f"{entry['measure']}{' of ' + entry['entry'] if entry['entry'] else ''}: {entry['reason']}"
             for entry in self.not_measured
         ]
 
     def bad_rows(self) -> list[str]:
-        """The rows of the data that could not be read, a sentence a file."""
+        """The rows of the data that could not be read, a sentence for each file."""
         return [str(LeftOutRows(**entry)) for entry in self.left_out]
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says; of one that no measure raises on purpose, also its type and where it comes from."""
+    """The message of an error; its type and place too, if no measure raises it on purpose."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -192,17 +192,17 @@ def reason_of(error: Exception) -> str:
 
 
 def direction(measure: dict[str, Any]) -> str:
-    """An arrow for what is better, with the ideal where it is a number in between."""
+    """An arrow in the better direction, with the ideal if the best value is in between."""
     if measure["better"] == "closer":
         return f"{ARROWS['closer']}{measure['ideal']:g}"
     return ARROWS[measure["better"]]
 
 
 def shown(value: float) -> str:
-    """A number with as many digits as it deserves."""
+    """A number with one decimal from 20 on, and with three below."""
     return f"{value:,.1f}" if abs(value) >= 20 else f"{value:.3f}"
 
 
 def interval_text(interval: list[float] | None) -> str:
-    """An interval behind its value."""
+    """An interval as the text after its value."""
     return "" if interval is None else f" [{shown(interval[0])}, {shown(interval[1])}]"

@@ -1,4 +1,4 @@
-"""One run: the base, each adapter and all together, on the same data with the same seeds, and the harness on each."""
+"""One run: the base, each adapter and all together, on the same data with the same seeds, and the harness for each."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from .subject import Evaluation, Subject
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
-# Rows of a batch of lm-evaluation-harness.
+# Rows in a batch of lm-evaluation-harness.
 _HARNESS_ROWS = 8
 
 
 def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str | Path | None = None) -> Results:
     """Measure the base, each adapter, and all adapters together.
 
-    Every entry is a model loaded anew, so that nothing of one is left in another. Every measure and every picture
-    stands alone: whatever one raises, it is "not measured", with the reason, and the others go on.
+    Every entry is a model loaded anew, so that no state of one entry is left in another. If a measure or a picture
+    raises an error, it is "not measured", with the reason, and the evaluation continues with the next.
 
     Args:
         plan: What to evaluate.
-        progress: Is told what is measured next.
-        output: A folder where `results.json` is written whenever something was measured, so that a run that is killed
-            leaves what it had; its `about` then has `finished` false.
+        progress: A function that is called with what is measured next.
+        output: A folder where `results.json` is written after each measure, so that a run that is killed keeps its
+            results; their `about` then has `finished` false.
 
     Raises:
-        AdapterDoesNotAct: If an adapter leaves the model as it is.
-        MissingData: If there is no folder of data, or nothing of the suite can be measured with it.
+        AdapterDoesNotAct: If an adapter does not change the model.
+        MissingData: If the folder of data does not exist, or no bias of the suite can be measured with it.
         ValueError: If a folder holds no adapter, or an adapter does not fit the model.
         ImportError: If the harness is asked for and not installed.
     """
@@ -69,14 +69,14 @@ class _Run:
         self.plan, self.progress, self.output = plan, progress, output
         self.adapters = read_adapters([str(folder) for folder in plan.adapters])
         self.entries = entries_of(self.adapters, plan.strengths)
-        # Texts are probed by the pools that erasures were fitted for; where that is all tokens alike, and where there
-        # is none, by the mean, since a text needs one vector.
+        # Texts are probed by the pools that erasures were fitted for. For the pool "tokens", and without an erasure,
+        # it is the mean, since a text needs one vector.
         fitted = ("mean" if pool == "tokens" else pool for adapter in self.adapters for pool in adapter.pools)
         self.pools = tuple(dict.fromkeys(fitted)) or ("mean",)
         self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
         self.data, self.base_states = data, list[Tensor]()
-        self.points: Callable[[Tensor], list[dict[str, Any]]] | None = None  # of states, in the plane of the base
+        self.points: Callable[[Tensor], list[dict[str, Any]]] | None = None  # states → points in the base's plane
         self.results = Results({
             "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
             "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
@@ -97,7 +97,7 @@ class _Run:
                 self.progress(f"{entry.name}: {what}")
                 self._try(what, entry, take)
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
-        tried = self.plan.limit is not None and self.too_few  # a first look at a few items, and some measures need more
+        tried = self.plan.limit is not None and self.too_few  # a first look at a few items; some measures need more
         if not tried and not any(own & set(values) for values in self.results.values.values()):
             lines = "; ".join(self.results.notes())
             raise MissingData(f"Nothing of the suite {self.plan.suite!r} can be measured: {lines}.")
@@ -106,7 +106,7 @@ class _Run:
         return self.results
 
     def _verify(self) -> None:
-        """First of all, since what does not act needs no measuring."""
+        """Verify all entries first, because an adapter that does not act need not be measured."""
         for entry in self.entries:
             said: dict[str, str] = {}
             if entry.adapters:
@@ -122,7 +122,7 @@ class _Run:
             )  # fmt: skip
 
     def _load(self, entry: Entry) -> Subject | None:
-        """The model of an entry; None where it cannot be loaded, and then nothing of the entry is measured."""
+        """The model of an entry; None if it cannot be loaded, and then nothing is measured for the entry."""
         model = self._try("Every measure", entry, functools.partial(self.loader.load, entry))
         if model is None:
             return None
@@ -135,7 +135,7 @@ class _Run:
         return subject
 
     def _cells(self, entry: Entry, subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What is to be found of an entry, and how: its measures, what the report draws, and the harness."""
+        """For an entry the name of each result and a function that takes it: measures, drawings, and the harness."""
         name, suite = entry.name, self.plan.suite
         for measure in self.measures:
             yield measure.title, functools.partial(self._take, measure, name, subject)
@@ -166,7 +166,7 @@ class _Run:
 
     def _take_embedding(self, name: str, subject: Subject) -> None:
         if self.points is None and not subject.is_base:
-            raise ValueError("the plane is that of the base, whose biographies could not be drawn")
+            raise ValueError("the plane is fitted on the base, whose biographies could not be drawn")
         self.points = self.points or plane_of(subject.states[FINAL], subject.biographies.genders)
         self.results.embedding[name] = self.points(subject.states[FINAL])
 
@@ -181,7 +181,7 @@ class _Run:
             self.results.values[name][key] = cell | {"details": {}}
 
     def _try(self, what: str, entry: Entry, take: Callable[[], T]) -> T | None:
-        """Take one cell; whatever it raises is its reason for not being there, and no other cell's concern."""
+        """Take one cell; an error becomes the reason why the cell is missing, and the other cells are still taken."""
         found = None
         try:
             found = take()
@@ -217,8 +217,8 @@ class _Run:
 def run_harness(subject: Subject, tasks: list[str], task_folder: str | None = None) -> dict[str, dict[str, Any]]:
     """The harness's figures of some tasks, `"task.metric"` → value, interval and direction.
 
-    The model itself is handed over, adapters and all; nothing is copied. Further tasks are defined in `task_folder`.
-    Raises `ValueError` if the model is not causal, a task is not known, or its data cannot be had.
+    The model itself is passed on with its adapters; nothing is copied. Further tasks are defined in `task_folder`.
+    Raises `ValueError` if the model is not causal, a task is not known, or its data cannot be loaded.
     """
     if subject.head != "causal":
         raise ValueError(f"{type(subject.model).__name__} is not a causal language model, which the harness needs")

@@ -1,4 +1,4 @@
-"""A model under examination: what its layers hold for texts and at labelled tokens, which several measures read."""
+"""A model that is measured: the states of its layers for texts and at labelled tokens, which several measures read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hf_erasure.models.slots import longest_input
 from .data import Biographies, DataFolder
 
 T = TypeVar("T")
-_ROWS = 32  # texts of a forward
-_LONGEST = 256  # tokens of a text; the rest of a longer one is cut off
-_TAGGED = 2000  # labelled tokens that are probed
+_ROWS = 32  # texts of a forward pass
+_LONGEST = 256  # the most tokens of a text; the rest of a longer text is cut off
+_TAGGED = 2000  # the most labelled tokens that are probed
 
 
 class NotForThisModel(ValueError):
-    """A measure cannot be asked of a model; the message says why."""
+    """A measure cannot be computed for a model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Evaluation:
     data: str | Path  # the folder of data; see `hf_erasure.evaluation.LAYOUT`
     adapters: Sequence[str] = ()  # folders of adapters
     suite: str = "gender"  # or `"pos"`, `"stereotypes"`, `"all"`
-    limit: int | None = None  # at most so many items of each data set; all when None
-    seed: int = 0  # of folds, resamples and permutations
-    resamples: int = 1000  # of every bootstrap
-    confidence: float = 0.95  # of every interval
-    strengths: Sequence[float] = ()  # factors of the learning rate at which GRADIEND adapters are measured besides
+    limit: int | None = None  # the most items of each data set; all when None
+    seed: int = 0  # the seed of folds, resamples and permutations
+    resamples: int = 1000  # how many resamples a bootstrap draws
+    confidence: float = 0.95  # the confidence of every interval
+    strengths: Sequence[float] = ()  # further factors of the learning rate at which GRADIEND adapters are measured
     harness: Sequence[str] = ()  # tasks of lm-evaluation-harness
     harness_tasks: str | None = None  # a folder of further task definitions
-    allow_inactive: bool = False  # go on where an adapter does not act
+    allow_inactive: bool = False  # continue if an adapter does not act
     # How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or `"authors"`, as the
     # authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
     stereoset: str = "sentence"
@@ -62,13 +62,13 @@ class Evaluation:
 
 @dataclass
 class Subject:
-    """A model under examination, with the adapters of its entry; what several measures need of it is computed once."""
+    """A model that is measured, with the adapters of its entry; what several measures need is computed once."""
 
     model: nn.Module
     tokenizer: Any
     plan: Evaluation
     data: DataFolder
-    # The base's last hidden states by text, which distortion is relative to: one list in a run, filled by the base.
+    # The base's last hidden states by text, for the distortion: one list in a run, filled by the base.
     base_states: list[Tensor] = field(default_factory=list)
     is_base: bool = True
     pool: str = "mean"  # how the states of a text become one vector
@@ -76,14 +76,14 @@ class Subject:
     others: dict[str, Subject] = field(default_factory=dict)  # the same model with other pools
 
     def at(self, pool: str | None) -> Subject:
-        """The same model, whose texts are pooled in another way; itself where no pool is asked for."""
+        """The same model with another pool for texts; this subject if `pool` is None or the same."""
         if pool is None or pool == self.pool:
             return self
         return self.others.setdefault(pool, replace(self, pool=pool, kept={}, others={}))
 
     @functools.cached_property
     def head(self) -> str | None:
-        """`"masked"`, `"causal"` or None."""
+        """The kind of head: `"masked"`, `"causal"`, or None without a head that predicts words."""
         task = known_task(self.model)
         if task == "causal":
             try:
@@ -93,17 +93,17 @@ class Subject:
         return task if task in ("masked", "causal") else None
 
     def require_head(self) -> str:
-        """The head of a model that predicts words; a `NotForThisModel` is raised where there is none."""
+        """The head of a model that predicts words. Raises `NotForThisModel` if it has no such head."""
         if self.head is None:
             raise NotForThisModel(f"{type(self.model).__name__} has no head that predicts words")
         return self.head
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Keywords of every metric."""
+        """The keyword arguments of every metric."""
         return {name: getattr(self.plan, name) for name in ("confidence", "resamples", "seed")}
 
-    # ---- hidden states by layer, the embeddings first; of an encoder-decoder those of its encoder --------------------
+    # ---- hidden states by layer, the embeddings first; for an encoder-decoder the states of its encoder --------------
 
     @functools.cached_property
     def longest(self) -> int:
@@ -111,7 +111,7 @@ class Subject:
         return min(longest_input(self.tokenizer, text_encoder(self.model).config) or _LONGEST, _LONGEST)
 
     def pooled(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Layer → `(texts, width)`, one vector a text by the subject's pool."""
+        """Layer → `(texts, width)`, one vector per text by the subject's pool."""
         rows = self._read(texts, lambda _, states: {n: pooled_one(state, self.pool) for n, state in states.items()})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -135,9 +135,9 @@ class Subject:
 
     @functools.cached_property
     def tokens(self) -> TokenStates:
-        """States at the tokens of the data's sentences that have a tag, at most so many, evenly spread."""
+        """States at the tokens of the data's sentences that have a tag, at most `_TAGGED`, evenly spread."""
         if not self.tokenizer.is_fast:
-            raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
+            raise ValueError("The tokenizer does not give the places of tokens in a text, so words cannot be matched.")
         sentences = self.data.sentences()
         texts = [sentence.text for sentence in sentences]
         cut = {"truncation": True, "max_length": self.longest, "verbose": False}
@@ -157,5 +157,5 @@ class Subject:
 
     @functools.cached_property
     def professions(self) -> list[str]:
-        """The profession that a linear probe fitted on the others gives to each biography."""
+        """The profession that a linear probe predicts for each biography; it is fitted on other biographies."""
         return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.plan.seed)
