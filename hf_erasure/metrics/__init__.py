@@ -1,8 +1,8 @@
 """Measures of bias, leakage and capability, each an `evaluate` metric in a file of its own.
 
-Three ways to one number: `hf_erasure.metrics.WEAT().compute(…)`; `evaluate.load(metric_path("weat")).compute(…)`,
-without a network; and, for large arrays without the detour through Arrow, `hf_erasure.metrics.weat.score(…)`. What runs
-a model is in `benchmarks`: a file and a model in, figures out.
+There are three ways to compute a number: `hf_erasure.metrics.WEAT().compute(…)`;
+`evaluate.load(metric_path("weat")).compute(…)`, which needs no network; and `hf_erasure.metrics.weat.score(…)`, for
+large arrays without a copy through Arrow. The functions of `benchmarks` run a model on a file and return figures.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ _CLASSES: list[type[Measure]] = [
     CrowSPairs, EncoderCorrelation, LinearLeakage, MinimumDescriptionLength, Perplexity, PredictionBalance, PronounGap,
     StereoSet, TPRGap, WEAT,
 ]  # fmt: skip
-# By the name of the file.
+# Name of the file → the metric in it.
 METRICS = {metric.__module__.rpartition(".")[2]: metric for metric in _CLASSES}
 
 
 def metric_path(name: str) -> str:
-    """The script of a metric, for `evaluate.load`.
+    """The path of the script of a metric, for `evaluate.load`.
 
     Raises:
-        ValueError: If there is no metric of that name.
+        ValueError: If there is no metric with that name.
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}: write one of {', '.join(METRICS)}.")

@@ -1,4 +1,4 @@
-"""What metrics share: the facts that each says of itself, its class of `evaluate`, and the checks of its inputs."""
+"""What metrics share: the facts about a metric, its class for `evaluate`, and the checks of its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datasets import Features, Value
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_erasure.models.scorer import whole as whole  # counts are checked alike here
+from hf_erasure.models.scorer import whole as whole  # counts are checked in the same way here
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -22,18 +22,18 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Facts:
-    """How a metric is to be read.
+    """The meaning of a metric's numbers.
 
     Attributes:
-        title: Its name in the field.
-        figure: The key of its main number in the result.
-        paper: Who defined it, where.
-        url: Of the paper.
+        title: The name of the metric in the field.
+        figure: The key of the main number in the result.
+        paper: The authors and the year of the definition.
+        url: The address of the paper.
         formula: The main number as a formula.
         better: `"lower"`, `"higher"`, or `"closer"` to the ideal.
-        bounds: The least and the greatest value there can be; infinite where there is no limit.
+        bounds: The least and the greatest possible value; infinite if there is no limit.
         ideal: The value of a model without the bias, or without loss.
-        interval: What was drawn again for the interval.
+        interval: How the interval was computed.
         harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
     """
 
@@ -58,10 +58,10 @@ class Facts:
 
 
 class Measure(evaluate.Metric):
-    """A metric with its facts; subclasses give `facts`, `inputs`, in the order of its arguments, and `score`.
+    """A metric with its facts; subclasses define `facts`, `inputs` in the order of the arguments, and `score`.
 
     `evaluate.load` runs a copy of a metric's file from another folder, so such a file imports by absolute paths. It
-    must not import this class by name: `evaluate` takes the first metric class in a file for the file's own.
+    must not import this class by name: `evaluate` uses the first metric class in a file.
     """
 
     facts: ClassVar[Facts]
@@ -83,16 +83,16 @@ class Measure(evaluate.Metric):
 
 
 def either_kind(labels: list[str], **others: Any) -> list[Features]:
-    """Columns whose labels may be strings or whole numbers, each column for itself."""
+    """The possible columns: each column of labels may have strings or whole numbers."""
     kinds = product(("string", "int64"), repeat=len(labels))
-    # `evaluate` names the inputs in the order of the first entry: predictions stay first.
+    # `evaluate` takes the order of the inputs from the first entry: predictions must be first.
     return [Features({**others, **dict(zip(labels, map(Value, kind), strict=True))}) for kind in kinds]
 
 
 def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) -> Floats:
-    """An array of finite float64, `(rows,)` for `dims=1` and else `(rows, width)`.
+    """Return an array of finite float64, `(rows,)` for `dims=1`, else `(rows, width)`.
 
-    Raises `ValueError` if there are no rows, the shape is another, or a number is missing or not finite.
+    Raises `ValueError` if there are no rows, the shape is different, or a number is missing or not finite.
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu().double()
@@ -107,27 +107,27 @@ def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) 
         raise ValueError(f"{name} have the shape {tuple(array.shape)}: give {wanted}.")
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise ValueError(f"{name} hold NaN, infinity or nothing, first in row {row}: leave such rows out and say so.")
+        raise ValueError(f"{name} hold NaN, infinity or None, first in row {row}: leave such rows out, and report it.")
     return array
 
 
 def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> list[Any]:
-    """One label a row, none of them missing, as a list of strings or numbers."""
+    """Return one label per row, as a list of strings or numbers. Raises `ValueError` if a label is missing."""
     found = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)
     if len(found) != count:
         raise ValueError(f"{len(found)} {name}, but {count} {of}: give one for each.")
     for row, label in enumerate(found):
         if label is None or label != label:
-            raise ValueError(f"{name} have no label in row {row}: leave such rows out and say so.")
+            raise ValueError(f"{name} have no label in row {row}: leave such rows out, and report it.")
     return found
 
 
 def class_ids(name: str, values: Sequence[Any], *, least: int = 2) -> tuple[Ints, list[Any]]:
-    """Whole numbers from 0 for labels, and the labels, at least so many, in their order."""
+    """Return whole numbers from 0 for the labels, and the sorted classes, of which there must be at least `least`."""
     classes = sorted(set(values), key=lambda label: (isinstance(label, str), label))
     if not classes:
         raise ValueError(f"{name} are empty: give at least one row.")
     if len(classes) < least:
-        raise ValueError(f"{name} hold the one class {classes[0]!r}: this metric compares at least {least}.")
+        raise ValueError(f"{name} hold only one class {classes[0]!r}: this metric compares at least {least}.")
     index = {label: position for position, label in enumerate(classes)}
     return np.array([index[label] for label in values], dtype=np.int64), classes

@@ -1,11 +1,11 @@
-"""A model and a benchmark's file in, figures out.
+"""Run a model on a benchmark's file and return figures.
 
-Each function reads the file, scores what can be scored, and computes the metric of the same name. What cannot be scored
-(too long for the model, a decisive word that the tokenizer does not know) is left out, counted by reason under
-`left_out`, and `coverage` says what share of the items asked for was scored (`asked`: how many `bias_types` and `limit`
-leave of the file). What is left out depends on the tokenizer and the longest input alone, so a model with and without
-an adapter is judged on the same items. Rows of the file that could not be read are not items; they are warned of, and
-`bad_rows` names them for each file.
+Each function reads the file, scores its items, and computes the metric of the same name. Items that cannot be scored
+(too long for the model, a decisive word that the tokenizer does not know) are left out and counted by reason under
+`left_out`. `coverage` is the share of the items that was scored, of `asked`, the number that `bias_types` and `limit`
+leave of the file. Which items are left out depends only on the tokenizer and the longest input, so a model with and
+without an adapter is judged on the same items. Rows of the file that could not be read are not items: they give a
+warning, and `bad_rows` names them for each file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 # How a causal model scores a sentence of StereoSet.
 CAUSAL_CONVENTIONS = ("sentence", "authors")
-# Why an item cannot be asked of a model.
+# The reasons why a model cannot score an item.
 EMPTY = "a sentence has no token that can be scored"
 TOO_LONG = "too long for the model"
 UNKNOWN = "a decisive word is unknown to the tokenizer"
@@ -71,21 +71,21 @@ def stereoset(
 
     Args:
         model: A masked or causal language model, adapters included.
-        tokenizer: Of the model.
-        path: Of dev.json or test.json.
+        tokenizer: The tokenizer of the model.
+        path: The path of dev.json or test.json.
         bias_types: Some of `gender`, `profession`, `race`, `religion`; by default all.
-        limit: At most so many items, from everywhere in the file.
-        batch_size: Rows a forward.
-        convention: Of causal models: `"sentence"` or `"authors"`.
+        limit: The most items, from everywhere in the file.
+        batch_size: Rows in a forward pass.
+        convention: How a causal model scores a sentence: `"sentence"` or `"authors"`.
         **statistics: As for `hf_erasure.metrics.stereoset.score`.
 
     Returns:
-        What `score` returns, `by_bias_type`, `convention` (`"blank"` of a masked model), `task`, `coverage`,
+        What `score` returns, `by_bias_type`, `convention` (`"blank"` for a masked model), `task`, `coverage`,
         `asked`, `left_out`, `bad_rows`.
 
     Raises:
-        ValueError: If no item can be scored, the file is another, or the convention is not known or needs a start token
-            that the tokenizer does not have.
+        ValueError: If no item can be scored, the file is not one of StereoSet, or the convention is not known or needs
+            a start token that the tokenizer does not have.
     """
     if convention not in CAUSAL_CONVENTIONS:
         raise ValueError(f"convention={convention!r}: write one of {', '.join(map(repr, CAUSAL_CONVENTIONS))}.")
@@ -135,19 +135,19 @@ def winobias(
 ) -> dict[str, Any]:
     """The pronoun gap on WinoBias.
 
-    A masked model is asked for the pronouns with all that differ masked at once, a causal one for the whole sentence.
+    A masked model scores the pronouns that differ, all masked at once; a causal model scores the whole sentence.
 
     Args:
         model: A masked or causal language model, adapters included.
-        tokenizer: Of the model.
-        folder: With `pro_stereotyped_type1.txt.dev` and its like.
+        tokenizer: The tokenizer of the model.
+        folder: The folder with `pro_stereotyped_type1.txt.dev` and similar files.
         splits: `"dev"`, `"test"` or both.
-        types: Types of sentences; those of type 2 can be resolved by syntax alone.
-        limit: At most so many pairs, from everywhere in the files.
-        batch_size: Rows a forward.
+        types: Types of sentences; sentences of type 2 can be resolved by syntax alone.
+        limit: The most pairs, from everywhere in the files.
+        batch_size: Rows in a forward pass.
         **statistics: As for `hf_erasure.metrics.pronoun_gap.score`.
 
-    Returns and raises what `crows_pairs` does, with `by_type` in the place of `by_bias_type`.
+    Returns and raises the same as `crows_pairs`, with `by_type` in place of `by_bias_type`.
     """
     read, scorer = readers.read_winobias(folder, splits, types), LanguageScorer(model, tokenizer, batch_size=batch_size)
     return _measured(
@@ -169,25 +169,25 @@ def seat(
 ) -> dict[str, Any]:
     """WEAT and SEAT on pooled last hidden states; the model needs no head.
 
-    Sentences count one by one, as in the authors' test. Those that differ in their template only are much alike, so p
-    values and intervals of SEAT are more certain than its few words warrant.
+    Each sentence counts by itself, as in the authors' test. Sentences that differ only in their template are very
+    similar, so p values and intervals of SEAT look more certain than its few words justify.
 
     Args:
-        model: Any model, adapters included; of an encoder-decoder its encoder embeds.
-        tokenizer: Of the model.
-        folder: With `sent-weat6.jsonl` and the like.
-        tests: Which of them; by default all.
+        model: Any model, adapters included; the encoder of an encoder-decoder.
+        tokenizer: The tokenizer of the model.
+        folder: The folder with `sent-weat6.jsonl` and similar files.
+        tests: The names of the tests; by default all.
         pool: As in `pooled_embeddings`.
-        batch_size: Texts a forward.
+        batch_size: Texts in a forward pass.
         **statistics: As for `hf_erasure.metrics.weat.score`.
 
     Returns:
-        `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over them, with its
-        `intervals` over the texts that they share; `skipped`, name → why, for tests that have too few texts left
-        or whose file cannot be used; `coverage` over all texts of all tests, `asked`, `left_out` and `bad_rows`.
+        `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over the tests, with
+        its `intervals` over the texts that they share; `skipped`, name → the reason, for tests that have too few texts
+        left or whose file cannot be used; `coverage` over all texts of all tests, `asked`, `left_out` and `bad_rows`.
 
     Raises:
-        ValueError: If no test can be computed, or a file is not there.
+        ValueError: If no test can be computed, or a file is missing.
     """
     sets = readers.read_seat(folder, tests)
     texts = list(dict.fromkeys(text for parts in sets.values() for part in parts.values() for text in part))
@@ -227,20 +227,20 @@ def text_perplexity(
     batch_size: int = 8,
     **statistics: Any,
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of running text; for a masked model those of the pseudo-likelihood.
+    """Perplexity and bits per byte of running text; for a masked model, those of its pseudo-likelihood.
 
     Args:
         model: A masked or causal language model, adapters included.
-        tokenizer: Of the model.
+        tokenizer: The tokenizer of the model.
         texts: One text or several.
-        stride: Of the windows, in tokens; by default half a window. Every token is scored once.
-        max_length: Of a window, special tokens included; by default what the model takes, 512 if it has no limit.
-        batch_size: Rows a forward.
+        stride: The step between windows, in tokens; by default half a window. Every token is scored once.
+        max_length: The tokens of a window, with special tokens; by default the model's limit, or 512 without a limit.
+        batch_size: Rows in a forward pass.
         **statistics: As for `hf_erasure.metrics.perplexity.score`.
 
     Returns:
-        What `score` returns, `unknown_share` of the tokens (of what they stand for the loss says little), `pseudo`,
-        whether it is a pseudo-likelihood, `task`.
+        What `score` returns; `unknown_share`, the share of unknown tokens, whose loss says little about the words in
+        their place; `pseudo`, whether it is a pseudo-likelihood; `task`.
 
     Raises:
         ValueError: If a text has no token to score, or `stride` does not fit the window.
@@ -265,11 +265,11 @@ def _measured(
     varying: str | None = None,
     score: Callable[[LanguageScorer, list[Tensor]], float] | None = None,
 ) -> dict[str, Any]:
-    """The figures of all items that can be scored and of those of each kind, and what was left out.
+    """The figures of all items that can be scored, the figures of each kind of item, and what was left out.
 
-    `queries_of` gives for each sentence of an item what is asked of the model, and `measure` makes figures of scores
-    `(items, sentences)`. A kind whose items all have one value of the attribute `varying` has no figures. A sentence's
-    score is the sum of its log-probabilities, or what `score` makes of them.
+    `queries_of` returns for each sentence of an item the rows for the model, and `measure` computes figures from scores
+    `(items, sentences)`. A kind whose items all have the same value of the attribute `varying` has no figures. The
+    score of a sentence is the sum of its log-probabilities, or what `score` computes from them.
     """
     there = sorted({str(getattr(item, kind)) for item in read})
     if unknown := [name for name in kinds or () if name not in there]:
@@ -321,7 +321,7 @@ def stereoset_queries(
             if convention == "sentence":
                 rows.append(scorer.queries(encoding))
                 continue
-            # As in the authors' code: the first token after a start token, the others in a row without one.
+            # As in the authors' code: the first token after a start token, the others in a row without a start token.
             if scorer.start is None:
                 raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
             ids = [encoding.ids[place] for place in encoding.places]
@@ -332,7 +332,7 @@ def stereoset_queries(
             raise LeftOut(NO_BLANK)
         places, ids = encoding.within(*blank), encoding.ids
         _check_known(encoding, places)
-        # A token of the word is asked for with the word's later tokens taken out.
+        # A token of the word is predicted from a row without the word's later tokens.
         rows.append(
             [scorer.layout.predicting([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places]
         )
@@ -340,22 +340,22 @@ def stereoset_queries(
 
 
 def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
-    """A sentence's score from what its queries found: mean log-likelihood (causal) or mean probability (masked)."""
+    """The score of a sentence from its queries: the mean log-likelihood (causal) or the mean probability (masked)."""
     if scorer.task == "causal":
         return float(torch.cat(parts).double().mean())
     return float(np.mean([float(part.double().exp()[0]) for part in parts]))
 
 
 def crows_queries(scorer: LanguageScorer, item: readers.CrowSPair) -> list[list[Row]]:
-    """For either sentence: all its tokens (causal), or one row for each token that both share (masked).
+    """For each of the two sentences: all its tokens (causal), or one row for each token that both share (masked).
 
     Raises:
-        LeftOut: If a sentence is empty or too long, or what differs is unknown to the tokenizer or lost in it.
+        LeftOut: If a sentence is empty or too long, or the tokenizer does not know, or does not keep, the difference.
     """
     both = [_encoded(scorer, sentence) for sentence in (item.more, item.less)]
     tokens = [[encoding.ids[p] for p in encoding.places] for encoding in both]
     if tokens[0] == tokens[1]:
-        # Where the only difference is a word that the tokenizer does not know, the sentences look alike.
+        # If the only difference is a word that the tokenizer does not know, both sentences have the same tokens.
         raise LeftOut(UNKNOWN if any(encoding.unknown for encoding in both) else ALIKE)
     blocks = SequenceMatcher(None, tokens[0], tokens[1], autojunk=False).get_matching_blocks()
     shared = [{block[side] + step for block in blocks for step in range(block[2])} for side in (0, 1)]
@@ -371,7 +371,7 @@ def crows_queries(scorer: LanguageScorer, item: readers.CrowSPair) -> list[list[
 
 
 def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[list[Row]]:
-    """For either version: all its tokens (causal), or one row with every pronoun that differs masked (masked).
+    """For each version: all its tokens (causal), or one row in which every pronoun that differs is masked (masked).
 
     Raises:
         LeftOut: If the versions are not a pair, one is too long, or their pronouns cannot be compared.
@@ -392,7 +392,7 @@ def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[l
 
 def _encoded(scorer: LanguageScorer, sentence: str) -> Encoding:
     encoding = scorer.encode(sentence)
-    # A sum over no tokens is 0, which every other sentence would lose to.
+    # A sum over no tokens is 0, which is greater than the sum of any other sentence.
     if not sentence.strip() or not encoding.places:
         raise LeftOut(EMPTY)
     if not scorer.fits(encoding):

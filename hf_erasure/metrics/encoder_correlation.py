@@ -1,6 +1,6 @@
 """How well a feature neuron reads a feature: correlation and balanced accuracy (arXiv 2502.01406, section 4).
 
-The figures are those of `hf_erasure.fitting.gradiend.EncodedValues`; here they get intervals.
+The figures are those of `hf_erasure.fitting.gradiend.EncodedValues`; this metric adds intervals.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def score(values: Any, labels: Any, **drawing: Any) -> dict[str, Any]:
         **drawing: `confidence`, `resamples` and `seed` of the bootstrap over texts, within each label.
 
     Returns:
-        `cor`, Pearson's correlation with the label, and `acc`, the balanced accuracy of the sign, without neutral
-        texts; with neutral texts, if there are any, `cor_enc`, and `acc_enc`, of three classes told apart at ±0.5. A
-        correlation is NaN where the values do not vary. `texts`, `intervals`.
+        `cor`, Pearson's correlation with the label, and `acc`, the balanced accuracy of the sign, both without neutral
+        texts; with neutral texts, if there are any, `cor_enc`, and `acc_enc`, of three classes with limits at ±0.5. A
+        correlation is NaN if the values do not vary. `texts`, `intervals`.
 
     Raises:
         ValueError: If +1 or −1 has no text, a label is another number, or the input is malformed.
@@ -34,14 +34,14 @@ def score(values: Any, labels: Any, **drawing: Any) -> dict[str, Any]:
     of = np.array(base.labels("references", labels, len(found)))
     if not set(of.tolist()) <= {-1, 0, 1} or not {-1, 1} <= set(of.tolist()):
         raise ValueError(
-            f"references hold {sorted(set(of.tolist()))}: give texts of +1 and of −1, and 0 for neutral ones."
+            f"references hold {sorted(set(of.tolist()))}: give texts of +1 and of −1, and 0 for neutral texts."
         )
 
     def figures(index: base.Ints) -> dict[str, float]:
         return encoded(found[index].tolist(), of[index].astype(int).tolist(), ("+1", "-1")).metrics()
 
     measured = figures(np.arange(len(found)))
-    # Figures that have no value at all have no interval either.
+    # A figure that has no value for all texts has no interval either.
     defined = [name for name, value in measured.items() if np.isfinite(value)]
     drawn = resampling.bootstrap(
         lambda index: {name: value for name, value in figures(index).items() if name in defined},

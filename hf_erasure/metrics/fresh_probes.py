@@ -1,9 +1,9 @@
-"""What fresh probes still read: by held-out group and by random rows side by side, beside a control label.
+"""What fresh probes still read: with splits by group and by random rows, compared with a control label.
 
-After an erasure the question is what a probe finds that is fitted anew, on rows that the erasure was not fitted on. A
+After an erasure the question is what a new probe reads that is fitted on rows which the erasure was not fitted on. A
 split by random rows puts rows of one group (a template, an author, a person) on both sides, and a probe that recognises
-the group reads what the group says of the label. How much of a figure is that, a control label shows (after Hewitt and
-Liang 2019): the label, exchanged for another in half of the groups by a coin. Nothing but recognised groups reads it.
+the group also knows its label. A control label (after Hewitt and Liang 2019) shows how much of a figure is due to this:
+the label, exchanged for another in a random half of the groups. Only a probe that recognises groups can read it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_erasure.metrics import base, linear_leakage
 
-# Fresh probes: logistic regression, a support vector machine with a radial basis function, a perceptron.
+# The fresh probes: logistic regression, a support vector machine with a radial basis function, a perceptron.
 READERS: dict[str, dict[str, bool]] = {"linear": {}, "rbf": {"kernel": True}, "mlp": {"nonlinear": True}}
 
 
@@ -33,20 +33,20 @@ def score(
     Args:
         x: `(rows, width)` Representations.
         labels: `(rows,)` The concept.
-        groups: `(rows,)` What belongs together; by default every row is by itself, and there is nothing to recognise.
+        groups: `(rows,)` The group of each row; by default each row is its own group, and no group can be recognised.
         readers: Some of `READERS`.
-        folds: How many probes are fitted; with 2 each on one half of the groups, or rows.
-        seed: Of folds, coins and resamples.
+        folds: How many probes are fitted; with 2, each on one half of the groups, or rows.
+        seed: The seed of folds, control labels and resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
 
     Returns:
         `by_group` and, with groups, `by_row`, reader → `accuracy` and its `interval`; with groups also `control`, the
-        accuracy of the first reader for the control label in a split by rows, where that of chance is `majority`; and
+        accuracy of the first reader for the control label in a split by rows, which by chance is `majority`; and
         `rows`, `groups`, `majority`.
 
     Raises:
-        ImportError: Without scikit-learn.
-        ValueError: If a reader is unknown, or as `linear_leakage.score` does.
+        ImportError: If scikit-learn is not installed.
+        ValueError: If a reader is unknown, or for the reasons of `linear_leakage.score`.
     """
     if unknown := [reader for reader in readers if reader not in READERS]:
         raise ValueError(f"readers={list(readers)}: {unknown[0]!r} is not one of {list(READERS)}.")
@@ -68,7 +68,7 @@ def score(
 
 
 def control_labels(labels: list[Any], groups: list[Any], seed: int = 0) -> list[Any]:
-    """Each label, or in half of the groups, drawn by a coin, the one that follows it."""
+    """Return the labels; in half of the groups, drawn at random, each label is replaced by the one that follows it."""
     names = sorted(set(labels), key=str)
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
     every = sorted(set(groups), key=str)

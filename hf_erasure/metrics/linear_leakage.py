@@ -1,8 +1,8 @@
-"""Linear leakage: how much better than the majority a linear probe names the concept on rows it has not seen.
+"""Linear leakage: how much better than the majority a linear probe predicts the concept on rows it has not seen.
 
-Alain & Bengio 2016 put linear probes on representations; Ravfogel et al. 2020 judge erasure by how far their accuracy
-falls to that of the majority. Rows of a group (one text, one person, one word) are never split between fitting and
-judging, since a probe that recognises the group would otherwise seem to read the concept.
+Alain & Bengio 2016 put linear probes on representations. Ravfogel et al. 2020 judge erasure by how far their accuracy
+falls to the accuracy of the majority. The rows of a group (one text, one person, one word) are never split between
+fitting and judging, because a probe that recognises the group would otherwise seem to read the concept.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ linear_model, model_selection, neural_network, pipeline, preprocessing, svm = (
     for name in ("linear_model", "model_selection", "neural_network", "pipeline", "preprocessing", "svm")
 )
 
-# Logistic regression ends where no entry of the gradient of the mean loss is larger, or after so many steps.
+# Logistic regression stops when no entry of the gradient of the mean loss is larger, or after this many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-6, 1000
-# The perceptron: hidden units, full-batch steps of Adam, and their rate.
+# The perceptron: its hidden units, full-batch steps of Adam, and learning rate.
 _HIDDEN, _STEPS, _RATE = 64, 200, 1e-2
 
 
@@ -40,27 +40,27 @@ def score(
     seed: int = 0,
     **drawing: Any,
 ) -> dict[str, Any]:
-    """Cross-validated accuracy of a logistic regression against the share of the most frequent label.
+    """Cross-validated accuracy of a logistic regression, minus the share of the most frequent label.
 
-    Each fold's features are standardised on the rows that its probe is fitted on.
+    The features of each fold are standardised on the rows that its probe is fitted on.
 
     Args:
         x: `(rows, width)` Representations.
         labels: `(rows,)` The concept.
-        groups: `(rows,)` What belongs together; by default every row is by itself.
+        groups: `(rows,)` The group of each row; by default each row is its own group.
         folds: How many probes are fitted.
         l2: Penalty of the probe, `1 / C` of scikit-learn.
-        nonlinear: A perceptron with one hidden layer instead of logistic regression.
-        kernel: A support vector machine with a radial basis function instead.
-        seed: Of folds and resamples.
+        nonlinear: Use a perceptron with one hidden layer instead of logistic regression.
+        kernel: Use a support vector machine with a radial basis function instead.
+        seed: The seed of folds and resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
 
     Returns:
         `leakage` = `accuracy` − `majority`, each between 0 and 1, `folds`, `groups`, `rows`, `classes`, `intervals`.
 
     Raises:
-        ImportError: Without scikit-learn.
-        ValueError: If there is one class only, there are fewer groups than folds, a class has all its rows in one fold,
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there is only one class, there are fewer groups than folds, a class has all its rows in one fold,
             a fold is empty, `l2` is not positive, or the input is malformed.
     """
     x = base.numbers("predictions", x)
@@ -82,23 +82,23 @@ def held_out_answers(
     nonlinear: bool = False,
     kernel: bool = False,
 ) -> list[Any]:
-    """The label that a probe fitted on the other folds gives to each row; features are standardised on those folds.
+    """The label that a probe predicts for each row; it is fitted, and features are standardised, on the other folds.
 
-    Arguments and errors are those of `score`; `labels` and `groups` are lists, and the folds get labels in like shares.
+    Arguments and errors are those of `score`; `labels` and `groups` are lists, and folds have similar shares of labels.
     With `kernel` the probe is a support vector machine with a radial basis function.
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", labels)
     belongs, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
     if not 2 <= base.whole("folds", folds, 2) <= len(all_groups):
-        raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number between 2 and that.")
+        raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number from 2 to that count.")
     if not l2 > 0:
         raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
     given = np.empty(len(y), dtype=np.int64)
     splits = model_selection.StratifiedGroupKFold(int(folds), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # A class with fewer groups than folds is fine as long as every probe sees it, which is checked below; and the
-        # perceptron takes as many steps whatever the data, so that it always "stops early".
+        # A class with fewer groups than folds is allowed if every probe sees it, which is checked below. The perceptron
+        # takes the same number of steps for all data, so it always warns that it stops early.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations", UserWarning)
         for fitted, held in splits.split(x, y, belongs):
@@ -122,9 +122,9 @@ def held_out_answers(
 
 
 def accuracy(given: list[Any], labels: list[Any], groups: list[Any] | None = None, **drawing: Any) -> dict[str, Any]:
-    """Accuracy of a probe's answers, and how far it is above that of always giving the most frequent label.
+    """Accuracy of a probe's answers, and how far it is above the accuracy of always the most frequent label.
 
-    Rows of one group are drawn together for the intervals; `drawing` are keywords of `resampling.bootstrap`.
+    Rows of one group are drawn together for the intervals; `drawing` are keyword arguments of `resampling.bootstrap`.
     """
     correct = np.array([answer == label for answer, label in zip(given, labels, strict=True)], dtype=np.float64)
     counts = Counter(labels)
@@ -148,7 +148,7 @@ class LinearLeakage(base.Measure):
         better="lower",
         bounds=(-1.0, 1.0),
         ideal=0.0,
-        interval="bootstrap over groups of the held-out answers, the probes as they are",
+        interval="bootstrap over groups of the held-out answers; the probes are not fitted again",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
     score = staticmethod(score)

@@ -1,12 +1,12 @@
 """Minimum description length probing with the online code (Voita & Titov 2020, arXiv 2003.12298, section 2.2).
 
-The labels are sent in portions. The first costs `log2 K` bits a label; each later one is coded with a probe fitted on
-everything before it. What is easy to read from few examples makes a short code. The rows themselves are known to both
-sides, so features are standardised on all of them.
+The labels are sent in portions. The first portion costs `log2 K` bits for each label; each later portion is coded with
+a probe fitted on all portions before it. Labels that are easy to read from few examples give a short code. Sender and
+receiver know the rows themselves, so features are standardised on all rows.
 
-With more features than rows an unrestrained probe is sure and wrong, and its code longer than a uniform one. The paper
-stops training early; here probes of several penalties are fitted each time, and the penalty that coded one portion best
-codes the next one. Both sides know by then which that was, so it costs no bits.
+With more features than rows, a probe without a penalty is certain and wrong, and its code is longer than a uniform
+code. The paper stops training early. Here probes of several penalties are fitted each time, and the penalty that coded
+one portion best codes the next portion. Both sides know this penalty by then, so it costs no bits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from datasets import Sequence, Value
 from hf_erasure.metrics import base, resampling
 from hf_erasure.metrics.linear_leakage import linear_model, preprocessing
 
-# A probe is fitted until no entry of the gradient of the mean loss is larger, or for so many steps.
+# A probe is fitted until no entry of the gradient of the mean loss is larger, or for this many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-9, 2000
-# Penalties of the probes that are tried: from hardly any to one that leaves little but the uniform code.
+# Penalties of the probes that are tried: from a small one to one that leaves almost only the uniform code.
 PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
-# Where the paper cuts, in percent of the rows.
+# The ends of the paper's portions, in percent of the rows.
 PORTIONS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25.0, 50.0, 100.0)
 
 
@@ -44,20 +44,20 @@ def score(
     Args:
         x: `(rows, width)` Representations.
         labels: `(rows,)` The concept.
-        portions: Ends of the portions in percent, increasing, the last 100; ends on the same row are one.
-        l2: Penalty of the probe, bias included, so that a label not seen yet keeps a probability; of several, the one
-            that was best on the portion before, and the greatest for the first probe.
-        shuffle: Send the rows in an order drawn by seed; else as they are.
-        seed: Of the order and the resamples.
-        **drawing: `confidence` and `resamples` of the bootstrap over the rows' code lengths, the probes as they are.
+        portions: Increasing ends of the portions in percent, the last 100; ends on the same row count once.
+        l2: Penalty of the probe and its bias, so that a label not seen yet keeps a probability. With several penalties,
+            the one that was best on the portion before is used, and for the first probe the greatest.
+        shuffle: Send the rows in a random order; otherwise in their own order.
+        seed: The seed of the order and the resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over code lengths of rows; probes are not fitted again.
 
     Returns:
         `compression` = `uniform_bits` / `codelength_bits`, both lengths, the ends of the `portions` as numbers of rows,
-        the `portion_bits` that each took, `rows`, `classes`, `intervals`.
+        the `portion_bits` of each, `rows`, `classes`, `intervals`.
 
     Raises:
-        ImportError: Without scikit-learn.
-        ValueError: If there is one class only, `l2` is not positive, `portions` do not increase to 100, or the input is
+        ImportError: If scikit-learn is not installed.
+        ValueError: If there is only one class, `l2` is not positive, `portions` do not increase to 100, or the input is
             malformed.
     """
     x = base.numbers("predictions", x)
@@ -81,13 +81,13 @@ def score(
 
 
 def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
-    """`(rows,)` Bits that each label costs."""
+    """`(rows,)` The bits of each label."""
     if not penalties[0] > 0:
         raise ValueError(f"l2={penalties[0]}: write a number above 0, or the probe has no unique minimum.")
     bits = np.full(len(y), np.log2(classes))
     best = len(penalties) - 1
-    # The bias is the weight of a feature that is 1 everywhere. A row of weight 0 for each class lets a probe know of
-    # those that have not come yet.
+    # The bias is the weight of a feature that is 1 everywhere. With a row of weight 0 for each class a probe knows
+    # classes that have not been sent yet.
     x = np.concatenate([preprocessing.StandardScaler().fit_transform(x), np.ones((len(x), 1))], 1)
     unseen = np.zeros((classes, x.shape[1]))
     for known, end in pairwise(ends):
@@ -117,7 +117,7 @@ class MinimumDescriptionLength(base.Measure):
         better="lower",
         bounds=(0.0, float("inf")),
         ideal=1.0,
-        interval="bootstrap over the rows' code lengths, order and probes as they are",
+        interval="bootstrap over the rows' code lengths, with the same order and probes",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
     score = staticmethod(score)

@@ -1,8 +1,8 @@
 """Perplexity and bits per byte (Jelinek et al. 1977; Gao et al. 2020, arXiv 2101.00027, section 3.1).
 
 `perplexity = exp(Σ nll / Σ tokens)` depends on the tokenizer; `bits per byte = Σ nll / (ln 2 · Σ bytes)` does not. The
-bytes are those of the scored text in UTF-8: a token that is not scored, such as the first one of a causal model without
-a start token, takes its bytes with it.
+bytes are those of the scored text in UTF-8: the bytes of a token that is not scored, such as the first token of a
+causal model without a start token, do not count.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def score(losses: Any, tokens: Any, bytes: Any, **drawing: Any) -> dict[str, Any
 
     Args:
         losses: `(segments,)` Summed negative log-likelihood of each segment's tokens in nats.
-        tokens: `(segments,)` How many tokens that are.
-        bytes: `(segments,)` How many bytes their text has in UTF-8.
+        tokens: `(segments,)` The number of these tokens.
+        bytes: `(segments,)` The number of bytes of their text in UTF-8.
         **drawing: `confidence`, `resamples` and `seed` of the bootstrap over segments.
 
     Returns:
-        `perplexity` of at least 1, `bits_per_byte`, `loss` in nats a token, `tokens`, `bytes`, `segments`, and
-        `intervals`; with fewer than two segments there is nothing to draw from and `intervals` is empty.
+        `perplexity` of at least 1, `bits_per_byte`, `loss` in nats per token, `tokens`, `bytes`, `segments`, and
+        `intervals`, which is empty with fewer than two segments.
 
     Raises:
         ValueError: If a loss is negative, there are no tokens or no bytes, or the input is malformed.

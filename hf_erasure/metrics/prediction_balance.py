@@ -1,7 +1,7 @@
-"""BPI, FPI, MPI and the balance of k classes: what GRADIEND's edits are chosen by (arXiv 2502.01406, section 5).
+"""BPI, FPI, MPI and the balance of k classes: the goals of GRADIEND's edits (arXiv 2502.01406, section 5).
 
-The formulas stand in `hf_erasure.fitting.gradiend.selection`, where edits are chosen; here they are measured with an
-interval. Each is `LMS · mean over texts of …`, so a model that no longer models language scores 0.
+The formulas are in `hf_erasure.fitting.gradiend.selection`, where edits are chosen; this metric adds intervals. Each
+is `LMS · mean over texts of …`, so a model that no longer models language scores 0.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def score(
     """The goals of GRADIEND for given class probabilities.
 
     Args:
-        probabilities: `(texts, classes)` Of the words of each class at the slot; they need not sum to 1.
+        probabilities: `(texts, classes)` Probabilities of each class's words at the slot; their sum may be below 1.
         classes: Names of the columns.
-        lms: Language-modelling score between 0 and 1, taken as known.
-        goals: Which to compute; by default all that these classes have: `balance`, every class, `bpi` for two classes,
-            `fpi` and `mpi` for the two classes female and male.
+        lms: Language-modelling score between 0 and 1; intervals take it as known.
+        goals: The goals to compute; by default all goals of these classes: `balance`, every class, `bpi` for two
+            classes, `fpi` and `mpi` for the two classes female and male.
         **drawing: `confidence`, `resamples` and `seed` of the bootstrap over texts.
 
     Returns:
         Goal → value between 0 and 1; `means`, the mean probability of each class; `lms`, `texts`, `intervals`.
 
     Raises:
-        ValueError: If a probability is not between 0 and 1, a goal means nothing for the classes, or the input is
+        ValueError: If a probability is not between 0 and 1, a goal is not defined for the classes, or the input is
             malformed.
     """
     p = base.numbers("predictions", probabilities, width=len(classes))

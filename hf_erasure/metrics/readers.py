@@ -1,8 +1,8 @@
-"""Readers of the benchmarks' own files, as people have them: good rows are read, bad rows left out, counted and named.
+"""Readers of the benchmarks' own files: good rows are read, bad rows are left out, counted and named.
 
-A file may begin with a byte order mark, end its lines as Windows does, and close with a comment. A row that cannot be
-read costs that row alone. A file without a single good row is refused. Each reader gives `Rows`: the good rows, and
-under `left_out` those that could not be read, with file, row and reason.
+A file may begin with a byte order mark, have the line ends of Windows, and end with a comment. Only the rows that
+cannot be read are lost. A file without a single good row raises an error. Each reader returns `Rows`: the good rows,
+and under `left_out` the rows that could not be read, with file, row and reason.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Item = TypeVar("Item")
 Raw = TypeVar("Raw")
 Source = str | Path
 
-_NAMED = 20  # bad rows of a file that are named; the others are counted
+_NAMED = 20  # the most bad rows of a file that are named; the others are counted
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _COMMENT = re.compile(r"\s*(#|//)")
 # Male and female pronouns that WinoBias exchanges; "her" stands for "him" as well as for "his".
 PRONOUNS = {"male": {"he", "him", "his", "himself"}, "female": {"she", "her", "hers", "herself"}}
 _WORDS = re.compile(r"\w+|[^\w\s]")
-# Chinese characters beside it do not make another word of it, as letters do ("BLANKET").
+# Letters beside "BLANK" make another word of it ("BLANKET"); Chinese characters do not.
 _BLANK = re.compile(r"(?<![A-Za-z])BLANK(?![A-Za-z])")
 _CROWS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 _SETS = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
@@ -39,16 +39,16 @@ _ENDINGS = ("stereotype", "anti-stereotype", "unrelated")
 
 
 class UnusableFile(ValueError):
-    """Nothing of a file can be used; the message says why."""
+    """No row of a file can be used; the message says why."""
 
 
 class BadRow(ValueError):
-    """A row cannot be read; the message goes on after where the row is: "lacks gender"."""
+    """A row cannot be read; the message follows the place of the row in a sentence: "lacks gender"."""
 
 
 @dataclass(frozen=True)
 class LeftOutRows:
-    """How many rows of a file are left out, and the first of them, each with `row` (where it is) and `reason`."""
+    """How many rows of a file are left out, and the first of them, each with `row` (its place) and `reason`."""
 
     file: str
     count: int
@@ -62,7 +62,7 @@ class LeftOutRows:
 
 
 class Rows(list[Item], Generic[Item]):
-    """The good rows of one or several files, in order, and under `left_out` the bad ones of each file."""
+    """The good rows of one or several files, in order, and under `left_out` the bad rows of each file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,11 +72,11 @@ class Rows(list[Item], Generic[Item]):
 def good_rows(
     path: Source, rows: Iterable[tuple[str, Raw | BadRow]], read: Callable[[Raw], Item], expected: str
 ) -> Rows[Item]:
-    """Read every row; warn of those that cannot be read.
+    """Read every row, and warn of rows that cannot be read.
 
-    `rows` has for each where it is, such as `"line 3"`, and its content, or what is wrong with it. `read` makes an item
-    of the content, or raises `BadRow` for a reason that can be shown as it is. Raises `UnusableFile` if no row is good,
-    and says what is `expected`.
+    `rows` has the place of each row, such as `"line 3"`, and its content, or the error in it. `read` makes an item from
+    the content, or raises `BadRow` with a reason for the reader. Raises `UnusableFile` if no row is good; the message
+    says what is `expected`.
     """
     found: Rows[Item] = Rows()
     bad: list[dict[str, str]] = []
@@ -84,7 +84,7 @@ def good_rows(
         try:
             if isinstance(content, BadRow):
                 raise content
-            # Fails at half a character: a byte that is not UTF-8, or half of an escaped pair.
+            # This fails for a lone surrogate: a byte that is not UTF-8, or half of an escaped pair.
             json.dumps(content, ensure_ascii=False).encode()
             found.append(read(content))
         except BadRow as error:
@@ -103,9 +103,9 @@ def good_rows(
 
 
 def text_of(path: Source) -> str:
-    """The text of a file, without a byte order mark; a byte that is not UTF-8 makes the row it is in a bad row.
+    """The text of a file, without a byte order mark; a row with a byte that is not UTF-8 becomes a bad row.
 
-    Raises `UnusableFile` if there is no such file, or it is UTF-16.
+    Raises `UnusableFile` if the file does not exist, or is UTF-16.
     """
     file = Path(path)
     if not file.is_file():
@@ -117,17 +117,17 @@ def text_of(path: Source) -> str:
 
 
 def lines_of(path: Source) -> list[tuple[str, str]]:
-    """`("line 1", text)` of every line."""
+    """The place and the text of every line, such as `("line 1", text)`."""
     return [(f"line {number}", line) for number, line in enumerate(_LINE_ENDS.split(text_of(path)), 1)]
 
 
 def content_lines(path: Source) -> list[tuple[str, str]]:
-    """The lines that hold something: neither empty nor comments."""
+    """The lines that are not empty and not comments."""
     return [(where, line) for where, line in lines_of(path) if line.strip() and not line.lstrip().startswith("#")]
 
 
 def json_of(path: Source) -> Any:
-    """The one JSON value of a file; comments may follow it, and with anything else it is an `UnusableFile`."""
+    """The one JSON value of a file, after which only comments may follow. Raises `UnusableFile` otherwise."""
     text = text_of(path).lstrip()
     try:
         found, end = json.JSONDecoder().raw_decode(text)
@@ -135,15 +135,15 @@ def json_of(path: Source) -> Any:
         raise UnusableFile(f"{path} is not JSON: {error}.") from error
     rest = [line for line in _LINE_ENDS.split(text[end:]) if line.strip()]
     if any(not _COMMENT.match(line) for line in rest):
-        raise UnusableFile(f"{path} goes on after its JSON value, with {rest[0][:40]!r}: leave that out.")
+        raise UnusableFile(f"{path} continues after its JSON value, with {rest[0][:40]!r}: remove that.")
     return found
 
 
 def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, str] | BadRow]]:
-    """For each row of a CSV file its line, and its cells by column, or what is wrong with it.
+    """For each row of a CSV file its line, and its cells by column, or the error in it.
 
-    Blank lines and comments are not rows. Raises `UnusableFile` if it lacks a column that is wanted, or its first line
-    is not CSV.
+    Blank lines and comments are not rows. Raises `UnusableFile` if the file lacks a wanted column, or its first line is
+    not CSV.
     """
     lines = list(io.StringIO(text_of(path), newline=""))
     reader, start = csv.reader(lines, strict=True), 0
@@ -176,7 +176,7 @@ def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, s
 
 
 def text_at(content: Any, key: str) -> str:
-    """A text that is not empty, at a key; a row without it is a `BadRow`."""
+    """The text at a key. Raises `BadRow` if it is missing or empty."""
     value = _at(content, key)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"lacks {key}")
@@ -184,7 +184,7 @@ def text_at(content: Any, key: str) -> str:
 
 
 def _at(value: Any, *keys: str) -> Any:
-    """What is in nested dictionaries under some keys; None where one of them is not there."""
+    """The value in nested dictionaries under some keys; None if one of the keys is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -194,7 +194,7 @@ def _at(value: Any, *keys: str) -> Any:
 class StereoSetItem:
     """An intrasentence item: a context with `BLANK` where its sentences differ.
 
-    They are the stereotypical, the anti-stereotypical and the unrelated one.
+    The sentences are the stereotypical, the anti-stereotypical and the unrelated one.
     """
 
     term: str
@@ -203,7 +203,7 @@ class StereoSetItem:
     sentences: tuple[str, str, str]
 
     def blank(self, sentence: str) -> tuple[int, int] | None:
-        """Where in a sentence the blank was filled; None if the sentence does not fit the context, but for case."""
+        """Where in a sentence the blank is filled; None if it does not fit the context; case is ignored."""
         parts = _BLANK.split(self.context)
         if len(parts) != 2:
             return None
@@ -224,20 +224,20 @@ class CrowSPair:
 
 @dataclass(frozen=True)
 class PronounPair:
-    """A sentence of WinoBias with either pronoun."""
+    """A sentence of WinoBias with each of two pronouns."""
 
     pro: str  # the version whose pronoun fits the stereotype
-    anti: str  # the other one
-    stereotype: str | None  # `"male"` or `"female"`; None where the two differ in more than pronouns of two genders
-    type: int  # 1 or 2, of the sentence
-    # `(start, end)` of each pronoun that differs, in `pro` and in `anti`.
+    anti: str  # the version with the other pronoun
+    stereotype: str | None  # `"male"` or `"female"`; None if the two differ in more than pronouns of two genders
+    type: int  # the type of the sentence, 1 or 2
+    # The place `(start, end)` of each pronoun that differs, in `pro` and in `anti`.
     slots: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] = ((), ())
 
 
 def read_stereoset(path: Source) -> Rows[StereoSetItem]:
     """Items of StereoSet, from its own JSON or a plain list of items.
 
-    Raises `ValueError` if the file holds something else, or no item has its three sentences.
+    Raises `ValueError` if the file does not hold such items, or no item has its three sentences.
     """
     found = json_of(path)
     if isinstance(found, dict):
@@ -275,7 +275,7 @@ def _crows_pair(cells: dict[str, str]) -> CrowSPair:
 class SeatTests(dict[str, dict[str, list[str]]]):
     """Tests of WEAT and SEAT: name → `X`, `Y`, `A`, `B` → texts.
 
-    Under `skipped` are tests whose file cannot be used, with the reason, under `left_out` bad rows of the others.
+    `skipped` has the tests whose file cannot be used, with the reason; `left_out` has the bad rows of the other tests.
     """
 
     def __init__(self) -> None:
@@ -285,7 +285,7 @@ class SeatTests(dict[str, dict[str, list[str]]]):
 
 
 def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
-    """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts, of all files of a folder, or those named.
+    """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts, from all files of a folder, or from those of `tests`.
 
     Raises `ValueError` if a test that is asked for has no file, or no file can be used.
     """
@@ -328,9 +328,9 @@ def _text(value: Any) -> str:
 
 
 def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Iterable[int] = (1, 2)) -> Rows[PronounPair]:
-    """Sentence pairs of WinoBias, from `pro_stereotyped_type1.txt.dev` and its like; blank lines do not count.
+    """Sentence pairs of WinoBias, from `pro_stereotyped_type1.txt.dev` and similar files; blank lines do not count.
 
-    Raises `ValueError` if a file is not there, or the two files of a pair differ in length.
+    Raises `ValueError` if a file is missing, or the two files of a pair differ in length.
     """
     pairs: Rows[PronounPair] = Rows()
     for kind in types:
@@ -348,7 +348,7 @@ def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Itera
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most so many items, one or more, from everywhere in the file."""
+    """At most `limit` items, evenly spread over all; all items when None."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: write at least 1, or None for all.")
     if limit is None or limit >= len(items):
@@ -357,7 +357,7 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def _pronoun_pair(lines: list[str], type: int) -> PronounPair:
-    # Without the number in front and the brackets around the two mentions.
+    # Remove the number at the beginning and the brackets around the two mentions.
     pro, anti = (re.sub(r"^\s*\d+\s+|[][]", "", line).strip() for line in lines)
     words = [list(_WORDS.finditer(sentence)) for sentence in (pro, anti)]
     if len(words[0]) != len(words[1]):

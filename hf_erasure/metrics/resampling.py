@@ -1,8 +1,8 @@
 """Intervals by the bootstrap and p values by permutation, always with a seed.
 
 An interval is the percentile interval of a statistic over resamples of the items (Efron 1979). Items that belong
-together (sentences about one term, rows of one text) are drawn together; items of different strata are drawn within
-their stratum. A p value counts the permutations whose statistic is at least the observed one, which is among them.
+together (sentences about one term, rows of one text) are drawn together. Items of a stratum are drawn within it. A p
+value is the share of permutations whose statistic is at least the observed one; the observed order is one of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .base import Floats, Ints, whole
 
 Statistic = Callable[[Ints], Mapping[str, float]]
 
-# Two sums of the same numbers in another order differ by rounding only, so they count as equal.
+# The relative difference up to which two sums count as equal: in another order they differ by rounding only.
 _SAME = 1e-9
-# Numbers that are permuted at once: 32 MB of float64.
+# The most numbers that are permuted at once: 32 MB of float64.
 _CHUNK = 4_000_000
 
 
 def tails(confidence: float) -> tuple[float, float]:
-    """The two quantiles between which that share of a distribution lies."""
+    """The two quantiles between which the share `confidence` of a distribution is."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a share between 0 and 1, such as 0.95.")
     return (1 - confidence) / 2, (1 + confidence) / 2
@@ -44,25 +44,25 @@ def bootstrap(
     """The figures that a statistic returns, and their percentile intervals.
 
     Args:
-        statistic: Indices of the items drawn → figures by name; NaN where a figure has no value.
+        statistic: Indices of the items drawn → figures by name; NaN if a figure has no value.
         count: How many items there are.
-        strata: One entry an item; each stratum keeps its size.
-        clusters: One entry an item; the items of a cluster are drawn together. Not with `strata`.
+        strata: The stratum of each item; each stratum keeps its size.
+        clusters: The cluster of each item; the items of a cluster are drawn together. Not with `strata`.
         resamples: How often to draw.
-        confidence: Share of the resamples within the interval.
-        seed: Of the draws.
+        confidence: The share of the resamples within the interval.
+        seed: The seed of the draws.
 
     Returns:
         Figure → its value over all items, and what `percentiles` returns.
 
     Raises:
-        ValueError: If there is nothing to draw from, an argument is out of range, or a figure is undefined in more
-            than half of the resamples.
+        ValueError: If there are no items, an argument is out of range, or a figure is undefined in more than half of
+            the resamples.
     """
     whole("resamples", resamples, 2)
     tails(confidence)
     if strata is not None and clusters is not None:
-        raise ValueError("Both strata and clusters are given: draw by one of them.")
+        raise ValueError("Both strata and clusters are given: give one of them.")
     generator, everything = np.random.default_rng(seed), np.arange(whole("count", count))
     keys, name = (strata, "strata") if clusters is None else (clusters, "clusters")
     if keys is not None and len(keys) != count:
@@ -84,11 +84,11 @@ def bootstrap(
 
 
 def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
-    """Percentile intervals of figures, of each its resamples `(resamples,)`, NaN where it has no value.
+    """Percentile intervals of figures: each has its values in the resamples, `(resamples,)`, NaN where it has none.
 
-    Returns `intervals`, figure → `[low, high]`; and `undefined_resamples`, figure → in how many resamples it had no
-    value (nothing varied there), only where there were any. Raises a `ValueError` if the confidence is not a share, or
-    a figure is undefined in more than half of the resamples.
+    Returns `intervals`, figure → `[low, high]`; and, if there were any, `undefined_resamples`, figure → in how many
+    resamples it had no value, because nothing varied there. Raises `ValueError` if the confidence is not a share, or a
+    figure is undefined in more than half of the resamples.
     """
     ends, bounds, undefined = tails(confidence), {}, {}
     for name, values in resampled.items():
@@ -104,9 +104,9 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> di
 def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> dict[str, Any]:
     """Test whether a statistic is greater than its values after permutations: all of them (`exact`), or a sample.
 
-    Rounding is relative to `scale`; by default to the statistic itself. Returns `p_value`, the share of the
+    Rounding is relative to `scale`, by default to the statistic itself. Returns `p_value`, the share of the
     permutations whose statistic is at least the observed one, never 0; `exact`; and how many `permutations` there were.
-    The observed one is among them if exact, and counted besides if not.
+    The observed order is one of them if `exact`, and is added to the sample if not.
     """
     reached = int((null >= observed - _SAME * (abs(observed) if scale is None else scale)).sum())
     p_value = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
@@ -116,10 +116,10 @@ def among(observed: float, null: Floats, *, exact: bool = False, scale: float | 
 def subset_sums(
     values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0
 ) -> tuple[dict[str, Any], Floats]:
-    """Test whether the first `size` values sum to more than a random choice of so many (one-sided).
+    """Test whether the first `size` values have a greater sum than a random choice of `size` values (one-sided).
 
-    Every choice is looked at if there are at most `permutations`, else so many are drawn. Returns what `among` does,
-    and the sums of the choices.
+    All choices are used if there are at most `permutations`; otherwise `permutations` choices are drawn. Returns what
+    `among` returns, and the sums of the choices.
     """
     whole("permutations", permutations)
     if not 0 < size < len(values):
@@ -139,9 +139,9 @@ def subset_sums(
 def shuffled(
     statistic: Callable[[Ints], float], count: int, *, permutations: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Test whether a statistic is greater than after shuffling items; of its absolute value the test is two-sided.
+    """Test whether a statistic is greater than after shuffling items; two-sided if the statistic is an absolute value.
 
-    The statistic is given `(count,)` places that the items are taken from. Returns what `among` does.
+    The statistic is called with `(count,)` places from which the items are taken. Returns what `among` returns.
     """
     generator, everything = np.random.default_rng(seed), np.arange(count)
     draws = (generator.permutation(everything) for _ in range(whole("permutations", permutations)))
@@ -149,7 +149,7 @@ def shuffled(
 
 
 def sign_test(successes: int, trials: int) -> float:
-    """The exact two-sided p value of so many successes where each has the chance ½; 1.0 without a trial."""
+    """The exact two-sided p value of `successes` if each trial succeeds with probability ½; 1.0 without a trial."""
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: give counts between 0 and the number of trials.")
 

@@ -1,8 +1,8 @@
 """True-positive-rate gaps of a classifier between two groups (De-Arteaga et al. 2019, arXiv 1901.09451, section 4).
 
-`Gap(y) = P(ŷ = y | y, group) − P(ŷ = y | y, other)`; the root mean square over classes says how unequal a classifier
-is, the correlation of gaps with the group's share of each class whether it amplifies what is already unequal. The root
-mean square of noisy gaps is above 0 without any true gap: judge it by its p value.
+`Gap(y) = P(ŷ = y | y, group) − P(ŷ = y | y, other)`. The root mean square over classes says how unequal a classifier
+is. The correlation of gaps with the group's share of each class says whether it amplifies an existing inequality. The
+root mean square of noisy gaps is above 0 even without a true gap: judge it by its p value.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Gaps in the true positive rate, class by class and together.
+    """Gaps in the true positive rate, for each class and together.
 
     Args:
         predictions: `(rows,)` Predicted classes.
         references: `(rows,)` True classes.
-        groups: `(rows,)` Two groups.
-        positive: The group whose rate stands first in the difference; by default the first by name.
-        permutations: Shuffles of the groups within each class, for the p value of `rms`.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over rows, within class and group.
-        seed: Of shuffles and resamples.
+        groups: `(rows,)` One of two groups for each row.
+        positive: The group whose rate is first in the difference; by default the first by name.
+        permutations: How often the groups are shuffled within each class, for the p value of `rms`.
+        confidence: The confidence of the intervals.
+        resamples: How many resamples of rows the bootstrap draws, within class and group.
+        seed: The seed of shuffles and resamples.
 
     Returns:
         `rms` between 0 and 1; `gaps` and `shares` of the positive group by class;
-        `correlation` of gaps with shares (`None` below two classes or where one does not vary); `left_out`, the
+        `correlation` of gaps with shares (`None` below two classes or if one of the two does not vary); `left_out`, the
         classes without rows of both groups; `coverage`, the share of rows in the other classes; `p_value`; and
-        `intervals`, a class's gap under `gaps.<class>`.
+        `intervals`, where the gap of a class is `gaps.<class>`.
 
     Raises:
         ValueError: If there are not two groups, no class has rows of both, or the input is malformed.
@@ -51,19 +51,19 @@ def score(
     all_sizes, all_hits, classes = _counted(predictions, references, groups, positive)
     both = np.asarray((all_sizes > 0).all(0))
     if not both.any():
-        raise ValueError("No class has rows of both groups, so there is no gap: give rows of both for some class.")
+        raise ValueError("No class has rows of both groups, so no gap is defined: give both groups in some class.")
     sizes, hits = all_sizes[:, both], all_hits[:, both]
     names, lacking = ([name for name, has in zip(classes, both, strict=True) if has == kind] for kind in (True, False))
     gaps, shares = _gaps(hits, sizes), sizes[0] / sizes.sum(0)
     rms, correlation = float(_rms(gaps)), float(_correlation(gaps, shares))
 
-    # Rows that are drawn again within class and group hit as often as a binomial variable says.
+    # Drawn again within class and group, the number of right rows has a binomial distribution.
     drawn = _gaps(np.random.default_rng(seed).binomial(sizes, hits / sizes, (draws, *sizes.shape)), sizes)
     resampled = {"rms": _rms(drawn), **{f"gaps.{name}": drawn[:, i] for i, name in enumerate(names)}}
     if not np.isnan(correlation):
         resampled["correlation"] = _correlation(drawn, shares)
     intervals = resampling.percentiles(resampled, confidence)
-    # Groups that are shuffled within a class share its hits as a hypergeometric variable says.
+    # Shuffled within a class, the number of right rows in a group has a hypergeometric distribution.
     right = hits.sum(0)
     one = np.random.default_rng(seed).hypergeometric(right, sizes.sum(0) - right, sizes[0], (shuffles, len(right)))
     test = resampling.among(rms, _rms(_gaps(np.stack([one, right - one], 1), sizes)))
@@ -77,7 +77,7 @@ def score(
 
 
 def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> tuple[base.Ints, base.Ints, list[str]]:
-    """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
+    """`(2, classes)` each: the rows of the positive and the other group by class, and how many of them are right."""
     truth = base.labels("references", references, len(references))
     predicted = base.labels("predictions", predictions, len(truth), of="references")
     sides, two = base.class_ids("groups", base.labels("groups", groups, len(truth), of="references"))
@@ -89,7 +89,7 @@ def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> t
     first = sides == (0 if positive is None else names.index(str(positive)))
     y, classes = base.class_ids("references", truth, least=1)
     if {isinstance(label, str) for label in predicted} != {isinstance(label, str) for label in truth}:
-        raise ValueError("predictions and references mix strings and numbers, so none could agree: write both alike.")
+        raise ValueError("predictions and references mix strings and numbers, so none can agree: give one type.")
     right = np.array([guess == label for guess, label in zip(predicted, truth, strict=True)])
     sizes, hits = (
         np.stack([np.bincount(y[side & of], minlength=len(classes)) for side in (first, ~first)])
@@ -99,18 +99,18 @@ def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> t
 
 
 def _gaps(hits: base.Ints, sizes: base.Ints) -> base.Floats:
-    """`(…, classes)` Rate of the positive group minus rate of the other, of `(…, 2, classes)` hits."""
+    """`(…, classes)` The rate of the positive group minus the rate of the other, from `(…, 2, classes)` hits."""
     rates = hits / sizes
     return rates[..., 0, :] - rates[..., 1, :]
 
 
 def _rms(gaps: base.Floats) -> base.Floats:
-    """`(…,)` of `(…, classes)` gaps."""
+    """`(…,)` The root mean square of `(…, classes)` gaps over classes."""
     return np.sqrt((gaps**2).mean(-1))
 
 
 def _correlation(gaps: base.Floats, shares: base.Floats) -> base.Floats:
-    """`(…,)` Pearson's, of `(…, classes)` gaps with the shares; NaN where one of the two does not vary."""
+    """`(…,)` Pearson's correlation of `(…, classes)` gaps with the shares; NaN if one of the two does not vary."""
     x, y = gaps - gaps.mean(-1, keepdims=True), shares - shares.mean()
     varies = (np.ptp(gaps, -1) >= 1e-12) & (np.ptp(shares) >= 1e-12)
     norms = np.where(varies, np.linalg.norm(x, axis=-1) * np.linalg.norm(y), np.nan)

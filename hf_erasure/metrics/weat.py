@@ -2,8 +2,8 @@
 
 Caliskan et al. 2017 (arXiv 1608.07187) for words, May et al. 2019 (arXiv 1903.10561) for sentences. With
 `s(w) = mean cos(w, A) − mean cos(w, B)`, the effect size is `(mean s over X − mean s over Y) / deviation of s over
-X ∪ Y` (deviation with n − 1, as the authors' code has it). The p value is the share of splits of X ∪ Y into sets of
-the same sizes whose difference is at least the observed one.
+X ∪ Y` (deviation with n − 1, as in the authors' code). The p value is the share of splits of X ∪ Y into sets of the
+same sizes whose difference is at least the observed one.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def score(
         y: `(m, width)` The second targets.
         a: `(…, width)` The first attributes.
         b: `(…, width)` The second attributes.
-        permutations: All splits of the targets are looked at if there are at most so many, else so many are drawn.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over targets and attributes, within each set.
-        seed: Of splits and resamples.
+        permutations: All splits of the targets are used if there are at most so many; otherwise so many are drawn.
+        confidence: The confidence of the intervals.
+        resamples: How many resamples of targets and attributes the bootstrap draws, within each set.
+        seed: The seed of splits and resamples.
 
     Returns:
         `effect_size`, within ±2 for sets of one size; `statistic`, the difference of means; the one-sided `p_value`
-        (X nearer to A than Y), `exact`, `permutations`; `null_interval`, where effect sizes lie after random splits;
-        `intervals`.
+        (X is nearer to A than Y), `exact`, `permutations`; `null_interval`, the interval of effect sizes after random
+        splits; `intervals`.
 
     Raises:
         ValueError: If a target set has fewer than two rows, a vector is 0, nothing varies, or the input is malformed.
@@ -83,7 +83,7 @@ def score(
 def _unit(vectors: base.Floats) -> base.Floats:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (norms == 0).any():
-        raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out and say so.")
+        raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out, and report it.")
     return vectors / norms
 
 
@@ -107,11 +107,11 @@ def mean_absolute_effect(
 ) -> dict[str, Any]:
     """The mean of |effect size| over tests that may share items, with an interval.
 
-    A bootstrap of each test alone would take an item that is in several of them for several items. Here each item gets
-    one random weight a resample (exponential: Rubin's Bayesian bootstrap, 1981), in whichever tests it is. An absolute
-    value is pushed up by noise, so the interval of an encoder without any association lies above 0.
+    A bootstrap of each test alone would count an item that is in several tests as several items. Here each item has the
+    same random weight in all tests of a resample (exponential: Rubin's Bayesian bootstrap, 1981). Noise raises an
+    absolute value, so the interval of an encoder without any association is above 0.
 
-    Each test has, by the name of a set, the rows of `vectors` `(items, width)` that are in it.
+    Each test is a mapping: the name of a set → the rows of `vectors` `(items, width)` that are in it.
     """
     unit = _unit(base.numbers("vectors", vectors))
     weights = np.random.default_rng(seed).exponential(size=(base.whole("resamples", resamples), len(unit)))
@@ -122,7 +122,7 @@ def mean_absolute_effect(
 
 
 def _weighted_effect(unit: base.Floats, test: Mapping[str, Sequence[int]], weights: base.Floats) -> base.Floats:
-    """`(resamples,)` Effect sizes under the weights `(resamples, items)` of items."""
+    """`(resamples,)` Effect sizes with the weights `(resamples, items)` of items."""
     targets = [*test["X"], *test["Y"]]
     first = len(test["X"])
     s = np.zeros((len(weights), len(targets)))
@@ -137,7 +137,7 @@ def _weighted_effect(unit: base.Floats, test: Mapping[str, Sequence[int]], weigh
 
 
 def _score_of_rows(predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-    """`score` of vectors, with the set of each: `"X"`, `"Y"` (targets), `"A"` or `"B"` (attributes)."""
+    """`score` of vectors with a set for each: `"X"`, `"Y"` (targets), `"A"` or `"B"` (attributes)."""
     vectors = base.numbers("predictions", predictions)
     of = np.array(base.labels("references", references, len(vectors)))
     if set(of.tolist()) != set(SETS):
@@ -157,7 +157,7 @@ class WEAT(base.Measure):
         better="closer",
         bounds=(-2.0, 2.0),
         ideal=0.0,
-        interval="bootstrap over targets and attributes; one-sided permutation p value, exact where splits are few",
+        interval="bootstrap over targets and attributes; one-sided permutation p value, exact if there are few splits",
     )
     inputs = base.either_kind([], predictions=ListOf(Value("float64")), references=Value("string"))
     score = staticmethod(_score_of_rows)

@@ -116,10 +116,10 @@ def test_numbers_that_are_none_are_refused(name: str):
             score(spoilt, columns["references"], columns["groups"])
         return
     if name == "weat":
-        with pytest.raises(ValueError, match=r"NaN, infinity or nothing, first in row 1"):
+        with pytest.raises(ValueError, match=r"NaN, infinity or None, first in row 1"):
             score(spoilt[:10], *[columns["predictions"][:10]] * 3)
         return
-    with pytest.raises(ValueError, match=r"NaN, infinity or nothing, first in row 1"):
+    with pytest.raises(ValueError, match=r"NaN, infinity or None, first in row 1"):
         score(spoilt, *list(columns.values())[1:])
 
 
