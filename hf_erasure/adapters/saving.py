@@ -12,8 +12,8 @@ each adapter of this package that a save writes, on the process that writes, whe
 `adapter_model.safetensors` are complete there and nothing has been committed. Its files are committed with them; an
 error that it raises stops the save and leaves the target as it was. A `README.md` in the target is copied into the
 staged folder first, so that it can be updated. In a save of a `PeftModel`, an adapter that is not called "default" has
-a folder inside the staged folder of the whole save. `root_of(folder)` of `common.files` is that folder, and
-`target_of(folder)` is the final place. Such functions write only directly in these two: a push uploads one level.
+a folder inside the staged folder of the whole save, which is `root_of(folder)`; `target_of(folder)` is the final place.
+The functions write only directly in the adapter's staged folder and in `root_of(folder)`: a push uploads one level.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _kind_in(place: Path) -> tuple[Any, str]:
         return None, str(error)
 
 
-# ---- what the file of an adapter holds -------------------------------------------------------------------------------
+# ---- the tensors in the file of an adapter ---------------------------------------------------------------------------
 
 
 def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

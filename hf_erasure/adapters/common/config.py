@@ -240,7 +240,7 @@ def as_names(config: Any, *names: str) -> Any:
 def read_config(file: Path) -> dict[str, Any]:
     """The content of an `adapter_config.json`."""
     state = file.stat()
-    if not stat.S_ISREG(state.st_mode):  # a pipe might never end
+    if not stat.S_ISREG(state.st_mode):  # reading a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
     if state.st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{str(file)!r} has {state.st_size} bytes, and no configuration is that long: it is damaged.")

@@ -161,7 +161,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values.add(name)
 
     def check_values(self, name: str) -> None:
-        """Raise if a value of an adapter is missing or not finite."""
+        """Raise a `ValueError` if a value of an adapter is missing or not finite."""
         for key, store in self.stores(name).items():
             value = store[name]
             if value.device.type == "meta":
@@ -248,7 +248,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._hook()
 
     def detach(self) -> None:
-        """Take this child and its hooks off the host."""
+        """Remove this child and its hooks from the host."""
         self._unhook()
         # The host gets a new dictionary, since PEFT iterates over the present one while it deletes an adapter.
         left = {name: module for name, module in self.host._modules.items() if module is not self}

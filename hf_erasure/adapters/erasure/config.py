@@ -30,7 +30,7 @@ _LATER = {
     **{"weights": None, "strength": 1.0, "target": None, "readings": None},
     **{"pair_rank": 0, "environment_rank": None, "environments": None, "kept": None},
 }
-_STRONGEST = 2.0
+_STRONGEST = 2.0  # this strength mirrors activations at the mean
 # The most strata (class × environment × kept class). The statistics of a site have a square matrix of them: 8 MB.
 _MOST_STRATA = 1000
 # The sum of the shares of classes may differ from 1 by this, since users round the shares.
@@ -91,8 +91,8 @@ class ConceptErasureConfig(ChildConfig):
         affine: Keep the mean of the activations by an affine part, which is merged into a bias. `False` keeps the mean
             by the choice of the linear map: of the maps that keep it, the one of least change. By default fitting takes
             the affine map where a merge can write it, or where the adapter cannot be merged, and else the linear one.
-        rank: The most directions that are erased at a site. `None` means k − 1 for named classes and `concept_dim`
-            otherwise, which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
+        rank: The largest number of directions that are erased at a site. `None` means k − 1 for named classes and
+            `concept_dim` otherwise, which the guarantee needs, and for `"inlp"` ten times as many, in ten rounds.
         pair_rank: How many more directions are erased: those in which texts and their counterfactuals differ most,
             apart from the mean difference, which is always erased. Needs batches with counterfactuals.
         environment_rank: How many directions of the class differences within environments, such as templates or
@@ -401,7 +401,7 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def max_rank(self) -> int:
-        """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise.
+        """The number of directions that the guarantee needs: k − 1 for classes, `concept_dim` otherwise.
 
         For INLP, which guarantees nothing, it is the number that its rounds remove, or the given `rank`.
         """

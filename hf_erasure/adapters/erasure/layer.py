@@ -1,4 +1,4 @@
-"""The eraser as a child of the module it acts on.
+"""The layer that holds erasers, as a child of the module on which they act.
 
 Hooks on the host replace the hidden state that it takes or returns by the erased one. When several modules share an
 eraser, the child of one of them, the *site*, holds it, and the children of the others use it from there.
@@ -140,7 +140,7 @@ class ErasureLayer(AdapterChild):
         return f"The eraser of adapter {name!r} at {self.path!r}"
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter that is not merged."""
+        """Remove an adapter that is not merged, and hooks that are not needed any more."""
         super().delete_adapter(adapter_name)
         self._hook()
 

@@ -101,7 +101,7 @@ def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueErro
 
 
 class ConceptErasureModel(ChildTuner):
-    """Attaches one `ErasureLayer` to every targeted module; the modules themselves stay in place."""
+    """The tuner that attaches one `ErasureLayer` to every targeted module; the modules themselves stay in place."""
 
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
@@ -115,7 +115,7 @@ class ConceptErasureModel(ChildTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, untie: bool = False
     ) -> None:
-        """Write erasers into the weights, at every site or, if one refuses, at none.
+        """Write erasers into the weights, at every site or, if one site cannot take them, at none.
 
         An erasure at a norm goes into the linear layers that take the norm's output. The model's output stays the same,
         but `output_hidden_states`, and any other code that reads a norm's output, then gets states without the erasures

@@ -96,7 +96,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class GradiendModel(ChildTuner):
-    """Attaches one `GradiendLayer` to every module that owns targeted parameters."""
+    """The tuner that attaches one `GradiendLayer` to every module that owns targeted parameters."""
 
     prefix: str = "gradiend_"
     tuner_layer_cls = GradiendLayer

@@ -1,1 +1,1 @@
-"""An adapter that comes from a file: checked before it touches a model."""
+"""Loading an adapter from a file: it is checked before it is attached to a model."""

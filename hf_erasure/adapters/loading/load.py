@@ -226,7 +226,7 @@ def _take(model: Any, name: str, read: Read) -> None:
             copies[name].load_state_dict(found, strict=False, assign=is_elsewhere)
 
 
-# ---- reading what anybody may have written ---------------------------------------------------------------------------
+# ---- reading files that may come from a stranger ---------------------------------------------------------------------
 
 
 def read_adapter(
@@ -348,7 +348,7 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
     return found
 
 
-# ---- the tensors in a file, and what its configuration says ----------------------------------------------------------
+# ---- comparing the tensors in a file with its configuration ----------------------------------------------------------
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
@@ -378,7 +378,7 @@ def _refuse(names: Iterable[str], told: str) -> None:
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix."""
     state = file.stat()
-    if not stat.S_ISREG(state.st_mode):  # a pipe might never end
+    if not stat.S_ISREG(state.st_mode):  # reading a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
     size, on_disk = state.st_size, getattr(state, "st_blocks", None)
     if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:

@@ -1,1 +1,1 @@
-"""Adapters written into weights: merged, combined, exported."""
+"""Merging adapters into weights, and exporting them for other programs."""

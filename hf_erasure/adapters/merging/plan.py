@@ -1,7 +1,7 @@
 """Merging erasers into a model's weights: all sites of an adapter, or none.
 
-At a linear layer, a convolution or an embedding, the eraser goes into the weights of this module; and also where an
-adapter names the weights that make or take its activations. At any other site, usually a norm, it goes into the layers
+If a site is a linear layer, a convolution or an embedding, or if the adapter names the weights that make or take its
+activations, the eraser goes into weights of the site itself. At any other site, usually a norm, it goes into the layers
 that take the site's activation, if only linear layers take it.
 """
 

@@ -103,7 +103,7 @@ def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Ten
             parameter.data = value
 
 
-# ---- what takes the output of a site ---------------------------------------------------------------------------------
+# ---- the layers and operations that take the output of a site --------------------------------------------------------
 
 
 @dataclass

@@ -296,7 +296,7 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, 
     return found
 
 
-# ---- what was written into a module ----------------------------------------------------------------------------------
+# ---- the record of what was written into a module --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
