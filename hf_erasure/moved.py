@@ -40,7 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 _PACKAGE = __name__.rpartition(".")[0]
 
 
-class _Moved(ModuleType):
+class _MovedModule(ModuleType):
     """A module at an old path; a name is taken from the module that has it now, with a warning."""
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class _Moved(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-class _Finder(Loader):
+class _MovedFinder(Loader):
     """Finds modules at old paths, if no other finder has found them."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
@@ -68,7 +68,7 @@ class _Finder(Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Create an empty module."""
-        return _Moved(spec.name)
+        return _MovedModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing: names are looked up when they are first used."""
@@ -77,4 +77,4 @@ class _Finder(Loader):
 def install() -> None:
     """Make old paths work; a second call, as after a reload, replaces the finder of the first."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
-    sys.meta_path.append(_Finder())
+    sys.meta_path.append(_MovedFinder())

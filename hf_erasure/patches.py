@@ -44,15 +44,15 @@ class Patch(Internal):
     def why_missing(self) -> str | None:
         """The part that is missing; None if none is, or if another of its modules has the function."""
         missing = super().why_missing()
-        return None if any(hasattr(_owner(place), self.name) for place in self.also) else missing
+        return None if any(hasattr(_find_owner(place), self.name) for place in self.also) else missing
 
 
 def patches() -> tuple[Patch, ...]:
     """Make the table, anew at each call: after a reload the wrappers are other functions."""
-    return *_of_libraries(), *_of_trainer()
+    return *_library_patches(), *_trainer_patches()
 
 
-def _of_libraries() -> tuple[Patch, ...]:
+def _library_patches() -> tuple[Patch, ...]:
     models, tuners, mixin = "peft.peft_model", "peft.tuners.tuners_utils", "transformers.integrations.peft"
     return (
         # The class of a task changes the caller's configuration, and the adapter stays if it fails afterwards.
@@ -111,7 +111,7 @@ def _of_libraries() -> tuple[Patch, ...]:
     )
 
 
-def _of_trainer() -> tuple[Patch, ...]:
+def _trainer_patches() -> tuple[Patch, ...]:
     return (
         # There is no event at which to stop a training whose saves would lose an adapter, nor one before a log is sent.
         Patch(
@@ -132,7 +132,7 @@ def _of_trainer() -> tuple[Patch, ...]:
 
 def install() -> None:
     """Wrap the functions of the table; a second call, as after a reload, replaces the wrappers by the present ones."""
-    wrap(_of_libraries())
+    wrap(_library_patches())
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
     if _TRAINER in sys.modules:
         _wrap_trainer()
@@ -166,7 +166,7 @@ class _TrainerFinder:
 def _wrap_trainer() -> None:
     without = "what hf_erasure does in Trainer.{} for a model with an adapter of its own"
     names = ((f"Trainer.{name}", without.format(name)) for name in trainer.OWN_METHODS)
-    wrap((*_of_trainer(), *(Patch(_TRAINER, name, wrapper=None, without=told) for name, told in names)))
+    wrap((*_trainer_patches(), *(Patch(_TRAINER, name, wrapper=None, without=effect) for name, effect in names)))
 
 
 def wrap(table: tuple[Patch, ...]) -> None:
@@ -187,7 +187,7 @@ def wrap(table: tuple[Patch, ...]) -> None:
 def _wrap(patch: Patch, wrapper: Callable[..., Any]) -> None:
     path, _, name = f"{patch.module}.{patch.name}".rpartition(".")
     for place in (path, *patch.also):
-        owner = _owner(place)
+        owner = _find_owner(place)
         present = vars(owner).get(name) if owner is not None else None
         if present is None:
             continue
@@ -197,11 +197,11 @@ def _wrap(patch: Patch, wrapper: Callable[..., Any]) -> None:
         if wrappers is not None:
             wrappers[:] = [wrapper]
             continue
-        wrapped = _wrapped(function, wrapper, is_method=isinstance(owner, type))
+        wrapped = _wrapped_function(function, wrapper, is_method=isinstance(owner, type))
         setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 
-def _owner(place: str) -> Any:
+def _find_owner(place: str) -> Any:
     """A class or a module; None if a release does not have it."""
     try:
         return resolve_name(place)
@@ -209,7 +209,7 @@ def _owner(place: str) -> Any:
         return None
 
 
-def _wrapped(function: Any, wrapper: Callable[..., Any], *, is_method: bool) -> Callable[..., Any]:
+def _wrapped_function(function: Any, wrapper: Callable[..., Any], *, is_method: bool) -> Callable[..., Any]:
     wrappers = [wrapper]
 
     @functools.wraps(function)

@@ -65,7 +65,7 @@ class OracleEraser:
         width, classes = self.coefficients.shape
         _check_call(x, z, width)
         if z.shape == x.shape[:-1] and not z.dtype.is_floating_point and classes > 1:
-            values = one_hot(_known_ids(z, classes), classes)
+            values = one_hot(_checked_ids(z, classes), classes)
         elif z.shape == (*x.shape[:-1], classes):
             values = z
         elif classes == 1 and z.shape == x.shape[:-1]:
@@ -86,7 +86,7 @@ def _check_call(x: Tensor, z: Tensor, width: int) -> None:
         raise TypeError(f"z is {type(z).__name__}: give a tensor with the concept of every row.")
 
 
-def _known_ids(z: Tensor, classes: int) -> Tensor:
+def _checked_ids(z: Tensor, classes: int) -> Tensor:
     """Return class ids as int64, and raise an error if one is out of range: a row is erased by its label."""
     low, high = (int(edge) for edge in z.aminmax()) if z.numel() else (0, 0)
     if low < 0 or high >= classes:
@@ -214,7 +214,7 @@ class QuadraticEraser:
             raise TypeError(f"z has dtype {z.dtype}: give integer class ids.")
         if z.shape != x.shape[:-1]:
             raise ValueError(f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row.")
-        ids = _known_ids(z, count).to(x.device).reshape(-1)
+        ids = _checked_ids(z, count).to(x.device).reshape(-1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         means, mean, maps = (part.to(x.device, dtype) for part in (self.class_means, self.mean, self.maps))
         rows = x.to(dtype).reshape(-1, width)

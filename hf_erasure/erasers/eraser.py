@@ -241,7 +241,7 @@ class Spread:
         excess = (self.effective_rows + 1) * (mean_square - 1 / self.sigma.dim)
         return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
 
-    def beside(self, background: Spread, share: float) -> Spread:
+    def with_background(self, background: Spread, share: float) -> Spread:
         """A copy whose Σ and mean are mixed: `share` of the background's, which should not change, the rest its own."""
         device = self.variance.device
         sigma = torch.lerp(self.sigma.values, background.sigma.values.to(device), share)
@@ -304,7 +304,7 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     jitter, sigma = 1e-13 if spread.resolution <= EXACT else 1e-7, spread.sigma
     # A feature that is constant in a background still needs a scale, and gets one from the rows of the concept. A
     # feature that is constant in both gets the scale 0: it is neither read nor changed.
-    diagonal = _trusted(torch.maximum(sigma.values[sigma.diagonal], jitter * _trusted(spread.variance)))
+    diagonal = _floored(torch.maximum(sigma.values[sigma.diagonal], jitter * _floored(spread.variance)))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     share = spread.share(shrinkage, scale)
     while jitter <= 10:
@@ -315,7 +315,7 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
 
 
-def _trusted(variance: Tensor) -> Tensor:
+def _floored(variance: Tensor) -> Tensor:
     """Variances of at least 1e-30 of the largest: the square of a feature that is 10¹⁵ times as small is lost.
 
     Trained norms switch features off by weights such as 1e-33, whose squares underflow. The scale of such a feature is
@@ -350,7 +350,7 @@ def concept_columns(spread: Spread) -> Tensor:
 
 def independent(columns: Tensor, spread: Spread) -> Tensor:
     """Independent columns `(d, r)` with the span of `columns`, without what is rounding next to x's deviations."""
-    variance = _trusted(spread.variance)
+    variance = _floored(spread.variance)
     varies = variance > 0
     columns = torch.where(varies[:, None], columns, 0.0)
     if columns.shape[1] == 0:
@@ -384,14 +384,14 @@ def leace_factors(
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
-    left, basis = with_others(left, basis, beside, resolution, factor.whiten)
+    left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits if features are nearly collinear. One correction makes right · left the
     # identity again, and so the projection exact.
     return left, torch.linalg.solve(right @ left, right)
 
 
-def with_others(
+def append_directions(
     left: Tensor,
     basis: Tensor,
     beside: Beside,
@@ -452,7 +452,7 @@ class MeanIsErased(ValueError):
     """Raised if the mean lies in the span of the erased directions, so that no linear map keeps it."""
 
 
-def eraser_about(
+def constrained_eraser(
     left: Tensor,
     right: Tensor,
     spread: Spread,
@@ -481,13 +481,13 @@ def eraser_about(
             "keep_mean is False and affine is True, but the affine part keeps the mean: give affine=False, or leave "
             "keep_mean out."
         )
-    bias, held = spread.mean if affine else None, [] if kept is None else [independent(kept, spread)]
+    bias, constraints = spread.mean if affine else None, [] if kept is None else [independent(kept, spread)]
     if not affine and keep_mean:
         read, deviation = right @ spread.mean, spread.sigma.quadratic(right).diagonal().clamp_min(0).sqrt()
         # If the readings of the mean are rounding next to their deviations, the map keeps the mean anyway.
         if not bool((read.abs() <= significance(spread.resolution) * deviation).all()):
-            held.append(spread.mean[:, None])
-    directions = torch.cat([left[:, :0], *held], 1)
+            constraints.append(spread.mean[:, None])
+    directions = torch.cat([left[:, :0], *constraints], 1)
     if not directions.shape[1]:
         return Eraser(left, right, bias)
     basis, whitened = (left, directions) if factor is None else (factor.whiten(left), factor.whiten(directions))
@@ -502,7 +502,7 @@ def eraser_about(
     # to 7e-10 for float64 and 2e-4 for float32 rows, whose squares lie below `variance_floor`.
     own, sines, _ = torch.linalg.svd(beside, full_matrices=False)
     share = float(sines.square().min())
-    if share <= variance_floor(spread.resolution) and len(held) > (kept is not None):
+    if share <= variance_floor(spread.resolution) and len(constraints) > (kept is not None):
         raise MeanIsErased(
             "affine is False, but the mean of x lies in the span of the erased directions (except for "
             f"{share:.0e} of its square), so no linear map erases them and keeps it: give affine=True."

@@ -96,8 +96,8 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
         return Eraser(left, right, None)
     total = sum(share for _, share in acting)
     # The means have equal weights if only erasers of rank 0 have a weight.
-    parts_of = [share / total if total else 1 / len(means) for _, share in acting]
-    return Eraser(left, right, torch.stack([m * part for m, part in zip(means, parts_of, strict=True)]).sum(0))
+    mean_shares = [share / total if total else 1 / len(means) for _, share in acting]
+    return Eraser(left, right, torch.stack([m * part for m, part in zip(means, mean_shares, strict=True)]).sum(0))
 
 
 def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> tuple[Tensor, Tensor]:
@@ -110,12 +110,12 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     # A feature of large scale would make all directions look alike, so lengths are taken in balanced coordinates.
     # Lefts are covariances with x and grow with the scale of a feature; rights read x and shrink with it. So the root
     # of their ratio is the scale; it is one for the orthogonal method, whose left and right are the same.
-    changed = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
-    taken = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
+    left_norms = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
+    right_norms = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
     # A feature that is only read, or only changed, gets its scale from that side; one that is neither gets the scale 1.
-    alone = torch.where(taken > 0, 1 / taken, torch.where(changed > 0, changed, 1.0))
-    scale = torch.where((changed > 0) & (taken > 0), (changed / taken).sqrt(), alone)
-    spans = [(_columns(left / scale[:, None]), _columns((right * scale).T)) for left, right in parts]
+    one_sided = torch.where(right_norms > 0, 1 / right_norms, torch.where(left_norms > 0, left_norms, 1.0))
+    scale = torch.where((left_norms > 0) & (right_norms > 0), (left_norms / right_norms).sqrt(), one_sided)
+    spans = [(_orthonormal(left / scale[:, None]), _orthonormal((right * scale).T)) for left, right in parts]
     cutoff = significance(resolution)
     basis = _joint_basis([own for own, _ in spans], cutoff)
     readings = _joint_basis([own for _, own in spans], cutoff)
@@ -134,7 +134,7 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     return left, torch.linalg.solve(right @ left, right)
 
 
-def _columns(matrix: Tensor) -> Tensor:
+def _orthonormal(matrix: Tensor) -> Tensor:
     """Orthonormal columns with the span of linearly independent columns."""
     lengths = matrix.norm(dim=0)
     return torch.linalg.qr(matrix / torch.where(lengths > 0, lengths, 1.0))[0]

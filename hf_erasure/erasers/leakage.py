@@ -50,8 +50,8 @@ def cross_validated_correlation(
             f"half_a has x_dim={half_a.x_dim}, z_dim={half_a.z_dim}, but half_b has x_dim={half_b.x_dim}, z_dim="
             f"{half_b.z_dim}: both must describe the same site and concept."
         )
-    there = _transferred(half_a, half_b, shrinkage)
-    return (there + _transferred(half_b, half_a, shrinkage)) / 2
+    there = _held_out_correlation(half_a, half_b, shrinkage)
+    return (there + _held_out_correlation(half_b, half_a, shrinkage)) / 2
 
 
 def correlation_interval(correlation: float, groups: int) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def expected_accuracy(before: float, width: int, fitted: int) -> float:
     return normal.cdf(math.sqrt(distance**2 * spread / (distance**2 + spread)) / 2) if distance else 0.5
 
 
-def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:
+def _held_out_correlation(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:
     """The correlation, on the rows of `read_on`, of the pair that is the most correlated on the rows of `found_on`."""
     found, spread = found_on.spread(), read_on.spread()
     whitener = whiten_concept(found.concept)

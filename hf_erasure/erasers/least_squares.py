@@ -39,17 +39,17 @@ def inlp_factors(
     `factor` is from `ridge_factor`, for the rows that the probe is trained on; a correlation with the concept below
     `cutoff` is rounding.
     """
-    basis, wanted = columns[:, :0], factor.whiten(columns)
+    basis, whitened = columns[:, :0], factor.whiten(columns)
     spent = basis
     for _ in range(rounds):
-        found = wanted - spent @ (spent.T @ wanted)
+        found = whitened - spent @ (spent.T @ whitened)
         vectors, strength, _ = torch.linalg.svd(found, full_matrices=False)
         probe = factor.readings(vectors[:, strength > cutoff]).T
-        new = beyond(probe, basis)
+        new = outside_span(probe, basis)
         basis = torch.cat([basis, new], dim=1)
         if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
             break
-        spent = torch.cat([spent, beyond(factor.whiten(new), spent)], dim=1)
+        spent = torch.cat([spent, outside_span(factor.whiten(new), spent)], dim=1)
     basis = basis[:, :rank]
     return basis, basis.T
 
@@ -68,7 +68,7 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
     return factorise(replace(spread, sigma=ridged), None)
 
 
-def beyond(block: Tensor, basis: Tensor) -> Tensor:
+def outside_span(block: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal directions of `block` that are not in the span of `basis`, which is orthonormal."""
     lengths = block.norm(dim=0)
     block = block / torch.where(lengths > 0, lengths, 1.0)

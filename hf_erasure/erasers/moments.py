@@ -16,10 +16,11 @@ from .eraser import (
     Beside,
     Eraser,
     Spread,
+    append_directions,
     check_count,
     check_shrinkage,
     concept_columns,
-    eraser_about,
+    constrained_eraser,
     factorise,
     independent,
     leace_factors,
@@ -27,7 +28,6 @@ from .eraser import (
     orth_factors,
     significance,
     whiten_concept,
-    with_others,
 )
 from .least_squares import check_rounds, inlp_factors, ridge_factor
 from .statistics import IGNORED, PackedGram, Sums, centred_products, infer_dims, read_rows, sum_rows
@@ -65,7 +65,7 @@ class ConceptMoments:
         self._device: torch.device | None = None  # The device of the statistics: that of the first rows.
         self._sums: Sums | None = None
         self._gram: PackedGram | None = None
-        self._torn = False
+        self._is_interrupted = False
 
     # ------------------------------------------------------------------ gathering
 
@@ -92,14 +92,14 @@ class ConceptMoments:
             ValueError: If a shape does not fit, the batch is empty, a class id is out of range, or a counted row holds
                 NaN or infinity.
         """
-        self._check_whole()
+        self._check_complete()
         rows = read_rows(x, z, weight, mask, self.x_dim, self.z_dim, self._device)
         if rows.count == 0:
             return self
         with torch.autocast(rows.weight.device.type, enabled=False):
             sums = sum_rows(rows, self.z_dim)
             products, rounding = centred_products(rows, sums.mean_x)
-        return self._absorb(sums, products, rounding)
+        return self._add_sums(sums, products, rounding)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -117,18 +117,18 @@ class ConceptMoments:
                 f"other has x_dim={other.x_dim}, z_dim={other.z_dim}, but these moments have x_dim={self.x_dim}, "
                 f"z_dim={self.z_dim}: only moments of the same site and concept merge."
             )
-        self._check_whole()
-        other._check_whole()
+        self._check_complete()
+        other._check_complete()
         if other._sums is None or other._gram is None:
             return self
         device = self._device or other._sums.mean_x.device
         products = PackedGram(self.x_dim, device, other._gram.values.to(device))
-        return self._absorb(other._sums.to(device), products, None)
+        return self._add_sums(other._sums.to(device), products, None)
 
     @property
     def shared(self) -> Sums | None:
         """The sums that `pool` needs from every process, on the CPU; None without rows."""
-        self._check_whole()
+        self._check_complete()
         return None if self._sums is None else self._sums.to(torch.device("cpu"))
 
     @torch.inference_mode(False)
@@ -153,16 +153,16 @@ class ConceptMoments:
         merged = functools.reduce(Sums.merged, present)
         device = self._device or torch.device("cpu")
         gram = self._gram or PackedGram(self.x_dim, device)
-        self._torn = True
+        self._is_interrupted = True
         if own is not None:
             shift = (own.mean_x - merged.mean_x).to(device)
             scale = torch.tensor([own.weight], dtype=torch.float64, device=device)
             gram.absorb(None, shift[None], scale)
         add(gram.values)
-        self._sums, self._gram, self._device, self._torn = merged.to(device), gram, device, False
+        self._sums, self._gram, self._device, self._is_interrupted = merged.to(device), gram, device, False
         return self
 
-    def _absorb(self, sums: Sums, products: PackedGram, rounding: Tensor | None) -> ConceptMoments:
+    def _add_sums(self, sums: Sums, products: PackedGram, rounding: Tensor | None) -> ConceptMoments:
         """Add centred sums and products. `rounding` is the distance from the mean to the centre of the products."""
         mine, device = self._sums, sums.mean_x.device
         gram = self._gram or PackedGram(self.x_dim, device)
@@ -176,13 +176,13 @@ class ConceptMoments:
         vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self.x_dim)
         # The code below does not raise an error, but can be interrupted. A second copy to fall back on would double the
         # memory, so a half-finished sum is marked, and not used.
-        self._torn = True
+        self._is_interrupted = True
         gram.absorb(products, vectors, scales)
-        self._sums, self._gram, self._device, self._torn = merged, gram, device, False
+        self._sums, self._gram, self._device, self._is_interrupted = merged, gram, device, False
         return self
 
-    def _check_whole(self) -> None:
-        if self._torn:
+    def _check_complete(self) -> None:
+        if self._is_interrupted:
             raise RuntimeError(
                 "An update of these moments was interrupted halfway, so they cannot be used: start new ones, or load "
                 "a saved state with load_state_dict."
@@ -203,35 +203,35 @@ class ConceptMoments:
     @property
     def mean_x(self) -> Tensor:
         """The mean of the activations, `(x_dim,)` float64."""
-        return self._known()[0].mean_x.clone()
+        return self._statistics()[0].mean_x.clone()
 
     @property
     def mean_z(self) -> Tensor:
         """The mean of the concept, `(z_dim,)` float64; for class ids the shares of the classes."""
-        return self._known()[0].mean_z.clone()
+        return self._statistics()[0].mean_z.clone()
 
     @property
     def covariance_x(self) -> Tensor:
         """The population covariance of the activations, `(x_dim, x_dim)` float64, symmetric."""
-        sums, gram = self._known()
+        sums, gram = self._statistics()
         return gram.dense().div_(sums.weight)
 
     @property
     def variance_x(self) -> Tensor:
         """The population variances, `(x_dim,)` float64: the diagonal of `covariance_x`."""
-        sums, gram = self._known()
+        sums, gram = self._statistics()
         return gram.values[gram.diagonal] / sums.weight
 
     @property
     def cross_covariance(self) -> Tensor:
         """The population covariance of activations and concept, `(x_dim, z_dim)` float64."""
-        sums, _ = self._known()
+        sums, _ = self._statistics()
         return sums.cross / sums.weight
 
     @property
     def covariance_z(self) -> Tensor:
         """The population covariance of the concept, `(z_dim, z_dim)` float64."""
-        sums, _ = self._known()
+        sums, _ = self._statistics()
         return sums.concept / sums.weight
 
     def check_concept(self) -> None:
@@ -240,7 +240,7 @@ class ConceptMoments:
         Raises:
             ValueError: If no rows were seen, there is no concept, or it does not vary.
         """
-        sums, _ = self._known()
+        sums, _ = self._statistics()
         if self.z_dim == 0:
             raise ValueError("z_dim=0: these moments are a background without a concept. Set z_dim and give labels.")
         present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
@@ -264,7 +264,7 @@ class ConceptMoments:
             cross: `(x_dim, k)` covariance of x with the concept.
             covariance: `(k, k)` covariance of the concept.
         """
-        sums, gram = self._known()
+        sums, gram = self._statistics()
         cross, concept = cross * sums.weight, covariance * sums.weight
         other = ConceptMoments(self.x_dim, mean.numel())
         other._device = self._device
@@ -280,14 +280,14 @@ class ConceptMoments:
         """
         mix = torch.nn.functional.one_hot(groups.to(self.mean_z.device), count).to(self.mean_z)
         other = self.with_concept(self.mean_z @ mix, self.cross_covariance @ mix, mix.T @ self.covariance_z @ mix)
-        if (counts := self._known()[0].counts) is not None:
+        if (counts := self._statistics()[0].counts) is not None:
             known = counts.new_zeros(count).index_add_(0, groups.to(counts.device), counts)
-            other._sums = replace(other._known()[0], counts=known)
+            other._sums = replace(other._statistics()[0], counts=known)
         return other
 
     def spread(self) -> Spread:
         """The mean and covariances as the methods use them; constant features have a variance of 0."""
-        sums, gram = self._known()
+        sums, gram = self._statistics()
         sigma = PackedGram(self.x_dim, gram.values.device, gram.values / sums.weight)
         variance = sigma.values[sigma.diagonal]
         # Equal float64 numbers may differ from their own mean in the last digits.
@@ -305,8 +305,8 @@ class ConceptMoments:
             resolution=sums.resolution,
         )
 
-    def _known(self) -> tuple[Sums, PackedGram]:
-        self._check_whole()
+    def _statistics(self) -> tuple[Sums, PackedGram]:
+        self._check_complete()
         if self._sums is None or self._gram is None:
             raise ValueError("These moments have seen no rows (rows=0): call update with data first.")
         return self._sums, self._gram
@@ -372,7 +372,7 @@ class ConceptMoments:
         """
         _check_options(method, rounds, rank, shrinkage, background_weight, beside)
         self.check_concept()
-        sums, own = self._known()[0], self.spread()
+        sums, own = self._statistics()[0], self.spread()
         if not bool((own.variance > 0).any()):
             raise ValueError(
                 f"x is constant over all {sums.rows} rows: no feature varies, so there is nothing to erase. Check that "
@@ -389,7 +389,7 @@ class ConceptMoments:
         spread, factor = own, None
         if background is not None:
             self._check_background(background)
-            spread = own.beside(background.spread(), background_weight)
+            spread = own.with_background(background.spread(), background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
@@ -408,9 +408,9 @@ class ConceptMoments:
             factor = factorise(spread, shrinkage)
             left, right = leace_factors(columns, factor, rank, beside, spread.resolution)
         if len(beside) and method != "leace":  # "orth" and "mean_projection" are orthogonal projections
-            left, _ = with_others(left, left, beside, spread.resolution)
+            left, _ = append_directions(left, left, beside, spread.resolution)
             right = left.T
-        return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor, kept=kept)
+        return constrained_eraser(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor, kept=kept)
 
     def _check_background(self, background: ConceptMoments) -> None:
         if not isinstance(background, ConceptMoments):
@@ -447,7 +447,7 @@ class ConceptMoments:
         dims = {"x_dim": torch.tensor(self.x_dim), "z_dim": torch.tensor(self.z_dim)}
         if self._sums is None:
             return dims
-        sums, gram = self._known()
+        sums, gram = self._statistics()
         return {**dims, **sums.state(), "gram": gram.values.clone()}
 
     @torch.inference_mode(False)
@@ -464,7 +464,7 @@ class ConceptMoments:
                     f"{getattr(self, name)}: create ConceptMoments with the dimensions the state was saved with."
                 )
         if "rows" not in d:
-            self._sums, self._gram, self._torn = None, None, False
+            self._sums, self._gram, self._is_interrupted = None, None, False
             return
         device = self._device or (d["gram"].device if "gram" in d else torch.device("cpu"))
         gram = PackedGram(self.x_dim, device)
@@ -480,7 +480,7 @@ class ConceptMoments:
             if not bool(torch.isfinite(d[name]).all()):
                 raise ValueError(f"{name!r} in the state is not finite: the file is damaged; gather the moments anew.")
         gram.values.copy_(d["gram"])
-        self._sums, self._gram, self._device, self._torn = Sums.of(d).to(device), gram, device, False
+        self._sums, self._gram, self._device, self._is_interrupted = Sums.of(d).to(device), gram, device, False
 
     def __repr__(self) -> str:
         return f"ConceptMoments(x_dim={self.x_dim}, z_dim={self.z_dim}, rows={self.rows})"
@@ -553,13 +553,13 @@ class Strata:
 
     def concept(self, moments: ConceptMoments) -> ConceptMoments:
         """The moments of the concept alone."""
-        return moments if self.size == self.classes else moments.grouped(self._all() % self.classes, self.classes)
+        return moments if self.size == self.classes else moments.grouped(self._all_ids() % self.classes, self.classes)
 
     def kept_columns(self, moments: ConceptMoments) -> Tensor | None:
         """The covariances of x with the label that is kept, `(x_dim, m)`; None if there is no such label."""
         if self.kept == 1:
             return None
-        whole = moments.grouped(self._all() // (self.classes * self.environments), self.kept)
+        whole = moments.grouped(self._all_ids() // (self.classes * self.environments), self.kept)
         return whole.cross_covariance @ whiten_concept(whole.covariance_z)
 
     def environment_columns(self, moments: ConceptMoments) -> Tensor:
@@ -567,7 +567,7 @@ class Strata:
 
         An environment in which only one class occurs adds no columns.
         """
-        apart = moments.grouped(self._all() % (self.classes * self.environments), self.classes * self.environments)
+        apart = moments.grouped(self._all_ids() % (self.classes * self.environments), self.classes * self.environments)
         shares = apart.mean_z.view(self.environments, self.classes)
         crosses = apart.cross_covariance.unflatten(1, shares.shape)
         columns = []
@@ -580,5 +580,5 @@ class Strata:
                 columns.append(share.sqrt() * centred @ whiten_concept(concept))
         return torch.cat(columns, 1)
 
-    def _all(self) -> Tensor:
+    def _all_ids(self) -> Tensor:
         return torch.arange(self.size, device="cpu")

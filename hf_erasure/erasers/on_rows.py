@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, one_hot
 
-from .eraser import FITS, Eraser, Spread, check_count, eraser_about
-from .least_squares import beyond, check_rounds
+from .eraser import FITS, Eraser, Spread, check_count, constrained_eraser
+from .least_squares import check_rounds, outside_span
 from .moments import batch_moments
 from .statistics import read_rows
 
 # If a probe's loss is less than this share below the entropy of the concept, the probe finds nothing.
-_GAIN = 1e-3
+_LEAST_GAIN = 1e-3
 
 
 @torch.inference_mode(False)
@@ -60,19 +60,19 @@ def fit_inlp(
     for _ in range(limit):
         remaining = rows.x - (rows.x @ basis) @ basis.T
         probe = logistic_probe(replace(rows, x=remaining), penalty)
-        if rows.entropy - probe.loss < _GAIN * rows.entropy:
+        if rows.entropy - probe.loss < _LEAST_GAIN * rows.entropy:
             break
         # A part that the weights of several classes share does not change the probabilities.
         several = probe.weights.shape[1] > 1
         weights = probe.weights - probe.weights.mean(1, keepdim=True) if several else probe.weights
         vectors, strength, _ = torch.linalg.svd(weights, full_matrices=False)
         # The minimum is found to about 1e-8; the direction that centring removed lies far below the cut-off.
-        new = beyond(vectors[:, strength > 1e-6 * strength[0]], basis)
+        new = outside_span(vectors[:, strength > 1e-6 * strength[0]], basis)
         basis = torch.cat([basis, new], dim=1)
         if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
             break
-    basis = rows.cleaned(basis[:, :rank])
-    return eraser_about(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
+    basis = rows.without_constants(basis[:, :rank])
+    return constrained_eraser(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ClassRows:
     spread: Spread  # Mean and covariance of the rows as they were given.
     varies: Tensor  # `(d,)` bool, False for features that are switched off, which only rounding would change.
 
-    def cleaned(self, basis: Tensor) -> Tensor:
+    def without_constants(self, basis: Tensor) -> Tensor:
         """Orthonormal directions `(d, r)` without the rounding on features that are switched off.
 
         Trained norms switch features off by weights such as 1e-33. A direction with 1e-17 there would write its reading
@@ -99,7 +99,7 @@ class ClassRows:
         values, vectors = torch.linalg.eigh(self.x.T @ (self.x * self.weight[:, None]))
         return values.clamp_min(0), vectors
 
-    def frame(self, ridge: float) -> Tensor:
+    def preconditioner(self, ridge: float) -> Tensor:
         """`(d, d)` coordinates in which a penalised loss has about the same curvature everywhere: few steps suffice."""
         values, vectors = self.curvature
         return vectors * (values / 4 + ridge).rsqrt()
@@ -149,18 +149,18 @@ def logistic_probe(
     rows: ClassRows,
     penalty: float | None = None,
     start: LogisticProbe | None = None,
-    frame: Tensor | None = None,
+    preconditioner: Tensor | None = None,
     tolerance: float = 1e-9,
 ) -> LogisticProbe:
     """Minimise the mean log loss plus `penalty / 2 · ‖weights‖²`, until the largest slope, in nats, is `tolerance`.
 
-    The intercept has no penalty. The `frame` may come from similar rows with this penalty.
+    The intercept has no penalty. The `preconditioner` may come from similar rows with this penalty.
     """
-    ridge = ridge_of(rows, penalty)
-    frame = rows.frame(ridge) if frame is None else frame
+    ridge = checked_ridge(rows, penalty)
+    preconditioner = rows.preconditioner(ridge) if preconditioner is None else preconditioner
     begin = rows.x.new_zeros(rows.x.shape[1] + 1, rows.target.shape[1])
     if start is not None:
-        begin[:-1], begin[-1] = torch.linalg.solve(frame, start.weights), start.intercept
+        begin[:-1], begin[-1] = torch.linalg.solve(preconditioner, start.weights), start.intercept
     with torch.inference_mode(False):
         point = begin.clone().requires_grad_()
         optimiser = torch.optim.LBFGS(
@@ -168,20 +168,20 @@ def logistic_probe(
         )
 
         def objective() -> Tensor:
-            weights = frame @ point.detach()[:-1]
+            weights = preconditioner @ point.detach()[:-1]
             logits = rows.x @ weights + point.detach()[-1]
-            error = errors(rows, logits)
-            slope = frame.T @ (rows.x.T @ error + ridge * weights)
+            error = logit_gradient(rows, logits)
+            slope = preconditioner.T @ (rows.x.T @ error + ridge * weights)
             point.grad = torch.cat([slope, error.sum(0, keepdim=True)])
             return _loss(rows, logits) + ridge / 2 * weights.square().sum()
 
         optimiser.step(objective)
         found = point.detach()
-    weights, intercept = frame @ found[:-1], found[-1]
+    weights, intercept = preconditioner @ found[:-1], found[-1]
     return LogisticProbe(weights, intercept, float(_loss(rows, rows.x @ weights + intercept)))
 
 
-def ridge_of(rows: ClassRows, penalty: float | None) -> float:
+def checked_ridge(rows: ClassRows, penalty: float | None) -> float:
     """Check a penalty and return it; one over the number of rows if it is None."""
     ridge = 1 / rows.x.shape[0] if penalty is None else float(penalty)
     if not ridge > 0:
@@ -189,7 +189,7 @@ def ridge_of(rows: ClassRows, penalty: float | None) -> float:
     return ridge
 
 
-def errors(rows: ClassRows, logits: Tensor) -> Tensor:
+def logit_gradient(rows: ClassRows, logits: Tensor) -> Tensor:
     """The derivative of the mean log loss with respect to the logits, `(n, c)`."""
     predicted = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
     return (predicted - rows.target) * rows.weight[:, None]
@@ -208,9 +208,9 @@ _LAST_STEP = 1e-3
 # The adversary's ridge falls from the first number to `penalty`, over the second as a share of the steps. On 450 rows
 # of width 384, which a weakly penalised probe separates after nearly any direction is removed, 100 steps end 4e-4 nats
 # from the optimum; after 300 steps with the last ridge from the start a probe read held-out rows with 92 % accuracy.
-_FIRST_RIDGE, _SOFTENED = 10.0, 0.9
+_FIRST_RIDGE, _DECAY_SHARE = 10.0, 0.9
 # The number of steps between two checks of the rounded projection, each of which trains one more probe.
-_EVERY = 10
+_CHECK_INTERVAL = 10
 # The slope, in nats, below which a probe counts as trained.
 _TOLERANCE = 1e-6
 
@@ -262,30 +262,30 @@ def fit_rlace(
     count = min(width, max(1, rows.target.shape[1] - 1)) if rank is None else rank
     check_count("rank", count, most=width)
     check_count("steps", steps)
-    basis = rows.cleaned(_play(rows, count, steps, penalty))
-    return eraser_about(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
+    basis = rows.without_constants(_best_projection(rows, count, steps, penalty))
+    return constrained_eraser(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
 
 
-def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tensor:
+def _best_projection(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tensor:
     """Play the game, and return the orthonormal directions `(d, rank)` of the best projection found."""
-    width, last = rows.x.shape[1], ridge_of(rows, penalty)
+    width, last = rows.x.shape[1], checked_ridge(rows, penalty)
     relaxed = torch.eye(width, dtype=torch.float64, device=rows.x.device) * (rank / width)
     probe = None
     best, highest = relaxed[:, :rank], -1.0
     for step in range(steps):
-        ridge = max(last, _FIRST_RIDGE * (last / _FIRST_RIDGE) ** (step / (_SOFTENED * steps)))
+        ridge = max(last, _FIRST_RIDGE * (last / _FIRST_RIDGE) ** (step / (_DECAY_SHARE * steps)))
         remaining = rows.x - rows.x @ relaxed
-        probe = logistic_probe(replace(rows, x=remaining), ridge, probe, rows.frame(ridge), _TOLERANCE)
+        probe = logistic_probe(replace(rows, x=remaining), ridge, probe, rows.preconditioner(ridge), _TOLERANCE)
         logits = remaining @ probe.weights + probe.intercept
-        slope = -(rows.x.T @ errors(rows, logits)) @ probe.weights.T
+        slope = -(rows.x.T @ logit_gradient(rows, logits)) @ probe.weights.T
         slope = slope + slope.T
         length = float(slope.norm())
         if length > 0:
             relaxed = relaxed + slope * (_LAST_STEP ** (step / steps) / length)
-        relaxed, basis = _onto_fantope(relaxed, rank)
-        if length == 0 or step == steps - 1 or step % _EVERY == _EVERY - 1:
+        relaxed, basis = _project_to_fantope(relaxed, rank)
+        if length == 0 or step == steps - 1 or step % _CHECK_INTERVAL == _CHECK_INTERVAL - 1:
             rounded = replace(rows, x=rows.x - rows.x @ basis @ basis.T)
-            loss = logistic_probe(rounded, last, None, rows.frame(last), _TOLERANCE).loss
+            loss = logistic_probe(rounded, last, None, rows.preconditioner(last), _TOLERANCE).loss
             if loss > highest:
                 best, highest = basis, loss
         if length == 0:
@@ -293,7 +293,7 @@ def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tens
     return best
 
 
-def _onto_fantope(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _project_to_fantope(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest point of the Fantope (Vu et al. 2013, Lemma 4.1), and its `rank` leading eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     # The sum of clamp(values − shift, 0, 1) falls with the shift from d to 0.

@@ -51,11 +51,11 @@ def read_rows(
     mask: Tensor | None,
     x_dim: int,
     z_dim: int,
-    wanted: torch.device | None = None,
+    sums_device: torch.device | None = None,
 ) -> Rows:
     """Check a batch and select its counted rows; the errors are those of `ConceptMoments.update`.
 
-    `wanted` is the device for the sums of the rows, by default the device of x.
+    `sums_device` is the device for the sums of the rows, by default the device of x.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, {x_dim}).")
@@ -92,9 +92,9 @@ def read_rows(
         keep = keep & (weights > 0)
     ids, values = _read_concept(z, keep, z_dim)
     index = None if bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(1)
-    weights, wanted = weights[keep], wanted or device
-    ids, values = (None if t is None else t.to(wanted) for t in (ids, values))
-    return Rows(flat, index, len(weights), ids, values, weights.to(wanted))
+    weights, sums_device = weights[keep], sums_device or device
+    ids, values = (None if t is None else t.to(sums_device) for t in (ids, values))
+    return Rows(flat, index, len(weights), ids, values, weights.to(sums_device))
 
 
 def _as_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -299,15 +299,15 @@ class Sums:
         numbers = {"rows": torch.tensor(self.rows)}
         for name in ("weight", "weight_squares", "resolution"):
             numbers[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
-        held = numbers | {name: getattr(self, name).clone() for name in _TENSORS}
-        return held if self.counts is None else {**held, "counts": self.counts.clone()}
+        copies = numbers | {name: getattr(self, name).clone() for name in _TENSORS}
+        return copies if self.counts is None else {**copies, "counts": self.counts.clone()}
 
     @classmethod
     def of(cls, state: dict[str, Tensor]) -> Sums:
         """The sums of a state that has been checked, copied."""
-        held: dict[str, Any] = {name: state[name].detach().double().clone() for name in _TENSORS}
-        held |= {name: float(state[name]) for name in ("weight", "weight_squares", "resolution")}
-        return cls(rows=int(state["rows"]), counts=state["counts"].clone() if "counts" in state else None, **held)
+        copies: dict[str, Any] = {name: state[name].detach().double().clone() for name in _TENSORS}
+        copies |= {name: float(state[name]) for name in ("weight", "weight_squares", "resolution")}
+        return cls(rows=int(state["rows"]), counts=state["counts"].clone() if "counts" in state else None, **copies)
 
     def to(self, device: torch.device) -> Sums:
         """The same sums on another device."""
@@ -318,7 +318,7 @@ class Sums:
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
     """Sum the counted rows in float64; they are read once, a chunk at a time."""
     ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
-    total, alike = float(weight.sum()), bool((weight == 1).all())
+    total, is_unweighted = float(weight.sum()), bool((weight == 1).all())
     centred = counts = None
     if rows.values is not None:
         mean_z = (rows.values * weight[:, None]).sum(0) / total
@@ -345,7 +345,7 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
             x -= pivot
         if centred is not None:
             cross.addmm_(x.T, centred[part])
-        if not alike:
+        if not is_unweighted:
             x *= weight[part, None]
         if ids is None:
             sums[0] += x.sum(0)
@@ -353,7 +353,7 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
             sums.index_add_(0, ids[part], x)
     shift = sums.sum(0) / total
     if not bool(torch.isfinite(shift).all()):
-        _reject(rows)
+        _raise_not_finite(rows)
     if centred is None:
         # The class sums are not centred yet: each contains its share of the mean.
         cross = (sums - total * mean_z[:, None] * shift).T
@@ -361,7 +361,7 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
     return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
 
 
-def _reject(rows: Rows) -> None:
+def _raise_not_finite(rows: Rows) -> None:
     """Raise the error that names the place where x is not finite."""
     chunk = 1024
     wrong, first = 0, ""
@@ -405,14 +405,14 @@ def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None)
     # added to twice as much. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
     size = max(512, min(2048, width * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
-    centre, root, alike = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None], bool((rows.weight == 1).all())
+    centre, root, is_unweighted = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None], bool((rows.weight == 1).all())
     products = PackedGram(width, device, dtype=dtype)
     buffer = torch.empty(min(size, rows.count), width, dtype=dtype, device=device)
     for start in range(0, rows.count, size):
         stop = min(start + size, rows.count)
         centred = buffer[: stop - start]
         torch.sub(rows.chunk(start, stop).to(device=device, dtype=dtype), centre, out=centred)
-        if not alike:
+        if not is_unweighted:
             centred *= root[start:stop]
         for first, last, column in products.columns():
             column.addmm_(centred[:, :last].T, centred[:, first:last])

@@ -32,7 +32,7 @@ def pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 
-def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+def flat_block(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """Return a block as a vector `(count,)` on `device`, in its own dtype; raise an error unless it fits `shape`."""
     if not isinstance(gradient, Tensor):
         raise TypeError(
@@ -48,14 +48,14 @@ def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -
 def flat_blocks(
     gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device, what: str
 ) -> dict[str, Tensor]:
-    """All blocks of `shapes` as vectors, by `flat`, in the order of `shapes`; other blocks are left out."""
+    """All blocks of `shapes` as vectors, by `flat_block`, in the order of `shapes`; other blocks are left out."""
     missing = [name for name in shapes if name not in gradients]
     if missing:
         raise ValueError(
             f"{what} lacks {len(missing)} of {len(shapes)} blocks, the first of them {missing[0]!r}: "
             "give the gradients of exactly the parameters that the feature was declared with."
         )
-    return {name: flat(name, gradients[name], shape, device) for name, shape in shapes.items()}
+    return {name: flat_block(name, gradients[name], shape, device) for name, shape in shapes.items()}
 
 
 def as_shapes(shapes: Mapping[str, Iterable[int]]) -> dict[str, torch.Size]:
@@ -125,8 +125,8 @@ def largest(score: Callable[[str], Tensor], names: list[str], wanted: int) -> di
 
     `score` returns the scores `(count,)` of one block at a time, so that they need not be kept; they must be finite.
     """
-    high, above = _cut(score, names, wanted)
-    low, above_low = _cut(score, names, wanted - above, high)
+    high, above = _cutoff(score, names, wanted)
+    low, above_low = _cutoff(score, names, wanted - above, high)
     threshold, ties = (high << 16) | low, wanted - above - above_low
     keep = {}
     for name in names:
@@ -144,7 +144,7 @@ def _bits(scores: Tensor) -> Tensor:
     return scores.float().abs().view(torch.int32)
 
 
-def _cut(score: Callable[[str], Tensor], names: list[str], wanted: int, high: int | None = None) -> tuple[int, int]:
+def _cutoff(score: Callable[[str], Tensor], names: list[str], wanted: int, high: int | None = None) -> tuple[int, int]:
     """The upper 16 bits of the `wanted`-th largest score, and the number of scores with larger upper bits.
 
     With `high`, the same for the lower 16 bits, among the scores whose upper bits are `high`.

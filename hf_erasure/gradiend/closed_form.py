@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, dot, flat, pieces, require_finite
+from .blocks import as_shapes, check_state, dot, flat_block, pieces, require_finite
 from .features import Feature, FeatureDecoder, FeatureEncoder
 
 SIGNS = (1, -1)
@@ -56,7 +56,7 @@ class ClosedFormEstimator:
         }
         self.counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
         # The blocks of the current batch that were already added, with their signs.
-        self._open: dict[str, dict[str, int]] = {"source": {}, "target": {}}
+        self._batch_signs: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
     def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
         """Add one block of the source gradient of the current batch, scaled to unit norm.
@@ -74,31 +74,31 @@ class ClosedFormEstimator:
         """
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"The source gradient has the norm {norm}, so it has no direction: leave this batch out.")
-        self._add("source", name, gradient, sign, 1.0 / norm)
+        self._add_block("source", name, gradient, sign, 1.0 / norm)
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
         """Add one block of the target of the current batch; the arguments and the errors are those of
         `add_source`.
         """
-        self._add("target", name, gradient, sign, 1.0)
+        self._add_block("target", name, gradient, sign, 1.0)
 
     @torch.no_grad()
-    def _add(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
+    def _add_block(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
         """Check one block, and add it to the mean only if no check fails."""
         _check_sign(sign)
-        if name in self._open[kind]:
+        if name in self._batch_signs[kind]:
             raise ValueError(
                 f"Block {name!r} of the {kind} was already added in this batch: add a parameter's gradient when it is "
                 "complete, and call end_batch, or drop_batch, between batches."
             )
         if name not in self.shapes:
-            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
-        block = flat(name, gradient, self.shapes[name], self.device)
+            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_listed(self.shapes)}.")
+        block = flat_block(name, gradient, self.shapes[name], self.device)
         # The sum is not finite if an entry is not, or if it overflows: only then are the entries checked.
         quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
         if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
             require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
-        self._open[kind][name] = sign
+        self._batch_signs[kind][name] = sign
         self.counts[kind, sign][name] += 1
         share = 1.0 / self.counts[kind, sign][name]
         for mean, piece in pieces(self._means[kind, sign][name], block):
@@ -115,11 +115,11 @@ class ClosedFormEstimator:
             ValueError: If the source or the target of a block was not added, or was added with the other sign.
         """
         _check_sign(sign)
-        lacking = {kind: [name for name in self.shapes if name not in held] for kind, held in self._open.items()}
+        lacking = {kind: [name for name in self.shapes if name not in held] for kind, held in self._batch_signs.items()}
         if lacking["source"] or lacking["target"]:
-            what = "its source" if lacking["source"] else f"the target of {_some(lacking['target'])}"
+            what = "its source" if lacking["source"] else f"the target of {_listed(lacking['target'])}"
             raise ValueError(f"The batch cannot be closed: {what} was not added. Add it, or call drop_batch.")
-        if {*self._open["source"].values(), *self._open["target"].values()} != {sign}:
+        if {*self._batch_signs["source"].values(), *self._batch_signs["target"].values()} != {sign}:
             raise ValueError(f"Not all of the batch was added with sign {sign:+d}: call drop_batch and fit anew.")
         self.drop_batch()
 
@@ -129,7 +129,7 @@ class ClosedFormEstimator:
         The blocks that were added stay in their means. The mean of each block is over the batches in which that block
         was added, so the means remain means.
         """
-        self._open = {"source": {}, "target": {}}
+        self._batch_signs = {"source": {}, "target": {}}
 
     def pool(
         self, shares: Sequence[Mapping[tuple[str, int], Mapping[str, int]]], add: Callable[[Tensor], None]
@@ -149,7 +149,7 @@ class ClosedFormEstimator:
                     self.counts[part][name] = total
 
     def _require_closed(self, verb: str) -> None:
-        if any(self._open.values()):
+        if any(self._batch_signs.values()):
             raise ValueError(f"A batch is open: call end_batch, or drop_batch, before the estimator is {verb}.")
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -228,6 +228,6 @@ def _check_sign(sign: int) -> None:
         raise ValueError(f"sign is {sign!r}: write 1 for a batch of the class that is read as +1, -1 for the other.")
 
 
-def _some(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

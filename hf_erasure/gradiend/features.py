@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .blocks import dot, flat, flat_blocks, largest, require_finite, sum_of_squares, total
+from .blocks import dot, flat_block, flat_blocks, largest, require_finite, sum_of_squares, total
 
 ACTIVATIONS = ("tanh", "identity")
 # The closed form maps the class means to plus and minus this value, near which tanh still separates values well.
@@ -70,7 +70,7 @@ class FeatureEncoder:
         if self.unit_norm:
             squares = {name: sum_of_squares(block) for name, block in blocks.items()}
             for name in gradients.keys() - blocks.keys():
-                squares[name] = sum_of_squares(flat(name, gradients[name], gradients[name].shape, device))
+                squares[name] = sum_of_squares(flat_block(name, gradients[name], gradients[name].shape, device))
             require_finite(squares)
             norm = math.sqrt(sum(squares.values()))
             value = value / norm if norm > 0 else 0.0
@@ -87,11 +87,11 @@ class FeatureEncoder:
         Raises:
             ValueError: If `density` is not in (0, 1].
         """
-        found = _largest_of(self.weight.__getitem__, self.index, self.shapes, density)
+        found = _largest_entries(self.weight.__getitem__, self.index, self.shapes, density)
         if found is None:
             return self
-        index, reduced = found
-        return replace(self, weight=reduced(self.weight), index=index)
+        index, keep_values = found
+        return replace(self, weight=keep_values(self.weight), index=index)
 
     @property
     def count(self) -> int:
@@ -117,7 +117,7 @@ class FeatureDecoder:
         decoded = {}
         for name, shape in self.shapes.items():
             values = torch.add(self.bias[name], self.weight[name], alpha=h)
-            decoded[name] = _spread(values, self.index[name], shape.numel()).view(shape)
+            decoded[name] = _dense(values, self.index[name], shape.numel()).view(shape)
         return decoded
 
     def prune(self, density: float) -> FeatureDecoder:
@@ -134,11 +134,11 @@ class FeatureDecoder:
     def importance(self) -> dict[str, tuple[float, float, int]]:
         """Name to (sum of |Wd|, sum of Wd², number of kept entries): how much of the feature is in each weight."""
         return {
-            name: (float(w.abs().sum(dtype=torch.float64)), sum_of_squares(w), self._kept(name))
+            name: (float(w.abs().sum(dtype=torch.float64)), sum_of_squares(w), self._kept_count(name))
             for name, w in self.weight.items()
         }
 
-    def _kept(self, name: str) -> int:
+    def _kept_count(self, name: str) -> int:
         if self.index[name] is not None:
             return self.weight[name].numel()
         return int(torch.count_nonzero((self.weight[name] != 0) | (self.bias[name] != 0)))
@@ -146,7 +146,7 @@ class FeatureDecoder:
     @property
     def count(self) -> int:
         """The number of kept entries; dense blocks count the entries at which Wd and bd are not both zero."""
-        return sum(map(self._kept, self.weight))
+        return sum(map(self._kept_count, self.weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,14 +174,14 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
         vectors = [decoder.weight[name].abs() for decoder in decoders]
         return torch.stack(vectors).amax(0) if len(vectors) > 1 else vectors[0]
 
-    found = _largest_of(score, first.index, first.shapes, density)
+    found = _largest_entries(score, first.index, first.shapes, density)
     if found is None:
         return list(decoders)
-    index, reduced = found
-    return [replace(d, weight=reduced(d.weight), bias=reduced(d.bias), index=index) for d in decoders]
+    index, keep_values = found
+    return [replace(d, weight=keep_values(d.weight), bias=keep_values(d.bias), index=index) for d in decoders]
 
 
-def _largest_of(
+def _largest_entries(
     score: Callable[[str], Tensor], old: Index, shapes: Mapping[str, torch.Size], density: float
 ) -> tuple[dict[str, Tensor | None], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] | None:
     """The positions of the `ceil(density · n)` entries of largest `|score|`, and a function that keeps values there.
@@ -205,19 +205,19 @@ def _largest_of(
         else:
             index[name] = mask.nonzero().view(-1).to(torch.int32) if before is None else before[mask]
 
-    def reduced(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def keep_values(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, mask in keep.items():
             if index[name] is not None:
                 found[name] = values[name][mask]
             else:
-                found[name] = _spread(torch.where(mask, values[name], 0.0), old[name], shapes[name].numel())
+                found[name] = _dense(torch.where(mask, values[name], 0.0), old[name], shapes[name].numel())
         return found
 
-    return index, reduced
+    return index, keep_values
 
 
-def _spread(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
+def _dense(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
     """Put values at positions of a zero vector of that size; return the values themselves if `positions` is None."""
     return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
 

@@ -124,7 +124,7 @@ class FeatureNeuron:
         bound = abs(float(encoder.max()))
         for vector in (decoder, decoder_bias):
             draw(vector, bound)
-        self._square, self._cross = _added([_sums(*views) for views in pieces(decoder, decoder_bias)])
+        self._square, self._cross = _column_sums([_decoder_products(*views) for views in pieces(decoder, decoder_bias)])
 
     def _blocks(self, vector: Tensor) -> dict[str, Tensor]:
         """Name to `(count,)`: views of a vector that holds all blocks."""
@@ -167,7 +167,7 @@ class FeatureNeuron:
         """
         sources = flat_blocks(source, self.shapes, self.device, "The source")
         targets = flat_blocks(target, self.shapes, self.device, "The target")
-        projection, overlap = self._read(sources, targets)
+        projection, overlap = self._inner_products(sources, targets)
         h = self._activate(projection)
         slope = (self._square * h + self._cross - overlap) * (2.0 / self._n)
         if self.activation == "tanh":
@@ -175,38 +175,38 @@ class FeatureNeuron:
         self.steps += 1
         count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
         sums = []
-        for vectors, g, t in self._walk(sources, targets):
+        for vectors, g, t in self._state_pieces(sources, targets):
             _, decoder, decoder_bias = vectors[0]
             residual = torch.sub(decoder_bias, t).add_(decoder, alpha=h)
             squared_error = torch.dot(residual, residual)
             residual.mul_(2.0 / self._n)
             self._adamw(vectors, [g * slope, residual * h, residual], count)
-            sums.append([*_sums(decoder, decoder_bias), squared_error])
+            sums.append([*_decoder_products(decoder, decoder_bias), squared_error])
         slopes = torch.tensor([slope], dtype=torch.float64).to(self.device, torch.float32)
         self._adamw(self._encoder_bias[:, None], [slopes], count)
-        self._square, self._cross, squares = _added(sums)
-        return Step(self._finite(squares) / self._n, h)
+        self._square, self._cross, squares = _column_sums(sums)
+        return Step(self._check_finite(squares) / self._n, h)
 
-    def _walk(self, *given: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    def _state_pieces(self, *given: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """For each piece the state `(kinds, parts, count)`, and the same entries of `given` in float32."""
         sizes = [sum(stop - start for _, start, stop in piece) for piece in self._pieces]
         for piece, vectors in zip(self._pieces, self._vectors.split(sizes, -1), strict=True):
             parts = ([blocks[name][start:stop].float() for name, start, stop in piece] for blocks in given)
             yield vectors, *(own[0] if len(own) == 1 else torch.cat(own) for own in parts)
 
-    def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
+    def _inner_products(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
         """Return `⟨We, g⟩` and `⟨Wd, t⟩`; raise an error if a number is not finite."""
         products: list[list[Tensor]] = []
-        for vectors, g, t in self._walk(sources, targets):
+        for vectors, g, t in self._state_pieces(sources, targets):
             encoder, decoder, _ = vectors[0]
             products.append([torch.dot(encoder, g), torch.dot(decoder, t), torch.dot(t, t)])
-        sums = _added(products)
+        sums = _column_sums(products)
         if not all(map(math.isfinite, sums)):
             # A product with a number that is not finite is not finite, so the inner products find every such number.
             for what, blocks in (("source gradient", sources), ("target", targets)):
                 require_finite({name: sum_of_squares(block) for name, block in blocks.items()}, what)
         for value in (*sums, self._square):
-            self._finite(value)
+            self._check_finite(value)
         return sums[0], sums[1]
 
     def _adamw(self, vectors: Tensor, gradients: list[Tensor], count: Tensor) -> None:
@@ -218,7 +218,7 @@ class FeatureNeuron:
             weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    def _finite(self, value: float) -> float:
+    def _check_finite(self, value: float) -> float:
         if not math.isfinite(value):
             raise ValueError(
                 f"After {self.steps} steps the loss is not finite, but the gradients are: they are too large for "
@@ -246,7 +246,7 @@ class FeatureNeuron:
             FeatureDecoder(decoder, bias, dict.fromkeys(shapes), dict(shapes)),
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _state_views(self) -> dict[str, Tensor]:
         """All vectors of the state by their names in `state_dict`, not copied."""
         found = {}
         for kind, vectors, bias in zip(KINDS, self._vectors, self._encoder_bias, strict=True):
@@ -261,7 +261,7 @@ class FeatureNeuron:
         Names are `encoder/values|first|second/0/block`, `decoder/…`, `decoder_bias/…` and a few small ones.
         """
         settings = [self.lr, *self.betas, self.eps, self.weight_decay, ACTIVATIONS.index(self.activation)]
-        return {name: tensor.clone() for name, tensor in self._tensors().items()} | {
+        return {name: tensor.clone() for name, tensor in self._state_views().items()} | {
             "gram": torch.tensor([[self._square]], dtype=torch.float64),
             "cross": torch.tensor([self._cross], dtype=torch.float64),
             "settings": torch.tensor(settings, dtype=torch.float64),
@@ -276,7 +276,7 @@ class FeatureNeuron:
             ValueError: If an entry is missing, unknown, has another shape or is not finite, or the activations differ.
                 Nothing is changed then.
         """
-        own = self._tensors()
+        own = self._state_views()
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         check_state(state, shapes | {"gram": (1, 1), "cross": (1,), "settings": (6,), "steps": ()})
         *settings, activation = state["settings"].tolist()
@@ -293,12 +293,12 @@ class FeatureNeuron:
         self.steps = int(state["steps"])
 
 
-def _sums(decoder: Tensor, bias: Tensor) -> list[Tensor]:
+def _decoder_products(decoder: Tensor, bias: Tensor) -> list[Tensor]:
     """`⟨Wd, Wd⟩` and `⟨Wd, bd⟩` of a piece."""
     return [torch.dot(decoder, decoder), torch.dot(decoder, bias)]
 
 
-def _added(sums: list[list[Tensor]]) -> list[float]:
+def _column_sums(sums: list[list[Tensor]]) -> list[float]:
     """Add rows of float32 sums, one row for each piece, in float64."""
     rows = torch.stack([value for row in sums for value in row]).double().view(len(sums), -1)
     found: list[float] = rows.sum(0).tolist()

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from hf_erasure.erasers import Eraser, fit_rlace
-from hf_erasure.erasers.on_rows import _onto_fantope
+from hf_erasure.erasers.on_rows import _project_to_fantope
 from tests.erasers.data import rows
 
 
@@ -125,7 +125,7 @@ def test_the_nearest_point_of_the_fantope() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(7, 7, generator=generator, dtype=torch.float64)
     matrix = matrix + matrix.T
-    near, _ = _onto_fantope(matrix, 2)
+    near, _ = _project_to_fantope(matrix, 2)
     values = torch.linalg.eigvalsh(near)
     assert float(values.min()) > -1e-12
     assert float(values.max()) < 1 + 1e-12
@@ -134,7 +134,7 @@ def test_the_nearest_point_of_the_fantope() -> None:
     for _ in range(50):
         basis = torch.linalg.qr(torch.randn(7, 2, generator=generator, dtype=torch.float64))[0]
         assert float(((matrix - near) * (basis @ basis.T - near)).sum()) < 1e-9
-    again, _ = _onto_fantope(near, 2)
+    again, _ = _project_to_fantope(near, 2)
     assert torch.allclose(again, near, atol=1e-10)
 
 
