@@ -322,7 +322,7 @@ def conclude(
     _record(task, fits, report)
     if left_out:
         _leave_out(task, left_out, labelled[0].uncovered)
-    if report.residuals:
+    if report.shortfall:
         warnings.warn(report.shortfall, stacklevel=3)
     if report.outlook and _FAR * report.groups < max(line.width or 0 for line in lines):
         logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)

@@ -224,7 +224,7 @@ class ErasureReport:
         if not left:
             return ""
         worst = max(left, key=lambda site: left[site])
-        others = f", and less at {len(left) - 1} other sites" if len(left) > 1 else ""
+        others = f", and less at other sites ({len(left) - 1})" if len(left) > 1 else ""
         return (
             f"{worst!r} is called several times in one forward pass, and no eraser was found that leaves nothing at "
             f"each: {left[worst]:.1g} of |x| |z| is left there{others}. The guarantee does not hold: name other "
@@ -244,22 +244,29 @@ class ErasureReport:
         correlation without the adapter. None for concepts other than two classes, for methods other than LEACE, with
         counterfactuals, which leave less than the formula says, and without `eval_batches`.
         """
-        measured = [line for line in self.sites if line.correlation_before is not None and line.width is not None]
-        if self.classes != 2 or self.counterfactuals or not measured or self.method != "leace":
+        if self.classes != 2 or self.counterfactuals or self.method != "leace" or (line := self._last_measured) is None:
             return None
-        line = measured[-1]
-        correlation = min(line.correlation_before or 0.0, 1 - 1e-9)
-        # For two balanced classes at a distance of m standard deviations the correlation is m / √(m² + 4).
-        before = NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
-        return expected_accuracy(before, line.width or 1, self.groups)
+        return expected_accuracy(_accuracy(line.correlation_before or 0.0), line.width or 1, self.groups)
+
+    @property
+    def _last_measured(self) -> SiteReport | None:
+        measured = [line for line in self.sites if line.correlation_before is not None and line.width is not None]
+        return measured[-1] if measured else None
 
     @property
     def outlook(self) -> str:
         """What a linear probe is expected to read on other texts, in words; empty if `expected_reading` is None."""
-        reads = self.expected_reading
-        if reads is None:
+        reads, line = self.expected_reading, self._last_measured
+        if reads is None or line is None:
             return ""
         of = f"{self.examples} texts" + (f" in {self.environments} environments" if self.environments else "")
+        found = _accuracy((line.interval_after or (0.0,))[0])
+        if found > reads and not self.eval_fitted:
+            return (
+                f"On these held-out texts a linear probe reads {found:.0%} or more, where the formula for {of}\n"
+                f"of one kind expects {reads:.0%}: they differ from those fitted on, as in templates or names. Name\n"
+                "such kinds (concept_dataloader(…, environment_column=…)) and erase within each (environment_rank)."
+            )
         return (
             f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
             f"for {of} fitted on. More texts leave less, and so do counterfactuals\n"
@@ -352,6 +359,12 @@ def draw_leakage(axes: Any, sites: Sequence[Mapping[str, Any]], title: str) -> N
     axes.set_ylabel("correlation with the concept, 95 %")
     axes.set_title(title, fontsize=9)
     axes.legend()
+
+
+def _accuracy(correlation: float) -> float:
+    """The accuracy of a linear probe of two balanced classes: at a distance m the correlation is m / √(m² + 4)."""
+    correlation = min(correlation, 1 - 1e-9)
+    return NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
 
 
 def _cells(line: SiteReport) -> tuple[str, ...]:

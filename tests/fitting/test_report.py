@@ -73,6 +73,25 @@ def test_concepts(config: object, concept: str | None) -> None:
     assert concept_of_config(config) == concept
 
 
+def report_of(after: float, interval: tuple[float, float], fitted: int = 0) -> ErasureReport:
+    """What 5,120 texts leave of two classes in 1,280 others."""
+    last = SiteReport("last_hidden_state", width=384, correlation_before=0.964, correlation_after=after,
+                      interval_after=interval)  # fmt: skip
+    return ErasureReport("gender", "default", "leace", "mean", "", 5120, 9, 1280, fitted, [last], classes=2)
+
+
+def test_what_is_expected_of_other_texts_does_not_deny_what_was_measured() -> None:
+    within = report_of(0.1, (0.04, 0.16))
+    assert within.expected_reading == pytest.approx(0.61, abs=0.005)
+    assert "on other texts is expected to read about 61%" in within.outlook
+    beyond = report_of(0.796, (0.78, 0.82)).outlook
+    # Two classes whose means are 2.5 standard deviations apart have a correlation of 0.78, and are read with Φ(1.25).
+    assert "reads 89% or more, where the formula for 5120 texts\nof one kind expects 61%" in beyond
+    assert "on other texts" not in beyond
+    # Nothing is found out of rows that were fitted on.
+    assert report_of(0.796, (0.78, 0.82), fitted=1280).outlook == within.outlook
+
+
 def test_a_report_as_data_and_as_tables(tmp_path: Path) -> None:
     sites = [
         SiteReport("layer_1.norm", rank=1, rows=8, correlation_before=0.9, correlation_after=0.1,
