@@ -260,6 +260,7 @@ class ErasureReport:
         if reads is None or line is None:
             return ""
         of = f"{self.examples} texts" + (f" in {self.environments} environments" if self.environments else "")
+        most = "at most" if self.environments else "about"  # the formula is of LEACE, which erases less
         found = _accuracy((line.interval_after or (0.0,))[0])
         if found > reads and not self.eval_fitted:
             return (
@@ -268,8 +269,8 @@ class ErasureReport:
                 "such kinds (concept_dataloader(…, environment_column=…)) and erase within each (environment_rank)."
             )
         return (
-            f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
-            f"for {of} fitted on. More texts leave less, and so do counterfactuals\n"
+            f"A linear probe that is fitted anew on other texts is expected to read {most} {reads:.0%}, by the "
+            f"formula\nfor {of} fitted on. More texts leave less, and so do counterfactuals\n"
             "(concept_dataloader(…, counterfactual_words=…))."
         )
 
