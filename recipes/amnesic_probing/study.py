@@ -208,10 +208,10 @@ def run_seed(settings: Settings, seed: int) -> Outcome:
 
 TEXTS = ("sentences", "stories")
 PAPER = (
-    "*Differs from the paper*: there BERT, INLP, which takes many directions, and the accuracy of predicted words; "
-    "here the model of `study.yaml`, LEACE, which takes the fewest that guard, bits per byte, and random directions "
-    "of the same rank as the control. Later blocks may make the tag anew of what is left: the probe at the end says "
-    "how far. No word is given its tag back (the paper's control for selectivity)."
+    "*Differs from the paper*: the paper has BERT, INLP, which removes many directions, and the accuracy of predicted "
+    "words. Here are the model of `study.yaml`, LEACE, which removes the fewest directions that guard, bits per byte, "
+    "and random directions of the same rank as the control. Later blocks may compute the tag again from what is left: "
+    "the probe at the end says how much. The paper's control for selectivity (words get their tags back) is left out."
 )
 
 
@@ -245,11 +245,11 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
             "# Amnesic probing by layer: results",
             f"```\n{command}\n```",
             f"Part of speech is erased from the output of one block at a time, {first.rank} of {first.width} "
-            f"directions, fitted on {first.tokens[0]} labelled tokens. Seeds {settings.seeds}, each other sentences, "
-            "stories and random directions: mean [95 % t-interval over seeds].",
-            f"Bits per byte of the model as it is: {base[0]} on held-out sentences of the treebank, {base[1]} on "
-            "stories. The table has what is added to that, and the accuracy of tag probes on held-out tokens (the "
-            f"most frequent tag: {cell([o.majority for o in outcomes])}; the last hidden state as it is: "
+            f"directions, fitted on {first.tokens[0]} labelled tokens. Seeds {settings.seeds}, each with other "
+            "sentences, stories and random directions: mean [95 % t-interval over seeds].",
+            f"Bits per byte of the model without erasure: {base[0]} on held-out sentences of the treebank, {base[1]} "
+            "on stories. The table has how much an erasure adds, and the accuracy of tag probes on held-out tokens "
+            f"(the most frequent tag: {cell([o.majority for o in outcomes])}; the last hidden state without erasure: "
             f"{cell([o.end for o in outcomes])}).",
             table(outcomes),
             PAPER,

@@ -40,10 +40,10 @@ CLASSIFIERS = ("same", "refitted")
 FIGURES = ("profession", "gender", "fresh", "rms", "chance", "correlation")
 
 PAPER = (
-    "*Differs from the paper*: there BERT's [CLS] state of 28 professions, all biographies of bias-in-bios, and an "
-    "erasure of that state alone (profession accuracy 79.3 → 77.3 %, RMS 0.198 → 0.084, correlation 0.867 → 0.392). "
-    "Here the data and the encoder named in `study.yaml`: as it stands three professions of 200 biographies, men and "
-    "women in equal number, of which rows are left out until each profession has about its true share of women. A "
+    "*Differs from the paper*: the paper has BERT's [CLS] state, 28 professions, all biographies of bias-in-bios, and "
+    "erases only that state (profession accuracy 79.3 → 77.3 %, RMS 0.198 → 0.084, correlation 0.867 → 0.392). "
+    "Here are the data and the encoder of `study.yaml`: by default three professions of 200 biographies, men and "
+    "women in equal number; rows are left out until each profession has about its true share of women. A "
     "correlation over three professions is one of three points."
 )
 
@@ -386,18 +386,18 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
         [
             "# Biographies without gender: results",
             f"```\n{command}\n```",
-            f"Fitted on {sizes[0]} biographies, measured on {sizes[1]} others; of each the first {settings.max_length} "
-            f"tokens are read. Seeds {settings.seeds}, each another "
+            f"Fitted on {sizes[0]} biographies, measured on {sizes[1]} others; the first {settings.max_length} "
+            f"tokens of each are read. Seeds {settings.seeds}, each with another "
             "split: mean [95 % t-interval over seeds]. The splits draw from the same biographies, so an interval says "
             "what another split would give.",
             table(outcomes),
             "The refitted classifiers are trained on the rows that the erasure was fitted on, where it leaves nothing "
-            "linear: of gender they learn the majority. *Gender, fresh probe*: cross-validated on the rows measured "
-            "on, which the erasure has not seen; it says what is left there.",
-            "*RMS by chance*: what the same answers give when genders are dealt anew within each profession; a gap "
-            "below it is none. *Correlation*: of gaps with the share of women.",
+            "linear, so for gender they learn the majority. *Gender, fresh probe*: cross-validated on the measured "
+            "rows, which the erasure has not seen; it shows what is left there.",
+            "*RMS by chance*: the RMS of the same answers after genders are shuffled within each profession; a "
+            "smaller gap is chance. *Correlation*: of the gaps with the share of women.",
             PAPER,
-            "The gap by profession, rate of women less that of men:",
+            "The gap by profession, the rate of women minus that of men:",
             gap_table(outcomes),
             "",
         ]

@@ -270,24 +270,24 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
     parts = [
         "# What an erasure leaves for unseen texts: results",
         f"```\n{command}\n```",
-        "Accuracies of fresh probes: cross-validated on rows that no erasure was fitted on (five folds; of the "
-        "sentences two halves). Mean [95 % t-interval over seeds]: the seeds draw from the same texts, so an interval "
+        "Accuracies of fresh probes, cross-validated on rows that no erasure was fitted on (in five folds; sentences "
+        "in two halves). Mean [95 % t-interval over seeds]: the seeds draw from the same texts, so an interval "
         "says what another split would give.",
         "## Biographies: counterfactuals",
         f"Three professions, as many women as men; the first {settings.max_length} tokens of each biography, "
         "mean-pooled; the last hidden state is erased. The splits share no person. Counterfactuals are made by "
-        "exchanging the words and first names of the table `english_gender`. No option was chosen on these rows: all "
-        "are shown.",
+        "exchanging the words and first names of the table `english_gender`. No option was chosen on these rows: the "
+        "tables show all of them.",
         *biography_tables(by_part["biographies"]),
     ]
     if templates:
         parts += [
             "## Sentences: environments",
             f"The demo's sentences, {templates[0].fitted} to fit on and {templates[0].held_out} of other templates, "
-            f"occupations and names to measure on, on {templates[0].encoder}; every norm is erased. A split by "
-            "random rows has sentences of one template on both sides; the *control label* (gender exchanged in half of "
-            "the templates, by a coin) says how much of it is that. *Field*: a fresh probe by held-out occupation, of "
-            "eight.",
+            f"occupations and names to measure on, with the encoder {templates[0].encoder}; every norm is erased. A "
+            "split by random rows has sentences of one template on both sides. The *control label* (gender exchanged "
+            "in a random half of the templates) says how much a probe gains from that. *Field*: a fresh probe for one "
+            "of eight fields, judged on held-out occupations.",
             template_table(templates),
         ]
     return "\n\n".join([*parts, ""])

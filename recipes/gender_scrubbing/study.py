@@ -413,9 +413,9 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
             "# Gender scrubbing: results",
             f"Fitted on {fitted}; measured on {measured}. Seeds {settings.seeds}: mean (range).",
             table(outcomes, settings.pronouns),
-            "A gap above is the difference of the means over all prompts; here the mean over prompts of its size.",
+            "A gap above is the difference of the means over all prompts; a gap below is the mean size over prompts.",
             by_prompt(outcomes, settings.pronouns),
-            "The most likely continuation of the sample, first seed:",
+            "The most likely continuation of the sample prompt, with the first seed:",
             *(sample.replace("\n", " ") for sample in samples),
             "",
         ]

@@ -337,9 +337,9 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
         f"```\n{command}\n```",
         f"{len(settings.occupations) - settings.strangers} occupations are fine-tuned on, "
         f"{settings.strangers // 2} others are chosen on, and {settings.strangers - settings.strangers // 2} more are "
-        "measured on (*strangers*), in sentences and beside stories of their own; *known* are those fine-tuned on, in "
-        "sentences that were not. *bpi* is (1 − |P(she) − P(he)|) · (P(she) + P(he)), mean over texts: 1 where one of "
-        "the two is certain to come and both are as likely. An edit changes a share of "
+        "measured on (*strangers*), with their own sentences and stories; *known* are those fine-tuned on, in unseen "
+        "sentences. *bpi* is (1 − |P(she) − P(he)|) · (P(she) + P(he)), mean over texts: 1 where the next word is "
+        "certainly one of the two and both are equally likely. An edit changes a share of "
         f"{settings.density:g} of the weights, and may cost {settings.budget:.0%} of the loss on the choice "
         f"stories, at the upper end of the cost's interval. Seeds {settings.seeds}: mean [95 % t-interval over seeds].",
         *tables(outcomes),

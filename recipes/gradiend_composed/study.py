@@ -42,11 +42,11 @@ IGNORED = -100
 NO_STATISTICS = {"resamples": 2}
 
 PAPER = (
-    "*Differs from the paper*: there GRADIEND's trained estimator on BERT, RoBERTa, GPT-2 and Llama, combined with "
-    "INLP and other methods as they were published, and judged by SEAT, StereoSet, CrowS-Pairs and GLUE; here the "
-    "closed form on two small models, whose names and prompts are those of `recipes/gradiend_gender`, and erasures at "
-    "every norm that are fitted on the edited model. Prompts name a person, so that a gap of 0 means that the model "
-    "no longer follows the name. SEAT and StereoSet (83 items; an LMS near 50 is guessing) are noise of this size on "
+    "*Differs from the paper*: the paper combines GRADIEND's trained estimator on BERT, RoBERTa, GPT-2 and Llama with "
+    "INLP and other methods as they were published, and judges by SEAT, StereoSet, CrowS-Pairs and GLUE. Here is the "
+    "closed form on two small models, with the names and prompts of `recipes/gradiend_gender`, and erasures at "
+    "every norm that are fitted on the edited model. Prompts name a person, so a gap of 0 means that the model "
+    "no longer follows the name. SEAT and StereoSet (83 items; an LMS near 50 is guessing) are only noise on "
     "models this small; they are here because the paper has them."
 )
 
@@ -288,14 +288,14 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
         "# GRADIEND with an erasure: results",
         f"```\n{command}\n```",
         f"Fitted on {sizes['fitted']} sentences; the edit is chosen for {settings.goal} on {sizes['chosen']} others "
-        f"within {settings.budget:.0%}, and everything is measured on {sizes['measured']} further ones and "
-        f"{sizes['stories']} further stories. No name, sentence or story is in two parts. Seeds {settings.seeds}, each "
-        "another split: mean [95 % t-interval over seeds]. LEACE removes 1 direction at each norm, INLP "
+        f"at a cost of at most {settings.budget:.0%}. Everything is measured on {sizes['measured']} other sentences "
+        f"and {sizes['stories']} other stories. No name, sentence or story is in two parts. Seeds {settings.seeds}, "
+        "each with another split: mean [95 % t-interval over seeds]. LEACE removes 1 direction at each norm, INLP "
         f"{settings.inlp_rank}.",
-        "*gap P(she)*: of female names less that of male names; *gap P(he)* the other way round. *Preference gap*: how "
-        "much more often the pronoun that agrees with the name is the likelier one, *log-odds gap* by how much "
+        "*gap P(she)*: P(she) after female names minus after male names; *gap P(he)* the other way round. *Preference "
+        "gap*: how much more often the pronoun that agrees with the name is more likely; *log-odds gap*: by how much "
         "(`hf_erasure.metrics.pronoun_gap`, 0 is none). *BPI / LMS*: 1 is best, low where neither pronoun is likely. "
-        "*SEAT*: mean size of the six gender tests' effects. *StereoSet*: gender, best at SS 50.",
+        "*SEAT*: mean size of the effects in the six gender tests. *StereoSet*: gender, best at SS 50.",
     ]
     for name, found in by_model(outcomes).items():
         parts += [f"## {name}", table(found)]

@@ -49,10 +49,11 @@ ADAPTER = "gender"
 PRONOUNS = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)
 
 PAPER = (
-    "*Differs from the paper* (arXiv 2502.01406): there the trained estimator on BERT, DistilBERT, RoBERTa, GPT-2 and "
-    "Llama, with thousands of names in sentences from books, and edits of all weights; here the closed form beside it, "
-    "two small models of children's stories, a few dozen names and sentences, and edits of the top share of the "
-    "weights, chosen on other names, sentences and stories than they are reported on, from a smaller grid."
+    "*Differs from the paper* (arXiv 2502.01406). The paper has the trained estimator on BERT, DistilBERT, RoBERTa, "
+    "GPT-2 and Llama, with thousands of names in sentences from books, and edits of all weights. This study also has "
+    "the closed form. It has two small models of children's stories, a few dozen names and sentences, and edits of the "
+    "top share of the weights. They are chosen from a smaller grid, on other names, sentences and stories than those "
+    "reported."
 )
 
 
@@ -664,16 +665,17 @@ def report(results: dict[str, list[Outcome]], settings: Settings, command: str) 
         PAPER,
         "## Reading",
         encoding_table(results),
-        f"## Writing\n\nA share of {settings.density:g} of the weights is changed. Chosen on the choice material within"
-        f" {settings.budget:.1%} there; the cost on test is a share of the loss, of masked models of the accuracy.",
+        f"## Writing\n\nA share of {settings.density:g} of the weights is changed. Edits are chosen on the choice "
+        f"material, at a cost of at most {settings.budget:.1%} there. The cost on test is a share of the loss, for "
+        "masked models of the accuracy.",
         edit_table(results),
-        "What was chosen, with its cost on the choice stories:",
+        "The chosen edits, with their cost on the choice stories:",
         chosen_table(results, settings),
     ]
     if any(name.startswith("trained") for outcomes in results.values() for name in outcomes[0].fits):
         parts += ["## The trained estimator", trained_table(results, settings)]
-    parts += ["## Which weights\n\nFirst seed, fitted on all modules.", weights_section(results)]
-    parts += ["## Before and after\n\nFirst seed, the edits chosen above.", sample_section(results)]
+    parts += ["## Which weights\n\nThe first seed, fitted on all modules.", weights_section(results)]
+    parts += ["## Before and after\n\nThe first seed, with the edits chosen above.", sample_section(results)]
     return "\n\n".join([*parts, ""])
 
 

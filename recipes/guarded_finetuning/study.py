@@ -382,7 +382,7 @@ def tables(outcomes: list[Outcome]) -> str:
             held = [kept_out(outcome, way, beside) for outcome in chosen]
             said = f"Of the shift in log-odds the {name}" + ("" if "kept" in name else " kept out")
             said += f" {spread([h[0] for h in held], '.0%')}"
-            strangers = f", of that of strangers {spread([h[1] for h in held], '.0%')}" if len(held[0]) > 1 else ""
+            strangers = f", of that for strangers {spread([h[1] for h in held], '.0%')}" if len(held[0]) > 1 else ""
             parts.append(f"{said}{strangers}.")
     return "\n\n".join(parts)
 
@@ -412,12 +412,12 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
     return (
         "# Fine-tuning on skewed text: results\n\n"
         f"{settings.steps} steps of {settings.batch_size} sentences, learning rate {settings.learning_rate:g}, full "
-        f"fine-tuning, feature with density {settings.density:g}; the LoRA of rank {settings.lora_rank} on all linear "
+        f"fine-tuning, feature with density {settings.density:g}; the LoRA has rank {settings.lora_rank} on all linear "
         f"maps, learning rate {settings.lora_learning_rate:g}. Seeds {settings.seeds}: mean (range).\n\n"
-        "*skew*: the probability of the pronoun that the data give a person, less that of the other one, in unseen "
-        "sentences. *log-odds*: the logarithm of their ratio, which does not saturate. *accuracy*: of whose thing is "
-        f"whose, in unseen sentences.\n\n{tables(outcomes)}\n\n## The neuron\n\nWhat the monitor logs, "
-        "+1 for she and −1 for he; four fifths of the sentences have no pronoun, and are read, too.\n\n"
+        "*skew*: the probability of the pronoun that the data give a person, minus that of the other pronoun, in "
+        "unseen sentences. *log-odds*: the logarithm of their ratio, which does not saturate. *accuracy*: at saying "
+        f"whose thing it is, in unseen sentences.\n\n{tables(outcomes)}\n\n## The neuron\n\nThe value that the monitor "
+        "logs, +1 for she and −1 for he. It also reads the four fifths of the sentences that have no pronoun.\n\n"
         f"{neuron_table(outcomes)}\n"
     )
 

@@ -409,17 +409,17 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
     most = outcomes[0].figures.get("parts of speech", {}).get("majority", float("nan"))
     said = {
         "gender, labels at last tokens": "A Llama of stories; unseen names in unseen prompts, loss on other stories.",
-        "gender, labels at all tokens": "The same, fitted with the labels at every token of a prompt.",
-        "gender, masked model": "A BERT of the same stories; loss of each seventh token of other stories.",
+        "gender, labels at all tokens": "The same model, fitted with the labels at every token of a prompt.",
+        "gender, masked model": "A BERT of the same stories; loss of every seventh token of other stories.",
         "parts of speech": "Accuracy of tag probes on held-out sentences at what the head reads, what a query map "
         f"reads and in the residual stream; the most frequent tag alone has {most:.3f}. One split.",
-        "gender in biographies": "MiniLM's mean-pooled embedding of biographies that were not fitted on: a fresh "
-        "gender probe (cross-validated on them), and professions by a classifier trained on the rows fitted on.",
+        "gender in biographies": "MiniLM's mean-pooled embedding of biographies that were not fitted on: accuracy of a "
+        "fresh gender probe (cross-validated on them), and of a profession classifier trained on the fitted rows.",
     }
     done = {name: words for name, words in said.items() if name in outcomes[0].figures}
     parts = [part for name, words in done.items() for part in (f"## {name.capitalize()}", words, table(outcomes, name))]
-    seeds = f"Seeds {settings.seeds}, each another split: mean [95 % t-interval over seeds]."
-    merging = "*merges*: into the plain model's weights (yes), after the tied head got its own table (untied), or not."
+    seeds = f"Seeds {settings.seeds}, each with another split: mean [95 % t-interval over seeds]."
+    merging = "*merges*: into the plain model (yes), after the tied head got its own table (untied), or not (no)."
     return "\n\n".join(["# Where to erase: results", f"```\n{command}\n```", seeds, merging, *parts, ""])
 
 

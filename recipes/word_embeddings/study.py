@@ -261,10 +261,10 @@ def attributes(data: Data) -> list[tuple[int, str]]:
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 PAPER = (
-    "*Differs from the papers*: Caliskan et al. test GloVe and word2vec; here the input embeddings of the model in "
-    "`study.yaml`, of which only words of one token can be tested. Bolukbasi et al. (arXiv 1607.06520) take the "
-    "direction from the same pairs and project it away for neutral words only; here LEACE and INLP act on every token. "
-    "An effect that is gone says nothing of what other probes may read (Gonen & Goldberg 2019, arXiv 1903.03862): see "
+    "*Differs from the papers*: Caliskan et al. test GloVe and word2vec. This study tests the input embeddings of the "
+    "model in `study.yaml`, so only words of one token. Bolukbasi et al. (arXiv 1607.06520) take the "
+    "direction from the same pairs and remove it only from neutral words; here LEACE and INLP act on every token. "
+    "Even when an effect is gone, other probes may still read gender (Gonen & Goldberg 2019, arXiv 1903.03862): see "
     "the probe."
 )
 
@@ -310,16 +310,16 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
             "# Word embeddings without gender: results",
             f"```\n{command}\n```",
             f"Fitted on {fitted} pairs of words, none of which is in a test; {held} pairs are held out. Seeds "
-            f"{settings.seeds}, each another split of the pairs: mean [95 % t-interval over seeds]; p values are means "
-            f"over seeds. LEACE removes 1 direction, INLP {settings.inlp_rank}.",
+            f"{settings.seeds}, each with another split of the pairs: mean [95 % t-interval over seeds]; p values are "
+            f"means over seeds. LEACE removes 1 direction, INLP {settings.inlp_rank}.",
             f"Tests of gender; mean size of the effects: {size(settings.gender)}.",
             effect_table(outcomes, settings.gender),
-            f"Tests of something else, which should stay; mean size: {size(settings.others)}.",
+            f"Tests of other associations, which should stay; mean size: {size(settings.others)}.",
             effect_table(outcomes, settings.others),
-            "weat6, weat7b and weat8b tell genders by first names, weat6b, weat7 and weat8 by words such as "
-            '"brother"; the pairs that were fitted on hold no name.',
-            "What can still be read: *held-out pairs told apart* by the direction of the fitted pairs as it was before "
-            "(half is nothing); a cross-validated probe on the tests' gendered words and the held-out pairs.",
+            "weat6, weat7b and weat8b use first names for the genders, weat6b, weat7 and weat8 words such as "
+            '"brother"; the fitted pairs have no names.',
+            "What can still be read: *held-out pairs told apart* by the direction of the fitted pairs before erasure "
+            "(half is chance); a cross-validated probe on the tests' gendered words and the held-out pairs.",
             reading_table(outcomes),
             PAPER,
             "",
