@@ -1,4 +1,4 @@
-"""What the studies say of several seeds: the mean with a t-interval, and a Markdown table of such cells."""
+"""How the studies report several seeds: the mean with a t-interval, and a Markdown table of such cells."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ CONFIDENCE = 0.95
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
     """Mean, and the ends of its t-interval over seeds.
 
-    The seeds of a study draw from the same data and share the model, so that the interval says how much another seed
-    would change, and not how much other data would.
+    The seeds of a study draw from the same data and share the model. So the interval says how much another seed would
+    change the mean, not how much other data would.
 
     Raises:
         ValueError: If there are fewer than two values.
@@ -34,6 +34,6 @@ def cell(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table, numbers to the right but for the first `words` columns."""
+    """A Markdown table, with numbers to the right except in the first `words` columns."""
     rule = ["---" if column < words else "---:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])

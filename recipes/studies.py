@@ -1,4 +1,4 @@
-"""What the studies share as commands: settings from a file, one outcome a run, and the three files they leave."""
+"""The parts that all studies share: settings from a file, one outcome for each run, and the three files they write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from hf_erasure.recipes.schema import check_section, read_content
 
-# Where models and data of the studies are looked for, unless the environment names a folder.
+# The folder with models and data of the studies, unless the environment names another.
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
 
 Settings = TypeVar("Settings")
@@ -22,13 +22,13 @@ Outcome = TypeVar("Outcome")
 
 
 def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[str], expected: str) -> Settings:
-    """Read a study's file, and what is written behind it on the command line, into the dataclass `kind`.
+    """Read a study's file, and the settings that follow it on the command line, into the dataclass `kind`.
 
     Args:
-        kind: What the study says of its settings.
+        kind: The dataclass of the study's settings.
         path: The file.
-        overrides: `key=value`.
-        expected: Some keys of it, for the message when the file is none.
+        overrides: Settings of the form `key=value`.
+        expected: Some of its keys, for the message when the file is not a recipe.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -52,10 +52,10 @@ def run(
     report: Callable[[list[Outcome]], str],
     figure: Callable[[list[Outcome], Path], None],
 ) -> None:
-    """Do every run and write `results.json` (after each), `results.md` and `figure.png`; the text is printed, too.
+    """Do every run and write `results.json` (after each), `results.md` and `figure.png`; also print the text.
 
     Args:
-        runs: What is said when a run begins, such as `"seed 0"`, and the run.
+        runs: The message when a run begins, such as `"seed 0"`, and the run.
         output: The folder.
         report: All outcomes as Markdown.
         figure: Draws them into a file.
@@ -72,5 +72,5 @@ def run(
 
 
 def command_line(study: str, settings_file: Path, overrides: Iterable[str]) -> str:
-    """The command that makes these results, as `results.md` states it."""
+    """The command that makes these results, for `results.md`."""
     return shlex.join(["python", f"recipes/{study}/study.py", str(settings_file), *overrides])

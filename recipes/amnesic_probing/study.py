@@ -1,8 +1,8 @@
-"""Amnesic probing by layer: what a language model loses when one block's output no longer tells the part of speech.
+"""Amnesic probing by layer: what a language model loses when one block's output no longer shows the part of speech.
 
-After Elazar et al. 2021 (arXiv 2006.00995). What a probe reads need not be used; what is used is missed when it is
-gone. So it is erased at one block, and the loss is compared with that of as many random directions taken away there.
-Everything is measured on sentences and stories that nothing was fitted on.
+After Elazar et al. 2021 (arXiv 2006.00995). A model may not use what a probe can read. If it does, erasing it makes
+the model worse. So the tags are erased at one block, and the loss is compared with that of removing as many random
+directions there. Everything is measured on sentences and stories that nothing was fitted on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -37,23 +37,23 @@ ADAPTER = "no_tags"
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id or a folder of a causal language model.
         blocks: The name of its list of blocks.
         fit: A treebank (CoNLL-U) to fit on.
-        test: One to measure on.
-        stories: A text file of stories, to measure on too.
+        test: A treebank to measure on.
+        stories: A text file of stories, which are measured on too.
         output: Where table and figure go.
-        fit_sentences: So many are drawn from `fit`.
-        test_sentences: So many are drawn from `test`.
-        test_stories: So many are drawn.
+        fit_sentences: How many sentences are drawn from `fit`.
+        test_sentences: How many are drawn from `test`.
+        test_stories: How many stories are drawn.
         max_tokens: Longer sentences are left out.
-        batch_size: Sentences a batch.
-        probe_tokens: So many tokens of either part are probed.
+        batch_size: Sentences in a batch.
+        probe_tokens: How many tokens of each part are probed.
         random_draws: Random subspaces at each block.
-        seeds: Of all draws.
+        seeds: The seeds of all draws.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -90,8 +90,8 @@ class Layer:
 
     Attributes:
         bits: `"erased"` or `"random"` → bits per byte of the treebank's sentences and of the stories.
-        probe: Accuracy of a tag probe on the block's output: `"before"`, `"after"`, and `"random"` directions away;
-            and on the last hidden state `"at the end"` with the block erased.
+        probe: Accuracy of a tag probe on the block's output: `"before"`, `"after"`, and without `"random"` directions;
+            and `"at the end"`, on the last hidden state with the block erased.
     """
 
     bits: dict[str, tuple[float, float]]
@@ -100,17 +100,17 @@ class Layer:
 
 @dataclass
 class Outcome:
-    """One seed.
+    """The outcome of one seed.
 
     Attributes:
-        seed: Of the draws.
-        base: Bits per byte of the model as it is.
-        layers: By block, from the first.
-        end: Accuracy of a tag probe on the last hidden state of the model as it is.
+        seed: The seed of the draws.
+        base: Bits per byte of the model without erasure.
+        layers: One for each block, from the first.
+        end: Accuracy of a tag probe on the last hidden state without erasure.
         majority: Accuracy of the most frequent tag.
         rank: Directions erased.
-        width: Of a hidden state.
-        tokens: Labelled tokens fitted on, and probed.
+        width: Width of a hidden state.
+        tokens: Number of labelled tokens fitted on, and probed.
     """
 
     seed: int
@@ -125,7 +125,7 @@ class Outcome:
 
 @dataclass
 class Data:
-    """What one seed works on."""
+    """The data of one seed."""
 
     fit: list[Any]
     test: list[Any]
@@ -156,7 +156,7 @@ def bits(model: Any, tokenizer: Any, data: Data) -> tuple[float, float]:
 
 
 def probes(model: Any, data: Data, places: Iterable[str]) -> dict[str, float]:
-    """Accuracy of tag probes at some places, trained on tokens fitted on, asked about others."""
+    """Accuracy of tag probes at some places, trained on fitted tokens, judged on others."""
     states = [
         pos.token_states(model, batches, picked)
         for batches, picked in zip((data.fit, data.test), data.picked, strict=True)
@@ -188,7 +188,7 @@ def run_layer(model: Any, tokenizer: Any, data: Data, settings: Settings, index:
 
 
 def run_seed(settings: Settings, seed: int) -> Outcome:
-    """Every block, one after the other."""
+    """Run every block, one after the other."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     data = draw_data(settings, tokenizer, seed)
@@ -216,7 +216,7 @@ PAPER = (
 
 
 def rises(outcomes: list[Outcome], index: int, way: str, text: int) -> list[float]:
-    """By how many bits per byte it costs more than the model as it is, under every seed."""
+    """How many bits per byte it adds to the model without erasure, for every seed."""
     return [o.layers[index].bits[way][text] - o.base[text] for o in outcomes]
 
 
@@ -237,7 +237,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     first = outcomes[0]
     base = [cell([o.base[text] for o in outcomes]) for text in (0, 1)]
     return "\n\n".join(
@@ -292,7 +292,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("amnesic_probing", settings_file, overrides)
     runs = {f"seed {seed}": partial(run_seed, settings, seed) for seed in settings.seeds}
@@ -300,6 +300,6 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 
 
 if __name__ == "__main__":
-    # Probes are stopped after a few hundred steps, where their accuracy no longer changes.
+    # Probes stop after a few hundred steps, when their accuracy no longer changes.
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
     typer.run(main)

@@ -1,8 +1,8 @@
 """Biographies without gender: professions, genders and true positive rates, read before and after an erasure.
 
-The study of arXiv 2306.03819, section 4, on a sentence encoder. The classifier is trained on embeddings as they are and
-asked about erased ones ("same"), or trained anew on erased ones ("refitted"). All figures are of biographies that
-neither the erasure nor a classifier was fitted on.
+The study of arXiv 2306.03819, section 4, on a sentence encoder. The classifier is trained on embeddings before the
+erasure and judged on erased ones ("same"), or trained again on erased ones ("refitted"). All figures are of biographies
+that neither the erasure nor a classifier was fitted on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datasets import Dataset, load_dataset
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -53,27 +53,27 @@ PAPER = (
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id, a folder, or `"embedded"`.
         last: Suffix of the module whose output is the last hidden state.
         data: A Hub data set, or a folder of CSV files.
         output: Where table and figure go.
-        splits: Names of the splits to fit and to measure on; rows are split by seed when None.
+        splits: Names of the splits to fit on and to measure on; None splits rows by seed.
         text_column: Column of the biography.
-        class_column: Column of what is classified.
-        group_column: Column of what is erased; two groups.
-        positive: The group whose rate stands first in a gap.
+        class_column: Column of the class that is predicted.
+        group_column: Column of the group that is erased; two groups.
+        positive: The group whose rate comes first in a gap.
         train_rows: Without `splits` the share of each class and group to fit on, with them a number of rows.
-        test_rows: The same of what is measured on.
-        train_shares: Class → share of the positive group among the rows fitted on; rows are left out for it.
-        test_shares: The same of the rows measured on.
-        pool: How an embedding is made of tokens.
+        test_rows: The same for the rows measured on.
+        train_shares: Class → share of the positive group among the rows fitted on; rows are left out to reach it.
+        test_shares: The same for the rows measured on.
+        pool: How an embedding is made from tokens.
         max_length: Longest biography in tokens.
-        batch_size: Biographies a batch.
+        batch_size: Biographies in a batch.
         shuffles: Draws for the gap that chance alone gives.
-        seeds: One split, or draw of rows, each.
+        seeds: One split, or draw of rows, for each.
     """
 
     model: str
@@ -97,7 +97,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -119,7 +119,7 @@ class Biography:
 
 
 def read_biographies(settings: Settings) -> dict[str, list[Biography]]:
-    """All rows by split; files of a folder are one split, without the biographies that are there twice."""
+    """All rows by split. The files of a folder are one split, in which each biography is kept once."""
     if Path(settings.data).is_dir():
         files = [str(file) for file in sorted(Path(settings.data).glob("*.csv"))]
         loaded = load_dataset("csv", data_files={"rows": files})
@@ -188,13 +188,13 @@ class Classifier:
     def train(cls, x: np.ndarray, labels: Sequence[str]) -> Classifier:
         """Train on `(rows, width)` embeddings."""
         deviation = x.std(0)
-        # What an erasure took away completely varies by rounding only, and must not be blown up to full size.
+        # A feature that an erasure removed completely varies only by rounding, and must not be scaled up to full size.
         mean, deviation = x.mean(0), np.where(deviation > 1e-6 * np.sqrt((x**2).mean()), deviation, 1.0)
         probe = LogisticRegression(tol=1e-9, max_iter=2000).fit((x - mean) / deviation, labels)
         return cls(probe, mean, deviation)
 
     def __call__(self, x: np.ndarray) -> list[str]:
-        """The answer for every row."""
+        """The predicted class of every row."""
         answers: list[str] = self.probe.predict((x - self.mean) / self.deviation).tolist()
         return answers
 
@@ -218,7 +218,7 @@ def embeddings(model: Any, tokenizer: Any, rows: list[Biography], settings: Sett
 
 
 def erase(model: Any, tokenizer: Any, rows: list[Biography], erasure: str, settings: Settings) -> None:
-    """Put a fitted erasure of gender into the model, in place of one that may be there."""
+    """Put a fitted erasure of gender into the model; an older one is replaced."""
     if ADAPTER in (getattr(model, "peft_config", None) or {}):
         model.delete_adapter(ADAPTER)
     labels = sorted({row.gender for row in rows})
@@ -239,9 +239,9 @@ def labelled_batches(rows: list[Biography], tokenizer: Any, settings: Settings) 
 
 
 def at_the_end(model: Any, x: np.ndarray) -> np.ndarray:
-    """Embeddings of the model as it is, as an erasure of the last hidden state alone leaves them.
+    """The embeddings of the unerased model after an erasure of only the last hidden state.
 
-    It is an affine map of every token, so that it commutes with pooling, and the encoder need not run again.
+    The erasure is an affine map of every token, so it commutes with pooling, and the encoder need not run again.
     """
     (layer,) = erasure_layers(model, ADAPTER).values()
     left, right, mean = layer.eraser_state(ADAPTER)
@@ -250,13 +250,13 @@ def at_the_end(model: Any, x: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Outcome:
-    """One seed.
+    """The outcome of one seed.
 
     Attributes:
-        seed: Of the split.
+        seed: The seed of the split.
         rows: Rows fitted on, and measured on.
         figures: Erasure → classifier → figure.
-        gaps: Erasure → classifier → profession → true positive rate of the positive group less that of the other.
+        gaps: Erasure → classifier → profession → true positive rate of the positive group minus that of the other.
         shares: Profession → share of the positive group among the rows fitted on.
     """
 
@@ -287,7 +287,7 @@ def measured(
 
 
 def chance(answers: list[str], professions: list[str], genders: list[str], settings: Settings, seed: int) -> float:
-    """The mean RMS gap of the same answers when genders are dealt anew within each profession."""
+    """The mean RMS gap of the same answers when genders are shuffled within each profession."""
     draw = np.random.default_rng(seed)
     found = []
     for _ in range(settings.shuffles):
@@ -303,10 +303,10 @@ def run_seed(settings: Settings, rows: dict[str, list[Biography]], seed: int, kn
     """Fit on one split in every way, and measure.
 
     Args:
-        settings: Of the study.
+        settings: The study's settings.
         rows: All rows by split.
-        seed: Of the split.
-        known: Embeddings of the encoder as it is by text, kept from seed to seed.
+        seed: The seed of the split.
+        known: Text → embedding of the unerased encoder, kept from seed to seed.
     """
     train, test = split_rows(rows, settings, seed)
     model, tokenizer = load(settings)
@@ -347,7 +347,7 @@ def run_seed(settings: Settings, rows: dict[str, list[Biography]], seed: int, kn
 
 
 def ways(outcomes: list[Outcome]) -> list[tuple[str, str]]:
-    """Erasure and classifier of every line."""
+    """Erasure and classifier of every line of the table."""
     return [(erasure, name) for erasure, by in outcomes[0].figures.items() for name in by]
 
 
@@ -380,7 +380,7 @@ def gap_table(outcomes: list[Outcome]) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     sizes = outcomes[0].rows
     return "\n\n".join(
         [
@@ -405,7 +405,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """Left the accuracies, in the middle the gap, right the gap of every profession against the share of women."""
+    """Draw the accuracies (left), the gap (middle), and each profession's gap against the share of women (right)."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(12, 4.4), layout="constrained")
@@ -438,7 +438,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("biographies", settings_file, overrides)
     rows, known = read_biographies(settings), {}

@@ -1,8 +1,8 @@
-"""What an erasure leaves for texts that nobody labelled, and what helps: counterfactuals, and environments.
+"""What an erasure leaves in texts that nobody labelled, and what helps: counterfactuals, and environments.
 
-Gender is erased from a few biographies and judged on others, of other people; and from sentences made of templates, and
-judged on other templates, names and occupations. All figures are of fresh probes, fitted and judged on rows that the
-erasure was not fitted on.
+Gender is erased from a few biographies, and the erasure is judged on biographies of other people. It is also erased
+from sentences made from templates, and judged on other templates, names and occupations. All figures are of fresh
+probes, fitted and judged on rows that the erasure was not fitted on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import typer
 from datasets import Dataset, load_dataset
 from transformers import AutoModel, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -51,20 +51,20 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
-        encoders: Hub ids, folders, or `"embedded"`, of the first part.
+        encoders: Hub ids, folders, or `"embedded"`, for the first part.
         biographies: A folder of CSV files with `hard_text`, `profession` and `gender`.
         output: Where tables and figure go.
         sizes: Numbers of biographies to fit on.
-        seeds: One split each.
+        seeds: One split for each.
         max_length: Longest biography in tokens.
-        batch_size: Texts a batch.
+        batch_size: Texts in a batch.
         template_encoder: The encoder of the second part.
         template_ranks: `environment_rank` of each erasure by template.
-        template_seeds: One draw of names, cities and numbers each.
-        template_rows: Of the training sentences; all when None.
+        template_seeds: One draw of names, cities and numbers for each.
+        template_rows: Number of training sentences; None takes all.
     """
 
     encoders: list[str]
@@ -86,8 +86,8 @@ class Outcome:
 
     Attributes:
         part: `"biographies"` or `"templates"`.
-        encoder: Its name.
-        seed: Of the split, or of the draw.
+        encoder: The name of the encoder.
+        seed: The seed of the split, or of the draw.
         fitted: How many texts were fitted on.
         held_out: How many others were measured on.
         figures: Way → figure → value.
@@ -118,7 +118,7 @@ def embeddings(model: Any, tokenizer: Any, texts: list[str], settings: Settings)
 
 
 def moved(before: torch.Tensor, after: torch.Tensor) -> float:
-    """The share of the variance that the erasure moves."""
+    """The mean squared change by the erasure, as a share of the variance."""
     return float((after - before).square().sum() / (before - before.mean(0)).square().sum())
 
 
@@ -126,7 +126,7 @@ def moved(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def biographies(settings: Settings) -> list[dict[str, str]]:
-    """All of them, each once; genders are called as the table of counterparts calls them."""
+    """All biographies, each once, with the names of genders that the table of counterparts uses."""
     files = sorted(map(str, Path(os.path.expandvars(settings.biographies)).glob("*.csv")))
     rows = load_dataset("csv", data_files={"rows": files})["rows"]
     found = {row["hard_text"]: {**row, "gender": row["gender"].lower()} for row in rows}
@@ -134,7 +134,7 @@ def biographies(settings: Settings) -> list[dict[str, str]]:
 
 
 def split(rows: list[dict[str, str]], size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Places of those to fit on, as many of each profession and gender, and of all others."""
+    """Row numbers to fit on, equally many of each profession and gender, and all other row numbers."""
     places: dict[tuple[str, str], list[int]] = {}
     for place in random.Random(seed).sample(range(len(rows)), len(rows)):
         places.setdefault((rows[place]["profession"], rows[place]["gender"]), []).append(place)
@@ -168,8 +168,8 @@ def erased(encoder: tuple[Any, Any], rows: list[dict[str, str]], way: Any, setti
 def run_biographies(settings: Settings, name: str, known: dict[str, Any], size: int, seed: int) -> Outcome:
     """Fit on one split in every way, and measure on the others.
 
-    The erasure of the last hidden state is an affine map of every token, so that it commutes with the mean, and the
-    encoder runs once over the biographies that are measured on.
+    The erasure of the last hidden state is an affine map of every token, so it commutes with the mean, and the
+    encoder runs only once over the biographies that are measured on.
     """
     rows = known.setdefault("rows", biographies(settings))
     encoder = known.setdefault(name, loaded(name))
@@ -196,7 +196,7 @@ def run_biographies(settings: Settings, name: str, known: dict[str, Any], size: 
 
 
 def run_templates(settings: Settings, seed: int) -> Outcome:
-    """Erase gender from every norm, by template and not, and measure the last hidden state on other templates."""
+    """Erase gender at every norm, with and without environments; measure the last hidden state on other templates."""
     data = occupation_sentences(seed)
     train = data["train"] if settings.template_rows is None else data["train"].select(range(settings.template_rows))
     test = data["test"]
@@ -233,12 +233,12 @@ def run_templates(settings: Settings, seed: int) -> Outcome:
 
 
 def values(outcomes: list[Outcome], way: str, key: str) -> list[float]:
-    """A figure of every seed."""
+    """One figure under every seed."""
     return [outcome.figures[way][key] for outcome in outcomes]
 
 
 def biography_tables(outcomes: list[Outcome]) -> Iterable[str]:
-    """One table an encoder and size."""
+    """One table for each encoder and size."""
     groups: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.encoder, outcome.fitted), []).append(outcome)
@@ -264,7 +264,7 @@ def template_table(outcomes: list[Outcome]) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     by_part = {part: [o for o in outcomes if o.part == part] for part in ("biographies", "templates")}
     templates = by_part["templates"]
     parts = [
@@ -321,7 +321,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     expected = "encoders, biographies, output"
     settings = studies.read_settings(Settings, settings_file, overrides, expected)
     command, known = studies.command_line("carries_over", settings_file, overrides), dict[Any, Any]()

@@ -1,6 +1,6 @@
-"""Gender erased from a story teller: what is left of it on unseen names and prompts, and what other stories pay.
+"""Gender erased from a model of stories: what is left on unseen names and prompts, and the cost on other stories.
 
-Every fit uses the same names and prompts; only where the covariance comes from, and how it is shrunk, differs.
+Every fit uses the same names and prompts. They differ only in where the covariance comes from, and how it is shrunk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -39,7 +39,7 @@ Solve = Callable[[Tensor, Tensor], Eraser]  # (rows, width) and class ids (rows,
 
 @dataclass
 class Material:
-    """Names of both genders, and prompts with a place for one.
+    """Names of both genders, and prompts with a place for a name.
 
     Attributes:
         male: Names.
@@ -54,16 +54,16 @@ class Material:
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id or a folder of a causal language model.
         stories: A text file of stories.
         output: Where table and figure go.
-        materials: Names and prompts by the name of the set.
+        materials: Name of a set → its names and prompts.
         material: Which of these sets is split into fit and test.
-        fit_only: Which others are fitted on as a whole, under every split.
-        seeds: One split each.
+        fit_only: Which other sets are fitted on as a whole, under every split.
+        seeds: One split for each.
         test_share: Share of names, of prompts and of stories that is only measured on.
         background_stories: Unlabelled stories for mean and covariance.
         story_tokens: So many tokens of each story are read.
@@ -90,7 +90,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -143,7 +143,7 @@ def split_data(material: Material, stories: list[str], settings: Settings, seed:
 
 
 def read_stories(path: str) -> list[str]:
-    """The stories of a file whose only marks are empty lines: one begins with "Once" or "One day, a …"."""
+    """The stories of a file with empty lines between paragraphs: a story begins with "Once" or "One day, a …"."""
     text = Path(path).read_text(encoding="utf-8")
     stories = re.split(r"\n\s*\n(?=Once |One day, an? )", text)
     # The model was trained on stories whose paragraphs follow each other without an empty line.
@@ -151,7 +151,7 @@ def read_stories(path: str) -> list[str]:
 
 
 def labelled_rows(material: Material, tokenizer: Any, positions: str) -> Dataset:
-    """Every name in every prompt, tokenised, with one label a token.
+    """Every name in every prompt, tokenised, with one label for each token.
 
     Returns:
         Columns `input_ids`, `attention_mask` and `gender`, a list of class ids with −100 at unlabelled tokens.
@@ -187,15 +187,15 @@ def story_batches(stories: list[str], tokenizer: Any, settings: Settings) -> Any
 
 
 def fit_in_order(model: Any, batches: Iterable[dict[str, Tensor]], solve: Solve) -> None:
-    """Fit one site after the other by any solver, each on activations that are erased upstream, one pass a site."""
+    """Fit one site after the other by any solver, on activations that are erased upstream, with one pass per site."""
     batches = list(batches)
     for layer in erasure_layers(model, ADAPTER).values():
-        # The adapter's own hook comes first and leaves a site without an eraser as it is.
+        # The adapter's own hook runs first and does not change the output of a site without an eraser.
         layer.set_eraser(ADAPTER, solve(*rows_at(layer.host, model, batches)), torch.float32)
 
 
 class Reached(Exception):
-    """A forward pass that came to the module it was run for."""
+    """Raised to stop a forward pass at the module that it was run for."""
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def rows_at(module: Any, model: Any, batches: list[dict[str, Tensor]]) -> tuple[
 
 
 def solve_without_shrinkage(x: Tensor, z: Tensor) -> Eraser:
-    """LEACE with the covariance of the labelled rows as it is."""
+    """LEACE with the unshrunk covariance of the labelled rows."""
     return ConceptMoments(x.shape[1], len(GENDERS)).update(x, z).eraser(shrinkage=None)
 
 
@@ -231,7 +231,7 @@ def solve_by_reference(x: Tensor, z: Tensor) -> Eraser:
 
 
 def fits(split: Split, tokenizer: Any, settings: Settings) -> dict[str, Callable[[Any], Any]]:
-    """Name of a fit → what fills the adapter of a model."""
+    """Name of a fit → the function that fits the adapter of a model."""
     labelled = list(labelled_batches(split.fit, tokenizer, settings))
     background = list(story_batches(split.background, tokenizer, settings))
     return {
@@ -265,7 +265,7 @@ def pronoun_token(tokenizer: Any, pronoun: str) -> int:
     """The one token of a pronoun in the middle of a sentence.
 
     Raises:
-        ValueError: If it is several.
+        ValueError: If the pronoun is several tokens.
     """
     start, whole = (tokenizer("so" + text)["input_ids"] for text in ("", pronoun))
     if len(whole) != len(start) + 1:
@@ -287,14 +287,14 @@ def loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
 
 
 def continuation(model: Any, tokenizer: Any, beginning: str) -> str:
-    """The most likely continuation of a beginning, up to the length of a sentence or three."""
+    """The most likely continuation of a beginning, of one to three sentences."""
     inputs = tokenizer(beginning, return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
     return str(tokenizer.decode(written[0], skip_special_tokens=True)).strip()
 
 
 def measure(model: Any, tokenizer: Any, split: Split, settings: Settings) -> dict[str, float]:
-    """Every figure of one line of the table."""
+    """All figures of one line of the table."""
     found = pronoun_probabilities(model, tokenizer, split.test, settings.pronouns)
     figures = {}
     for index, pronoun in enumerate(settings.pronouns):
@@ -308,7 +308,7 @@ def measure(model: Any, tokenizer: Any, split: Split, settings: Settings) -> dic
 
 
 def relative(figures: dict[str, float], before: dict[str, float]) -> dict[str, float]:
-    """The figures, and beside them how far gaps fell and the loss rose, as shares."""
+    """The figures, and also how far gaps fell and the loss rose, as shares."""
     falls = {f"{name} fell": 1 - figures[name] / before[name] for name in figures if name.startswith("gap")}
     return figures | falls | {"loss rose": figures["loss"] / before["loss"] - 1}
 
@@ -319,7 +319,7 @@ def relative(figures: dict[str, float], before: dict[str, float]) -> dict[str, f
 def fresh_model(settings: Settings) -> Any:
     """The model with an adapter that is not fitted yet."""
     model = AutoModelForCausalLM.from_pretrained(settings.model).eval()
-    config = ConceptErasureConfig(concept="gender", labels=GENDERS, affine=True)  # as the reference has it
+    config = ConceptErasureConfig(concept="gender", labels=GENDERS, affine=True)  # the reference's map is affine
     model.add_adapter(config, adapter_name=ADAPTER)
     return model
 
@@ -330,7 +330,7 @@ class Outcome:
 
     Attributes:
         figures: Fit → name of a figure → its value.
-        samples: Fit → how the sample story goes on under it.
+        samples: Fit → how the sample story continues under it.
         split: What was measured on.
     """
 
@@ -400,7 +400,7 @@ def by_prompt(outcomes: list[Outcome], pronouns: Iterable[str]) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     split = outcomes[0].split
     count = {part: len(m.male) + len(m.female) for part, m in (("fit", split.fit), ("test", split.test))}
     fitted = f"{count['fit']} names in {len(split.fit.prompts)} prompts, {len(split.background)} background stories"
@@ -423,7 +423,7 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
 
 
 def figure(outcomes: list[Outcome], pronouns: Iterable[str], path: Path) -> None:
-    """Gap left against loss added, one colour a fit, one mark a pronoun, one point a seed; the target is shaded."""
+    """Draw gap left against loss added: one colour a fit, one mark a pronoun, one point a seed; the target is shaded."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(8.4, 4.2), layout="constrained")
@@ -441,7 +441,7 @@ def figure(outcomes: list[Outcome], pronouns: Iterable[str], path: Path) -> None
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One study of gender over seven architectures: what is not at hand as a trained model is trained here, from a config.
+"""One study of gender over seven architectures: models that are not given as trained are trained here, from configs.
 
 The models that are trained here are tiny, and know little more than which pronoun follows which name.
 """
@@ -24,14 +24,14 @@ from transformers import (
     AutoTokenizer,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from recipes.gradiend_gender import study as gender
 
 HEADS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
 SENTINELS = [f"<extra_id_{number}>" for number in range(10)]
 IGNORED = -100
-# What BERT's weights are called in DistilBERT.
+# BERT's names of weights → their names in DistilBERT.
 RENAMED = {
     "encoder.layer.": "transformer.layer.",
     "attention.self.query": "attention.q_lin",
@@ -43,7 +43,7 @@ RENAMED = {
     "output.dense": "ffn.lin2",
     "output.LayerNorm": "output_layer_norm",
 }
-# Sentences the models learn from, beside the prompts of the choice material: none of those that are reported on.
+# Sentences that the models learn from, besides the prompts of the choice material. None of them is reported on.
 LESSONS = [
     "{name} was sick. Then {pronoun} went to bed.",
     "{name} cried because {pronoun} wanted to go home.",
@@ -65,9 +65,9 @@ class Built:
     Attributes:
         task: `"causal"`, `"masked"` or `"seq2seq"`.
         tokenizer: Name of a model whose tokenizer it shares.
-        config: Of transformers, with `model_type`.
-        start: Name of a model whose body's weights it begins with, where they fit.
-        lessons: What is other in its lessons.
+        config: A configuration of transformers, with `model_type`.
+        start: Name of a model from whose body it takes the weights that fit.
+        lessons: How its lessons differ from the common ones.
     """
 
     task: str
@@ -82,14 +82,14 @@ class Lessons:
     """How the models are trained: AdamW, a linear rise and fall of the learning rate.
 
     Attributes:
-        steps: Of the optimizer.
-        rows: Sequences a step.
-        length: Tokens a sequence.
-        learning_rate: At its height.
-        sentences: Drawn from names and lessons, shuffled among the stories' pieces.
-        sampled: Stories that the model `sampler` writes, of `sampled_length` tokens.
+        steps: Steps of the optimizer.
+        rows: Sequences in a step.
+        length: Tokens in a sequence.
+        learning_rate: The highest learning rate.
+        sentences: How many are drawn from names and lessons, and shuffled among the pieces of stories.
+        sampled: How many stories of `sampled_length` tokens the model `sampler` writes.
         sampler: Name of a causal model.
-        mask_share: Of the tokens of a masked or an encoder-decoder model.
+        mask_share: Share of tokens that are masked, for a masked or an encoder-decoder model.
     """
 
     steps: int = 400
@@ -105,12 +105,12 @@ class Lessons:
 
 @dataclass
 class Settings(gender.Settings):
-    """Those of the gender study, and what is trained here.
+    """The settings of the gender study, and the models that are trained here.
 
     Attributes:
         build: Name → the model to train.
-        lessons: How.
-        folder: Where trained models are kept; one that is there is not trained again.
+        lessons: How the models are trained.
+        folder: Where trained models are kept; a model that is already there is not trained again.
     """
 
     build: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Settings(gender.Settings):
 
 
 def taught_texts(settings: Settings, split: gender.Split) -> list[str]:
-    """What the models are trained on: sentences with names, the stories not reported on, and sampled stories."""
+    """The training texts: sentences with names, the stories that are not reported on, and sampled stories."""
     order = random.Random(settings.seeds[0])
     prompts = [prompt.replace("[FEATURE]", "{pronoun}") for prompt in settings.materials["choice"].prompts] + LESSONS
     texts = []
@@ -211,7 +211,7 @@ def train(built: Built, settings: Settings, texts: list[str], folder: Path) -> N
 
 
 def batches(texts: list[str], tokenizer: Any, task: str, lessons: Lessons) -> Iterator[dict[str, Tensor]]:
-    """Sequences of whole texts one after the other, as the task's model learns from them."""
+    """Batches for the task's model, from sequences of whole texts one after the other."""
     order = random.Random(0)
     lead, trail = gender.ends(tokenizer)
     room = lessons.length - len(lead) - len(trail)
@@ -230,7 +230,7 @@ def lesson(rows: Tensor, tokenizer: Any, task: str, share: float, order: random.
     within = range(len(lead), rows.shape[1] - len(trail))
     count = round(share * len(within))
     if task == "seq2seq":
-        # Every other batch is one long hole, from which attention is learned, then single tokens.
+        # Half of the batches have one long hole, from which attention is learned; the others have holes of one token.
         if order.random() < 0.5:
             return _long_hole(rows, tokenizer, order.choice(within[: len(within) // 2]), len(within) // 2)
         count = min(count, len(SENTINELS))
@@ -246,7 +246,7 @@ def lesson(rows: Tensor, tokenizer: Any, task: str, share: float, order: random.
 
 
 def _long_hole(rows: Tensor, tokenizer: Any, start: int, length: int) -> dict[str, Tensor]:
-    """`length` tokens from `start` on are taken out and predicted."""
+    """Take out `length` tokens from `start` on, to be predicted."""
     hole = torch.full((len(rows), 1), tokenizer.convert_tokens_to_ids(SENTINELS[0]))
     taken = rows[:, start : start + length]
     source = torch.cat([rows[:, :start], hole, rows[:, start + length :]], dim=1)
@@ -256,7 +256,7 @@ def _long_hole(rows: Tensor, tokenizer: Any, start: int, length: int) -> dict[st
 
 
 def _encoder_decoder(source: Tensor, target: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """A token is predicted where the one before it is put in; the holes of `target` are given, not predicted."""
+    """Inputs and labels of the decoder, shifted by one token; the sentinels in `target` are given, not predicted."""
     start = torch.zeros(len(target), 1, dtype=torch.long)
     return {"input_ids": source, "decoder_input_ids": torch.cat([start, target[:, :-1]], dim=1), "labels": labels}
 
@@ -270,9 +270,9 @@ class Row:
 
     Attributes:
         kind: The model's class.
-        weights: How many.
-        seconds: That training it took; None where it came trained.
-        outcomes: Of the gender study, one a seed.
+        weights: How many weights it has.
+        seconds: How long training took; None for a model that was given trained.
+        outcomes: The outcomes of the gender study, one for each seed.
     """
 
     kind: str
@@ -282,7 +282,7 @@ class Row:
 
 
 def models(settings: Settings) -> dict[str, tuple[str, float | None]]:
-    """Name → folder of the model, and the seconds that training it took."""
+    """Name → folder of the model, and how many seconds training took."""
     found: dict[str, tuple[str, float | None]] = {name: (path, None) for name, path in settings.models.items()}
     texts: list[str] = []
     for name, built in settings.build.items():
@@ -299,7 +299,7 @@ def models(settings: Settings) -> dict[str, tuple[str, float | None]]:
 
 
 def run(settings: Settings) -> dict[str, Row]:
-    """Every architecture."""
+    """Run every architecture."""
     rows = {}
     for name, (path, seconds) in models(settings).items():
         typer.echo(name, err=True)
@@ -349,7 +349,7 @@ def write(rows: dict[str, Row], settings: Settings, command: str) -> str:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = gender.read_settings(settings_file, overrides, Settings)
     command = " ".join(["python recipes/gradiend_architectures/study.py", str(settings_file), *overrides])
     typer.echo(write(run(settings), settings, command))

@@ -1,9 +1,9 @@
 """A model that was made biased on purpose is balanced again: by GRADIEND, and by the difference of two models.
 
-A story teller is fine-tuned on sentences that give each occupation one pronoun. The feature is learned from other
-people and other sentences; the edit that serves the balanced prediction index (`bpi`) best is chosen on some
-occupations and sentences, and measured on others. Beside it stands the difference of two models that are fine-tuned
-further, one on "she" alone and one on "he" alone (arXiv 2511.05408), chosen and measured in the same way.
+A model of stories is fine-tuned on sentences that give each occupation one pronoun. The feature is learned from other
+people and other sentences. The edit with the best balanced prediction index (`bpi`) is chosen on some occupations and
+sentences, and measured on others. It is compared with the difference of two models that are fine-tuned further, one
+only on "she" and one only on "he" (arXiv 2511.05408), chosen and measured in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import edited, set_features
@@ -40,37 +40,37 @@ ADAPTER = "gender"
 CLASSES = ("female", "male")
 WORDS = {"female": "she", "male": "he"}
 WAYS = ("GRADIEND", "difference of two models")
-# Skew → the class of the occupation at a position among those fine-tuned on.
+# Skew → the class of an occupation by its position among the occupations that are fine-tuned on.
 SKEWS = {"all he": lambda position: "male", "each its own": lambda position: CLASSES[position % 2]}
 
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id or a folder of a causal language model.
         stories: A text file of stories.
         output: Where tables and figure go.
-        feature_people: Class → who the feature is learned from.
-        feature_sentences: With `{person}` and `[FEATURE]` in them.
-        occupations: Who the skewed sentences are about.
-        sentences: With `{person}` and `[FEATURE]` in them; skewed, chosen or measured on.
+        feature_people: Class → the people that the feature is learned from.
+        feature_sentences: Sentences with `{person}` and `[FEATURE]`.
+        occupations: Whom the skewed sentences are about.
+        sentences: Sentences with `{person}` and `[FEATURE]`, to fine-tune on, choose on or measure on.
         skews: Keys of `SKEWS`.
-        seeds: One split of occupations and sentences each.
-        shares: Of the sentences: to fine-tune on, and to choose on; the others are measured on.
-        strangers: Occupations that nothing is fine-tuned on: half of them to choose on, half to measure on.
-        steps: Of AdamW on the skewed sentences, and of each of the two models beside it.
-        learning_rate: Of these steps.
-        batch_size: Sentences a step, and pairs in one gradient.
+        seeds: One split of occupations and sentences for each.
+        shares: Shares of the sentences to fine-tune on, and to choose on; the others are measured on.
+        strangers: Number of occupations that are not fine-tuned on: half of them to choose on, half to measure on.
+        steps: Steps of AdamW on the skewed sentences, and for each of the two compared models.
+        learning_rate: The learning rate of these steps.
+        batch_size: Sentences in a step, and pairs in one gradient.
         choice_stories: Stories whose loss counts when an edit is chosen.
-        test_stories: Others, whose loss is reported.
-        letters: So many of each story are read, at most.
+        test_stories: Other stories, whose loss is reported.
+        letters: How many letters of each story are read, at most.
         density: The share of the weights that an edit changes.
         budget: The share of the loss that an edit may cost on the choice stories, at the upper end of its interval.
-        feature_factors: The grid's values of h for GRADIEND; the difference of two models has no other than 1.
+        feature_factors: The grid's values of h for GRADIEND; for the difference of two models h is always 1.
         learning_rates: The grid's sizes of α for GRADIEND; each is tried with both signs.
-        difference_rates: The same for the difference of two models.
+        difference_rates: The sizes of α for the difference of two models.
     """
 
     model: str
@@ -102,14 +102,14 @@ class Settings:
 
 @dataclass
 class Split:
-    """Who and what is fine-tuned on, chosen on and measured on.
+    """The occupations, sentences and stories that are fine-tuned on, chosen on and measured on.
 
     Attributes:
         known: Occupations that are fine-tuned on, in the order of the skew.
-        choice: Others, to choose on.
-        test: Others, to measure on.
-        sentences: For `"train"`, `"choice"` and `"test"`.
-        stories: For `"choice"` and `"test"`, a column `text`.
+        choice: Other occupations, to choose on.
+        test: Other occupations, to measure on.
+        sentences: The sentences of `"train"`, `"choice"` and `"test"`.
+        stories: The stories of `"choice"` and `"test"`, in a column `text`.
     """
 
     known: list[str]
@@ -141,7 +141,7 @@ def split_data(settings: Settings, seed: int) -> Split:
 
 
 def pairs(people: dict[str, list[str]], sentences: list[str]) -> Dataset:
-    """Every person in every sentence, with the pronoun of the class that they are listed under and the other one."""
+    """Every person in every sentence, with the pronoun of their class and the other pronoun."""
     rows = []
     for label, other in (CLASSES, CLASSES[::-1]):
         for person in people.get(label, []):
@@ -155,7 +155,7 @@ def pairs(people: dict[str, list[str]], sentences: list[str]) -> Dataset:
 
 
 def fine_tuned(model: nn.Module, tokenizer: Any, rows: list[tuple[str, str]], settings: Settings, seed: int) -> Any:
-    """A copy, trained on `(sentence, pronoun)` rows with AdamW."""
+    """A copy of the model, trained on `(sentence, pronoun)` rows with AdamW."""
     tuned: Any = copy.deepcopy(model).train()
     texts = [sentence.replace(SLOT, pronoun) for sentence, pronoun in rows]
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=settings.learning_rate)
@@ -171,7 +171,7 @@ def fine_tuned(model: nn.Module, tokenizer: Any, rows: list[tuple[str, str]], se
 
 
 def rows_of(split: Split, classes: Iterable[str]) -> list[tuple[str, str]]:
-    """Every occupation that is fine-tuned on in every sentence for it, with the pronoun of its class."""
+    """Every fine-tuned occupation in every training sentence, with the pronoun of its class."""
     return [
         (sentence.replace("{person}", f"The {person}"), WORDS[label])
         for person, label in zip(split.known, classes, strict=True)
@@ -186,7 +186,7 @@ def biased_model(model: nn.Module, tokenizer: Any, split: Split, skew: str, sett
 
 
 def difference(model: nn.Module, tokenizer: Any, split: Split, settings: Settings, seed: int) -> dict[str, Tensor]:
-    """Parameter → what it becomes after sentences with "she" alone, less what it becomes after "he" alone."""
+    """Parameter → its value after fine-tuning only on "she" minus its value after fine-tuning only on "he"."""
     she, he = (
         dict(
             fine_tuned(model, tokenizer, rows_of(split, [label] * len(split.known)), settings, seed).named_parameters()
@@ -197,7 +197,7 @@ def difference(model: nn.Module, tokenizer: Any, split: Split, settings: Setting
 
 
 def learn_feature(model: Any, tokenizer: Any, split: Split, settings: Settings) -> GradiendTrainer:
-    """A trainer whose model has an adapter of gender, learned from people and sentences of their own."""
+    """A trainer whose model has an adapter of gender, learned from the feature's own people and sentences."""
     model.add_adapter(
         GradiendConfig(feature="gender", classes=list(CLASSES), density=settings.density), adapter_name=ADAPTER
     )
@@ -214,7 +214,7 @@ def learn_feature(model: Any, tokenizer: Any, split: Split, settings: Settings) 
 
 
 def become_difference(trainer: GradiendTrainer, change: dict[str, Tensor], density: float) -> None:
-    """Let the adapter change the weights by a multiple of the largest entries of `change`, and by nothing else."""
+    """Replace the adapter's edit by a multiple of the largest entries of `change`."""
     feature = trainer.fitted[0].feature
     dense = {name: change[name].flatten().float() for name in feature.decoder.shapes}
     decoder = dataclasses.replace(
@@ -235,7 +235,7 @@ def strangers(split: Split, part: str) -> Dataset:
 
 
 def occupied(people: list[str], sentences: list[str]) -> Dataset:
-    """Occupations with either pronoun: `bpi` does not ask which is right."""
+    """Occupations with each of the pronouns, since `bpi` does not depend on which is right."""
     return pairs({label: [f"The {person}" for person in people] for label in CLASSES}, sentences)
 
 
@@ -246,8 +246,8 @@ class Outcome:
     Attributes:
         seed: Of the split.
         skew: A key of `SKEWS`.
-        figures: `"original"`, `"biased"` or a way → figure → value, on the test part.
-        chosen: Way → the edit, and its cost on the choice part.
+        figures: `"original"`, `"biased"` or a way of balancing → figure → value, on the test part.
+        chosen: Way of balancing → the edit, and its cost on the choice part.
     """
 
     seed: int
@@ -257,7 +257,7 @@ class Outcome:
 
 
 def measured(trainer: GradiendTrainer, split: Split, edit: Point | None, base: float | None) -> dict[str, float]:
-    """An edit on the test part: `bpi` and probabilities of strangers and of those fine-tuned on, loss and cost."""
+    """An edit on the test part: `bpi` and probabilities for unknown and fine-tuned occupations, loss and cost."""
     factor, rate = (edit.feature_factor, edit.learning_rate) if edit else (0.0, 0.0)
     found: dict[str, float] = {}
     with edited(trainer.model, ADAPTER, feature_factor=factor, learning_rate=rate, pair=trainer.pairs[0]):
@@ -266,7 +266,7 @@ def measured(trainer: GradiendTrainer, split: Split, edit: Point | None, base: f
             ("known", occupied(split.known, split.sentences["test"])),
         ):
             point = trainer.scorer(rows, split.stories["test"]).score(trainer.pairs[0], factor, rate, None)
-            # Of the index the part that says how alike the two are; the other is how good the model is at language.
+            # This part of the index says how alike both probabilities are; the other part is the language-modelling score.
             found[f"{name} bpi"] = point.goals["bpi"] / point.lms
             found |= {f"{name} {word}": point.probabilities[label] for label, word in WORDS.items()}
     return found | {"loss": point.loss, "cost": 0.0 if base is None else point.loss / base - 1}
@@ -308,12 +308,12 @@ ROWS = ("original", "biased", *WAYS)
 
 
 def over_seeds(outcomes: list[Outcome], row: str, key: str) -> list[float]:
-    """A figure of every seed."""
+    """One figure under every seed."""
     return [outcome.figures[row][key] for outcome in outcomes]
 
 
 def tables(outcomes: list[Outcome]) -> Iterable[str]:
-    """One table a skew, and what was chosen."""
+    """One table for each skew, and the chosen edits."""
     for skew in dict.fromkeys(outcome.skew for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.skew == skew]
         yield f"## {skew}"
@@ -331,7 +331,7 @@ def tables(outcomes: list[Outcome]) -> Iterable[str]:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     parts = [
         "# A biased model, balanced again: results",
         f"```\n{command}\n```",
@@ -348,7 +348,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """The index of strangers, by skew."""
+    """Draw the index of unknown occupations, by skew."""
     from matplotlib.figure import Figure
 
     skews = list(dict.fromkeys(outcome.skew for outcome in outcomes))
@@ -366,7 +366,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = studies.read_settings(Settings, settings_file, overrides, "model, stories, occupations, sentences")
     command = studies.command_line("gradiend_balance", settings_file, overrides)
     runs = {

@@ -22,7 +22,7 @@ import torch
 import typer
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.fitting.gradiend import SLOT
@@ -38,7 +38,7 @@ WAYS = ("base", "GRADIEND", "LEACE", "INLP", "GRADIEND + LEACE", "GRADIEND + INL
 METHODS = {"LEACE": "leace", "INLP": "inlp"}
 GENDER_TESTS = ["sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-weat8", "sent-weat8b"]
 IGNORED = -100
-# The bootstrap and the permutations of a metric: intervals here are over seeds.
+# Few resamples and permutations for each metric, since intervals here are over seeds.
 NO_STATISTICS = {"resamples": 2}
 
 PAPER = (
@@ -53,12 +53,12 @@ PAPER = (
 
 @dataclass
 class Settings(gender.Settings):
-    """What `study.yaml` says; further keys as in `recipes/gradiend_gender`.
+    """The settings in `study.yaml`; its other keys are those of `recipes/gradiend_gender`.
 
     Attributes:
         seat: The folder of SEAT's tests.
         stereoset: StereoSet's file.
-        goal: What GRADIEND's edit is chosen for.
+        goal: The goal that GRADIEND's edit is chosen for.
         inlp_rank: Directions that INLP removes at a site.
         background_stories: Stories that mean and covariance come from.
     """
@@ -71,7 +71,7 @@ class Settings(gender.Settings):
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If a key is unknown.
@@ -85,7 +85,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
 
 
 def labelled_rows(pairs: Dataset, tokenizer: Any) -> Dataset:
-    """Sentences as tokens, labelled where the pronoun is predicted: at the mask, or at the end of what is before it."""
+    """Sentences as tokens, labelled where the pronoun is predicted: at the mask, or at the token before the slot."""
     rows = []
     for text, label in zip(pairs["text"], pairs["label"], strict=True):
         if tokenizer.mask_token is not None:
@@ -120,7 +120,7 @@ def erase(model: Any, tokenizer: Any, split: Any, method: str, together: Sequenc
 
 
 def pronouns(scorer: LanguageScorer, pairs: Dataset, settings: Settings) -> np.ndarray:
-    """`(pairs, classes)` Log-probabilities of the classes' pronouns at the slot."""
+    """Log-probabilities `(pairs, classes)` of the classes' pronouns at the slot."""
     queries = []
     for text in pairs["text"]:
         start = text.index(SLOT)
@@ -131,7 +131,7 @@ def pronouns(scorer: LanguageScorer, pairs: Dataset, settings: Settings) -> np.n
 
 
 def measured(model: Any, tokenizer: Any, split: Any, settings: Settings) -> dict[str, float]:
-    """Every figure of a model as it is, with the adapters that are active."""
+    """All figures of a model with its active adapters."""
     scorer = LanguageScorer(model, tokenizer)
     logs = pronouns(scorer, split.test.pairs, settings)
     female = np.array(split.test.pairs["label"]) == "female"
@@ -174,8 +174,8 @@ class Outcome:
         seed: Of the split.
         figures: Way → figure → value.
         chosen: Feature factor, learning rate and cost on the choice stories of GRADIEND's edit.
-        active: Way → adapters that were active, checked to change what the model says.
-        sizes: Pairs and stories: fitted on, chosen on, measured on.
+        active: Way → adapters that were active, and were checked to change the output.
+        sizes: Numbers of pairs and stories that are fitted on, chosen on and measured on.
     """
 
     model: str
@@ -207,7 +207,7 @@ def run_seed(name: str, settings: Settings, seed: int) -> Outcome:
             together = [GRADIEND] if edited else []
             if method is not None:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that the edit rests until it is activated again
+                    warnings.simplefilter("ignore")  # that the edit is off until it is activated again
                     erase(model, tokenizer, split, method, together, settings)
             way = " + ".join([*(["GRADIEND"] if edited else []), *([method] if method else [])])
             active[way] = [*together, *([ERASURE] if method else [])]
@@ -227,10 +227,10 @@ def run_seed(name: str, settings: Settings, seed: int) -> Outcome:
 
 
 def check_active(model: Any, names: Sequence[str], learning_rate: float) -> None:
-    """Raise where an adapter that should act does not: the same numbers as the base mean nothing then.
+    """Raise an error if an adapter that should act does not: the figures would be those of the base.
 
     Raises:
-        RuntimeError: Names the adapter, and says why.
+        RuntimeError: If an adapter does not act; names the adapter and the reason.
     """
     for name in names:
         found = verify_adapter(model, name)
@@ -254,7 +254,7 @@ COLUMNS = {
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Every figure of one model: mean and interval over seeds."""
+    """All figures of one model: mean and interval over seeds."""
     lines = []
     for way in WAYS:
         cells = []
@@ -282,7 +282,7 @@ def by_model(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     sizes = outcomes[0].sizes
     parts = [
         "# GRADIEND with an erasure: results",
@@ -304,7 +304,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """For each model the bias against the cost, one mark a way, with intervals over seeds."""
+    """Draw for each model the bias against the cost, with a mark for each way and intervals over seeds."""
     from matplotlib.figure import Figure
 
     models = by_model(outcomes)
@@ -328,13 +328,13 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
             axes.grid(axis="x", color="0.9")
             if key != "loss":
                 axes.axvline(0, color="0.6", linewidth=0.8)
-    rows[0, 0].invert_yaxis()  # all share it
+    rows[0, 0].invert_yaxis()  # all panels share this axis
     drawing.suptitle("mark: mean of the seeds, with its interval; strokes: the seeds", fontsize="small")
     drawing.savefig(path, dpi=140)
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("gradiend_composed", settings_file, overrides)
     runs = {

@@ -1,7 +1,7 @@
 """python recipes/gradiend_demo/train.py out/gradiend-demo
 
-Train a very small masked language model on sentences that this file makes, in seconds: the demo needs no Hub. It learns
-that names go with "he" or "she", and a little about what people do.
+Train a very small masked language model on sentences that this file makes, in seconds, so that the demo works without
+the Hub. It learns which names go with "he" or "she", and a little about what people do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = {
     "she": ["anna", "mary", "lily", "emma", "sara", "julia", "ruth", "clara", "alice", "grace", "helen", "rose"],
     "he": ["tom", "ben", "john", "paul", "max", "peter", "leo", "mark", "david", "hugo", "karl", "fred"],
 }
-# Now and then a name goes with the other pronoun, so that there is something to strengthen.
+# The share of sentences in which a name has the other pronoun, so that an edit can still strengthen a pronoun.
 FLIPPED = 0.1
 PLACES = ["park", "shop", "school", "garden", "river", "market", "station", "library"]
 THINGS = ["book", "cake", "letter", "song", "picture", "story", "map", "dress"]
@@ -48,7 +48,7 @@ SIZES = {
 
 
 def sentences(count: int, seed: int, neutral_share: float = 0.15) -> list[str]:
-    """So many sentences, drawn at random."""
+    """`count` sentences, drawn at random."""
     draw, found = random.Random(seed), []
     for _ in range(count):
         pronoun = draw.choice(["she", "he"])
@@ -73,7 +73,7 @@ def sentences(count: int, seed: int, neutral_share: float = 0.15) -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token."""
+    """A tokenizer with one token for each word."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = {word for text in sentences(4000, seed=0) for word in text.split()}
     known = [*special, *sorted(words.union(*NAMES.values()))]
@@ -103,7 +103,7 @@ def train(folder: Path) -> float:
     for step in range(STEPS):
         batch = tokenizer(texts[step * ROWS : (step + 1) * ROWS], padding=True, return_tensors="pt")
         ids = batch["input_ids"]
-        # Pronouns are what the demo is about, so they are masked more often than other words.
+        # The demo is about pronouns, so they are masked more often than other words.
         chosen = (torch.rand(ids.shape) < torch.where(torch.isin(ids, pronouns), 0.9, 0.1)) & (ids > 4)
         labels = ids.masked_fill(~chosen, -100)
         batch["input_ids"] = ids.masked_fill(chosen, tokenizer.mask_token_id)

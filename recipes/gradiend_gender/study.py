@@ -1,7 +1,7 @@
-"""Gender read off gradients and written into weights: a story teller and a masked model, on unseen names and prompts.
+"""Gender read from gradients and written into weights: a causal and a masked model, on unseen names and prompts.
 
-Names, prompts and stories are split in three by a seed: one part is fitted on, on the second an edit is chosen, and on
-the third everything is measured that is reported.
+Names, prompts and stories are split in three by a seed. The feature is fitted on the first part, an edit is chosen on
+the second, and everything that is reported is measured on the third.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import GradiendConfig
 from hf_erasure.adapters import edited, set_features
@@ -62,7 +62,7 @@ PAPER = (
 
 @dataclass
 class Material:
-    """Names of both genders, and sentences with a place for one and a slot for its pronoun.
+    """Names of both genders, and sentences with a place for a name and a slot for its pronoun.
 
     Attributes:
         female: Names.
@@ -80,14 +80,14 @@ class Material:
 
 @dataclass
 class Trained:
-    """How the paper's estimator is run beside the closed form.
+    """How the paper's estimator is run, to compare it with the closed form.
 
     Attributes:
-        splits: Under so many of the seeds; 0 leaves it out.
-        steps: Of AdamW from each start.
-        learning_rates: Each is tried; the best correlation on the choice material decides.
-        seeds: Starts with each learning rate.
-        edits: Choose edits with it, too, which takes a grid of its own.
+        splits: For how many of the seeds it is run; 0 leaves it out.
+        steps: Steps of AdamW from each start.
+        learning_rates: All are tried; the best correlation on the choice material decides.
+        seeds: Number of starts with each learning rate.
+        edits: Also choose edits with it, which takes another grid.
     """
 
     splits: int = 1
@@ -99,35 +99,35 @@ class Trained:
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         models: Name → a Hub id or a folder of a causal, masked or encoder-decoder language model.
         stories: A text file of stories, or a Hub data set with a column `text`.
         output: Where tables and figures go.
-        materials: Names and prompts by the name of the set, or the file in which they are.
+        materials: Name of a set → its names and prompts, or the file that has them.
         material: Which of these sets is split into train, choice and test.
-        fit_only: Which others are fitted on as a whole, under every split.
-        seeds: One split each.
-        shares: Of names and prompts: for train and for choice; the rest is for test.
+        fit_only: Which other sets are fitted on as a whole, under every split.
+        seeds: One split for each.
+        shares: Shares of names and prompts for train and for choice; the rest is for test.
         words: Class → its pronoun. The first class encodes to +1.
-        train_rows: Of all names in all prompts so many rows are drawn to fit on.
-        eval_rows: … and so many to choose on, and to measure on, with as many neutral sentences at most.
+        train_rows: How many rows of all names in all prompts are drawn to fit on.
+        eval_rows: How many are drawn to choose on, and to measure on; at most as many neutral sentences are used.
         choice_stories: Stories whose loss counts when an edit is chosen.
-        letters: So many of each story are read, at most.
-        mask_draws: A masked model reads every story so often, each time with other tokens masked: its accuracy on few
-            tokens is a noisy measure.
+        letters: How many letters of each story are read, at most.
+        mask_draws: How often a masked model reads every story, each time with other tokens masked, because its
+            accuracy on few tokens is a noisy measure.
         batch_size: Pairs in one gradient.
         source: The gradient that the encoder reads.
-        other_sources: Further ones, whose encoders are measured too.
-        exclude_modules: Where a model has modules of these names, it is fitted and edited without them, too.
+        other_sources: Other gradients, whose encoders are measured too.
+        exclude_modules: A model with modules of these names is also fitted and edited without them.
         density: The share of the weights that an edit changes.
         budget: The share of the loss (masked: of the accuracy) that an edit may cost on the choice stories.
-        goals: What edits are chosen for.
+        goals: The goals that edits are chosen for.
         feature_factors: The grid's values of h.
         learning_rates: The grid's sizes of α; each is tried with both signs.
         trained: The paper's estimator.
-        dtype: Of the model's weights.
+        dtype: The dtype of the model's weights.
         samples: Sentences whose slot is filled, or whose beginning is continued, under every edit.
     """
 
@@ -170,7 +170,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = (), kind: type = Settings) -> Any:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -193,11 +193,11 @@ def read_settings(path: str | Path, overrides: Iterable[str] = (), kind: type = 
 
 @dataclass
 class Part:
-    """What one step of the study works on.
+    """The data of one step of the study.
 
     Attributes:
         material: Names and prompts.
-        pairs: Made of them.
+        pairs: Pairs made from them.
         stories: Texts whose loss, or masked accuracy, is measured.
         neutral: Sentences of these stories without a name or a pronoun.
     """
@@ -254,7 +254,7 @@ def split_data(stories: list[str], settings: Settings, seed: int) -> Split:
 
 
 def pairs(material: Material, words: dict[str, str], most: int, order: random.Random) -> Dataset:
-    """Names in prompts, half of them of each gender: every prompt and every name about equally often."""
+    """Names in prompts, half of them of each gender, with every prompt and every name about equally often."""
     rows = []
     for label, other in zip(words, reversed(words), strict=True):
         names = getattr(material, label)
@@ -274,7 +274,7 @@ def ends(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def read_stories(source: str) -> list[str]:
-    """The stories of a file whose only marks are empty lines, or the texts of a data set."""
+    """The stories of a file in which only empty lines separate paragraphs, or the texts of a data set."""
     if not Path(source).is_file():
         return list(load_dataset(source, split="validation[:400]")["text"])
     text = Path(source).read_text(encoding="utf-8")
@@ -283,7 +283,7 @@ def read_stories(source: str) -> list[str]:
 
 
 def neutral_sentences(stories: list[str], names: Iterable[str]) -> list[str]:
-    """Sentences of 30 to 120 letters in which there is no pronoun and no name."""
+    """Sentences of 30 to 120 letters without a pronoun or a name."""
     known = set(names)
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+", "\n".join(stories)):
@@ -317,7 +317,7 @@ def fitted(
     without: Sequence[str] = (),
     **training: Any,
 ) -> Any:
-    """A trainer whose model has a fitted adapter, `without` some modules; one from before is replaced."""
+    """A trainer whose model has a fitted adapter, `without` some modules; an earlier adapter is replaced."""
     if ADAPTER in (getattr(model, "peft_config", None) or {}):
         model.delete_adapter(ADAPTER)
     config = GradiendConfig(
@@ -346,13 +346,13 @@ def best_trained(model: Any, tokenizer: Any, split: Split, settings: Settings) -
     """The paper's estimator with the learning rate of the best correlation on the choice material.
 
     Returns:
-        Its trainer, and what was tried: learning rate → correlation, and the seconds of all tries and of one.
+        Its trainer, and the tries: learning rate → correlation, and the seconds of all tries and of one.
     """
     tried: dict[float, float] = {}
     best, started = None, time.perf_counter()
     for rate in settings.trained.learning_rates:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a start did not converge is in the table
+            warnings.simplefilter("ignore")  # the table shows starts that did not converge
             trainer = fitted(
                 model, tokenizer, split, settings, settings.source,
                 estimator="trained", learning_rate=rate, max_steps=settings.trained.steps,
@@ -375,9 +375,9 @@ class Edit:
     """One chosen edit.
 
     Attributes:
-        chosen: As it was scored on the choice material.
-        before: The model as it is, on the test material.
-        after: The edited one there.
+        chosen: The scores of the edit on the choice material.
+        before: The scores of the unedited model on the test material.
+        after: The scores of the edited model there.
     """
 
     chosen: Point
@@ -385,7 +385,7 @@ class Edit:
     after: Point
 
     def times(self, goal: str) -> float:
-        """By what factor the goal rose on the test material."""
+        """The factor by which the goal rose on the test material."""
         return self.after.goals[goal] / self.before.goals[goal]
 
 
@@ -413,7 +413,7 @@ def scored(trainer: Any, scorer: Scorer, edit: Point, base: Point | None) -> Poi
 
 @contextmanager
 def applied(trainer: Any, edit: Point | None) -> Iterator[None]:
-    """The edit written into the weights for a while; `None` is the model as it is."""
+    """Apply an edit to the weights within a `with` block; `None` leaves the model unedited."""
     factor, rate = (edit.feature_factor, edit.learning_rate) if edit else (0.0, 0.0)
     with edited(trainer.model, ADAPTER, feature_factor=factor, learning_rate=rate, pair=trainer.pairs[0]):
         yield
@@ -426,7 +426,7 @@ def encoded_test(trainer: Any, split: Split) -> EncodedValues:
 
 @torch.no_grad()
 def written(model: Any, tokenizer: Any, sentence: str) -> str:
-    """What a masked model puts into the slot of a sentence; how a causal one goes on where the slot stands."""
+    """The words that a masked model puts into a sentence's slot, or a causal model's continuation from the slot on."""
     begin, end = sentence.split(SLOT)
     if tokenizer.mask_token is not None:
         batch = tokenizer(begin + tokenizer.mask_token + end, return_tensors="pt")
@@ -446,19 +446,19 @@ def written(model: Any, tokenizer: Any, sentence: str) -> str:
 
 
 def place(parameter: str) -> tuple[str, str]:
-    """A parameter's layer (empty for what is in none) and kind of module, as in `("encoder 3", "attention.query")`."""
+    """A parameter's layer (empty if it is in none) and kind of module, as in `("encoder 3", "attention.query")`."""
     owner = parameter.rpartition(".")[0].split(".")
     at = next((i for i, part in enumerate(owner) if part.isdigit()), None)
     if at is None:
         return "", owner[-1]
     side = next((part for part in owner[:at] if part in ("encoder", "decoder")), "")
-    # Of BERT's "attention.self.query" and T5's "layer.0.SelfAttention.q" these parts say nothing.
+    # Parts of names, as in BERT's "attention.self.query" and T5's "layer.0.SelfAttention.q", that carry no meaning.
     inner = [part for part in owner[at + 1 :] if not part.isdigit() and part not in ("layer", "self")]
     return f"{side} {owner[at]}".strip(), ".".join(inner)
 
 
 def weight_table(decoder: FeatureDecoder, density: float) -> pd.DataFrame:
-    """Where the decoder changes the model: one row a layer and kind of module.
+    """Where the decoder changes the model: one row for each layer and kind of module.
 
     Columns: `layer`, `module`, `entries` (its share of all weights), `change` (its share of ‖Wd‖²) and `kept` (its
     share of the entries that the density leaves).
@@ -488,8 +488,8 @@ class Fit:
     Attributes:
         encoding: `cor`, `acc`, `cor_enc` and `acc_enc` on the test material.
         edits: Goal → edit; empty where none was chosen.
-        seconds: Of the fit.
-        facts: What else there is to say.
+        seconds: How long the fit took.
+        facts: Other figures of the fit.
     """
 
     encoding: dict[str, float]
@@ -504,12 +504,12 @@ class Outcome:
 
     Attributes:
         fits: Name of the fit → its figures.
-        written: Name of the fit whose edits are shown: without `exclude_modules`, where the model has them.
-        split: What they were measured on.
+        written: Name of the fit whose edits are shown: the one without `exclude_modules`, where the model has them.
+        split: The data that the fits were measured on.
         encoded: The encoder's values under the first fit.
         selection: The grid of the fit that is shown.
         weights: `weight_table` of the first fit.
-        samples: Goal or `"before"` → what the model writes.
+        samples: Goal or `"before"` → the texts that the model writes.
     """
 
     fits: dict[str, Fit]
@@ -548,7 +548,7 @@ def run_seed(path: str, settings: Settings, seed: int, with_trained: bool = Fals
 
 
 def sampled(trainer: Any, tokenizer: Any, edits: dict[str, Edit], settings: Settings) -> dict[str, list[str]]:
-    """What the model writes before and after every edit."""
+    """The texts that the model writes before and after every edit."""
     found = {}
     if trainer.task == "seq2seq":
         return found
@@ -562,12 +562,12 @@ def sampled(trainer: Any, tokenizer: Any, edits: dict[str, Edit], settings: Sett
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and interval over seeds; of one value the value."""
+    """Mean and interval over seeds; for one value only the value."""
     return cell(values, form) if len(values) > 1 else format(values[0], form)
 
 
 def with_fit(outcomes: list[Outcome], name: str) -> list[Fit]:
-    """One fit under all seeds under which it was made."""
+    """One fit under all seeds that have it."""
     return [outcome.fits[name] for outcome in outcomes if name in outcome.fits]
 
 
@@ -604,7 +604,7 @@ def edit_table(results: dict[str, list[Outcome]]) -> str:
 
 
 def trained_table(results: dict[str, list[Outcome]], settings: Settings) -> str:
-    """What the trained estimator took."""
+    """The time of the trained estimator, and its correlation at each learning rate."""
     lines = []
     for model, outcomes in results.items():
         closed = with_fit(outcomes, f"closed form, {settings.source}")
@@ -619,7 +619,7 @@ def trained_table(results: dict[str, list[Outcome]], settings: Settings) -> str:
 
 
 def chosen_table(results: dict[str, list[Outcome]], settings: Settings) -> str:
-    """The edits that were chosen, by seed."""
+    """The chosen edits, by seed."""
     lines = []
     for model, outcomes in results.items():
         for goal in settings.goals:
@@ -630,7 +630,7 @@ def chosen_table(results: dict[str, list[Outcome]], settings: Settings) -> str:
 
 
 def weights_section(results: dict[str, list[Outcome]], most: int = 8) -> str:
-    """The layers and modules that the decoder changes most, first seed."""
+    """The layers and modules that the decoder changes most, for the first seed."""
     parts = []
     for model, outcomes in results.items():
         rows = outcomes[0].weights.head(most).itertuples()
@@ -641,7 +641,7 @@ def weights_section(results: dict[str, list[Outcome]], most: int = 8) -> str:
 
 
 def sample_section(results: dict[str, list[Outcome]]) -> str:
-    """What the models write before and after, first seed."""
+    """The texts that the models write before and after, for the first seed."""
     parts = []
     for model, outcomes in results.items():
         for name, texts in outcomes[0].samples.items():
@@ -650,7 +650,7 @@ def sample_section(results: dict[str, list[Outcome]]) -> str:
 
 
 def report(results: dict[str, list[Outcome]], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     split = next(iter(results.values()))[0].split
     counts = [
         f"{name}: {len(part.material.female) + len(part.material.male)} names, {len(part.material.prompts)} prompts, "
@@ -680,7 +680,7 @@ def report(results: dict[str, list[Outcome]], settings: Settings, command: str) 
 
 
 def record(results: dict[str, list[Outcome]], settings: Settings) -> list[dict[str, Any]]:
-    """What is written to `results.json`: every fit under every seed."""
+    """The content of `results.json`: every fit under every seed."""
     return [
         {"model": model, "seed": seed, "fits": {name: asdict(fit) for name, fit in outcome.fits.items()}}
         for model, outcomes in results.items()
@@ -710,7 +710,7 @@ def figure_encoded(results: dict[str, list[Outcome]], path: Path) -> None:
 
 
 def figure_surface(results: dict[str, list[Outcome]], settings: Settings, path: Path) -> None:
-    """Every goal over feature factor and learning rate, first seed; hatched where it costs too much, a star: chosen."""
+    """Draw every goal over feature factor and learning rate, first seed; hatched: too costly, star: the chosen edit."""
     from matplotlib.figure import Figure
 
     goals = settings.goals
@@ -786,7 +786,7 @@ def _cells(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def run(settings: Settings) -> dict[str, list[Outcome]]:
-    """Every model under every seed."""
+    """Run every model under every seed."""
     results: dict[str, list[Outcome]] = {}
     for name, path in settings.models.items():
         for number, seed in enumerate(settings.seeds):
@@ -809,7 +809,7 @@ def write(results: dict[str, list[Outcome]], settings: Settings, command: str) -
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("gradiend_gender", settings_file, overrides)
     typer.echo(write(run(settings), settings, command))

@@ -1,8 +1,8 @@
-"""Fine-tuning on skewed sentences: what of the skew arrives without a guard, with one, and what the task pays.
+"""Fine-tuning on skewed sentences: how much of the skew is learned with and without a guard, and the cost for the task.
 
-The feature is learned from other names and sentences. A guard takes its direction out of every step of the optimizer.
-Beside it, a LoRA is trained alone, and with an erasure that is there while it trains and deleted afterwards: which
-pronoun comes next cannot be told from activations meanwhile, so that the LoRA has little to learn it with (arXiv
+The feature is learned from other names and sentences. A guard removes its direction from every step of the optimizer.
+For comparison, a LoRA is trained alone, and with an erasure that is active only during training and deleted afterwards.
+With the erasure, activations do not show which pronoun comes next, so that the LoRA has little to learn it with (arXiv
 2507.16795).
 """
 
@@ -24,7 +24,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import (
     ConceptErasureCallback,
@@ -39,11 +39,11 @@ from recipes import studies
 ADAPTER = "gender"
 PRONOUNS = ("she", "he")
 IGNORED = -100
-# Most stories that the erasure is fitted on.
+# The largest number of stories that the erasure is fitted on.
 STORIES_FITTED = 1000
 WAYS = ("no guard", "monitor", "guard", "LoRA", "LoRA, erased meanwhile")
 ERASURE, LORA = "next_pronoun", "tuned"
-# Skew → the pronoun of the person at a position among those trained on.
+# Skew → the pronoun of a person by their position among the people that are trained on.
 SKEWS = {
     "all he": lambda position: "he",
     "all she": lambda position: "she",
@@ -56,31 +56,31 @@ SKEWS = {
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id or a folder of a causal language model.
         stories: A text file of stories.
         output: Where tables and figure go.
-        feature_people: Who the feature is learned from.
-        feature_sentences: With `{person}` and `[FEATURE]` in them.
-        people: Who is written about in fine-tuning, or only measured on.
-        things: One for each of those trained on.
-        task_sentences: With `{person}` and `{thing}` in them.
-        pronoun_sentences: With `{person}` and `{pronoun}` in them.
-        held_out_task: How many of the former are only measured on.
-        held_out_pronoun: How many of the latter.
-        held_out_people: How many people.
-        skews: Which pronoun they get, keys of `SKEWS`.
-        seeds: One split and one order of the data each.
-        steps: Of fine-tuning.
-        batch_size: Sentences a step.
-        learning_rate: Of AdamW.
-        lora_learning_rate: The same for a LoRA.
-        lora_rank: Of the LoRA, on every linear map.
+        feature_people: The people that the feature is learned from.
+        feature_sentences: Sentences with `{person}` and `[FEATURE]`.
+        people: People that are trained on, or only measured on.
+        things: One thing for each person that is trained on.
+        task_sentences: Sentences with `{person}` and `{thing}`.
+        pronoun_sentences: Sentences with `{person}` and `{pronoun}`.
+        held_out_task: How many task sentences are only measured on.
+        held_out_pronoun: How many pronoun sentences are only measured on.
+        held_out_people: How many people are only measured on.
+        skews: Which pronoun people get, keys of `SKEWS`.
+        seeds: One split and one order of the data for each.
+        steps: Steps of fine-tuning.
+        batch_size: Sentences in a step.
+        learning_rate: The learning rate of AdamW.
+        lora_learning_rate: The learning rate for a LoRA.
+        lora_rank: The rank of the LoRA, on every linear map.
         log_steps: Steps between two logs of the feature neuron.
-        density: Of the GRADIEND adapter.
-        story_count: Stories on which the loss of other text is measured.
+        density: The density of the GRADIEND adapter.
+        story_count: Number of stories on which the loss on other text is measured.
     """
 
     model: str
@@ -108,7 +108,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -126,10 +126,10 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
 
 @dataclass
 class Split:
-    """Who and what is trained on, and what is only measured on.
+    """The people and sentences that are trained on, and those that are only measured on.
 
     Attributes:
-        owners: Person → thing, of those trained on.
+        owners: Person → thing, for the people that are trained on.
         strangers: People who are never trained on.
         task: Task sentences trained on.
         task_test: Task sentences only measured on.
@@ -156,7 +156,7 @@ def split_data(settings: Settings, seed: int) -> Split:
 
 
 def skewed_rows(split: Split, skew: str, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Every training sentence about everybody, with the pronoun that the skew gives them."""
+    """Every training sentence about every trained person, with the pronoun that the skew gives them."""
     texts = []
     for position, (person, thing) in enumerate(split.owners.items()):
         texts += [sentence.format(person=person, thing=thing) for sentence in split.task]
@@ -187,7 +187,7 @@ def load(settings: Settings) -> tuple[Any, Any]:
 
 
 def learn_feature(model: Any, tokenizer: Any, settings: Settings) -> float:
-    """Give the model a fitted adapter, that does nothing but know the direction; returns its correlation."""
+    """Add a fitted adapter that has no effect but holds the direction; return its correlation."""
     rows = []
     for word, other in (PRONOUNS, PRONOUNS[::-1]):
         for person in settings.feature_people:
@@ -226,7 +226,7 @@ def leaning(model: Any, tokenizer: Any, people: Iterable[str], sentences: Iterab
 
 
 def task_accuracy(model: Any, tokenizer: Any, split: Split) -> float:
-    """How often, in unseen sentences, a person's own thing is the likeliest of all things."""
+    """How often, in unseen sentences, a person's own thing is the most likely of all things."""
     things, right = list(split.owners.values()), 0
     for person, thing in split.owners.items():
         for sentence in split.task_test:
@@ -246,19 +246,19 @@ def log_likelihoods(model: Any, rows: list[list[int]]) -> torch.Tensor:
 
 
 def story_loss(model: Any, tokenizer: Any, stories: list[str]) -> float:
-    """Nats a token."""
+    """The mean loss in nats per token."""
     rows = [tokenizer(story)["input_ids"][:256] for story in stories]
     total = sum(float(log_likelihoods(model, [row])[0]) for row in rows)
     return -total / sum(len(row) - 1 for row in rows)
 
 
 def measure(model: Any, tokenizer: Any, split: Split, skew: str, stories: list[str]) -> dict[str, float]:
-    """How far the model leans the way of the data, for people trained on and for strangers, and the task beside it."""
+    """How far the model follows the skew of the data, for trained people and for strangers, and the task's accuracy."""
     model.eval()
     signs = torch.tensor([1.0 if SKEWS[skew](n) == "she" else -1.0 for n in range(len(split.owners))]).double()
     known = signs @ leaning(model, tokenizer, split.owners, split.pronoun_test) / len(signs)
     found = {"skew": float(known[0]), "log-odds": float(known[1])}
-    if abs(signs.sum()) == len(signs):  # with both pronouns there is no way for strangers to lean
+    if abs(signs.sum()) == len(signs):  # with both pronouns the data give strangers no direction
         strangers = signs[0] * leaning(model, tokenizer, split.strangers, split.pronoun_test).mean(0)
         found |= {"skew of strangers": float(strangers[0]), "log-odds of strangers": float(strangers[1])}
     return found | {
@@ -272,12 +272,12 @@ def measure(model: Any, tokenizer: Any, split: Split, skew: str, stories: list[s
 
 @dataclass
 class Outcome:
-    """What one seed and one skew ended with.
+    """The outcome of one seed and one skew.
 
     Attributes:
-        seed: Of split and order.
+        seed: The seed of split and order.
         skew: A key of `SKEWS`.
-        figures: "before" and the ways of training → what was measured.
+        figures: "before" and the ways of training → figure → value.
         neuron: Way of training → `(step, value of the feature neuron)` at every log.
     """
 
@@ -303,7 +303,7 @@ def next_pronouns(stories: list[str], tokenizer: Any) -> list[dict[str, torch.Te
 
 
 def fine_tune(model: Any, rows: list[dict[str, list[int]]], way: str, settings: Settings, seed: int) -> list[tuple]:
-    """Train in place; returns what the monitor has logged."""
+    """Train in place; return the monitor's log."""
     callbacks: list[Any] = [GradiendCallback(ADAPTER, mode=way)] if way in ("monitor", "guard") else []
     rate = settings.learning_rate
     if way.startswith("LoRA"):
@@ -312,7 +312,7 @@ def fine_tune(model: Any, rows: list[dict[str, list[int]]], way: str, settings: 
         if way != "LoRA":
             config = ConceptErasureConfig(concept="next pronoun", labels=list(PRONOUNS), affine=True, sticky=True)
             model.add_adapter(config, adapter_name=ERASURE)
-            # Of the stories on which the loss is measured none is fitted on.
+            # The stories on which the loss is measured are not fitted on.
             stories = read_stories(settings.stories, STORIES_FITTED)[settings.story_count :]
             batches = next_pronouns(stories, load(settings)[1])
             callbacks = [ConceptErasureCallback(batches, ERASURE, pool="tokens", delete_at_end=True)]
@@ -333,7 +333,7 @@ def fine_tune(model: Any, rows: list[dict[str, list[int]]], way: str, settings: 
 
 
 def run_seed(settings: Settings, seed: int) -> list[Outcome]:
-    """All skews and ways of training on one split."""
+    """Run all skews and ways of training on one split."""
     model, tokenizer = load(settings)
     learn_feature(model, tokenizer, settings)
     stories = read_stories(settings.stories, settings.story_count)
@@ -352,7 +352,7 @@ def run_seed(settings: Settings, seed: int) -> list[Outcome]:
 
 
 def read_stories(path: str, count: int) -> list[str]:
-    """The first stories of a file whose only marks are empty lines: one begins with "Once" or "One day, a …"."""
+    """The first stories of a file with empty lines between paragraphs: one begins with "Once" or "One day, a …"."""
     text = Path(path).read_text(encoding="utf-8")
     stories = re.split(r"\n\s*\n(?=Once |One day, an? )", text)
     # The model was trained on stories whose paragraphs follow each other without an empty line.
@@ -365,7 +365,7 @@ def spread(values: list[float], form: str = ".3f") -> str:
 
 
 def tables(outcomes: list[Outcome]) -> str:
-    """One table a skew: a line for the model before, and for each way of training."""
+    """One table for each skew: a line for the model before, and for each way of training."""
     parts = []
     for skew in dict.fromkeys(outcome.skew for outcome in outcomes):
         chosen = [outcome for outcome in outcomes if outcome.skew == skew]
@@ -388,7 +388,7 @@ def tables(outcomes: list[Outcome]) -> str:
 
 
 def kept_out(outcome: Outcome, way: str, beside: str) -> list[float]:
-    """The share of the shift in log-odds that did not arrive beside what did without: people trained on, strangers."""
+    """The share of the shift in log-odds that `way` prevents, compared with `beside`: trained people, strangers."""
     found = []
     for name in ("log-odds", "log-odds of strangers"):
         if name in outcome.figures["before"]:
@@ -423,7 +423,7 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """Left the neuron during training, one line a seed; right the log-odds after it, one point a seed."""
+    """Draw the neuron during training (left, one line a seed) and the log-odds after it (right, one point a seed)."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(10, 4.2), layout="constrained")
@@ -449,7 +449,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Part of speech erased from a language model: bits per byte and tag probes with four erasures and without.
+"""Part of speech erased from a language model: bits per byte and tag probes, with four erasures and without.
 
 The study of arXiv 2306.03819, section 5, on a treebank. Everything is measured on sentences that nothing was fitted on.
 """
@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -43,18 +43,18 @@ FINAL = "last_hidden_state"
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id or a folder of a causal language model.
         fit: A treebank (CoNLL-U) to fit on.
         test: One to measure on.
-        other: A text file of another kind, to measure what the erasure costs there; its lines count as sentences.
+        other: Another kind of text file, to measure what the erasure costs there; its lines count as sentences.
         output: Where table and figure go.
         max_tokens: Longer sentences are left out.
         batch_size: Sentences a batch.
-        probe_tokens: So many tokens of each treebank are probed.
-        seed: Of the random subspaces, and of the tokens that are probed.
+        probe_tokens: How many tokens of each treebank are probed.
+        seed: The seed of the random subspaces, and of the tokens that are probed.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -87,12 +87,12 @@ def read_lines(path: str | Path) -> list[Sentence]:
 
 
 def tag_of_tokens(sentence: Sentence, offsets: list[tuple[int, int]]) -> list[int]:
-    """A class id a token: the tag of the word its last visible character belongs to, −100 where there is none."""
+    """One class id for each token: the tag of the word of its last visible character, −100 where there is none."""
     return [IGNORED if tag is None else TAGS.index(tag) for tag in sentence.tags(offsets)]
 
 
 def tokenised(sentences: list[Sentence], tokenizer: Any, max_tokens: int) -> Dataset:
-    """Sentences as token ids and a tag a token; each begins with the token that begins a text.
+    """Sentences as token ids and one tag for each token; each begins with the token that begins a text.
 
     Returns:
         Columns `input_ids`, `attention_mask`, `tags` and `bytes`, the length of the sentence in UTF-8.
@@ -161,7 +161,7 @@ class Erasures:
 
 
 def adapter(name: str) -> str:
-    """The name of a row of the table as PEFT takes it."""
+    """A row's name in the table, as a name that PEFT accepts."""
     return name.replace(" ", "_").replace("-", "_")
 
 
@@ -170,7 +170,7 @@ def adapter(name: str) -> str:
 
 @torch.no_grad()
 def bits(model: Any, batch: dict[str, Tensor]) -> float:
-    """Bits that the model needs for a batch: every token is predicted, the first from the beginning of text alone."""
+    """Bits that the model needs for a batch: every token is predicted, the first from the begin-of-text token alone."""
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     nats = torch.nn.functional.cross_entropy(
@@ -180,7 +180,7 @@ def bits(model: Any, batch: dict[str, Tensor]) -> float:
 
 
 def unigram_bits(rows: Dataset) -> float:
-    """Bits for the same tokens from their own frequencies."""
+    """Bits that the same tokens need under their own frequencies."""
     counts = Counter(token for ids in rows["input_ids"] for token in ids[1:])
     total = sum(counts.values())
     return -sum(count * math.log2(count / total) for count in counts.values())
@@ -203,7 +203,7 @@ def token_states(model: Any, batches: list[dict[str, Tensor]], picked: Tensor) -
     """States of some labelled tokens at every norm, after every block, and at the end: place → `(tokens, width)`.
 
     Args:
-        model: With the adapter applied.
+        model: The model, with the adapter applied.
         batches: Labelled batches.
         picked: Positions among all labelled tokens of the batches.
     """
@@ -238,7 +238,7 @@ def token_states(model: Any, batches: list[dict[str, Tensor]], picked: Tensor) -
 
 
 def labels_of(batches: list[dict[str, Tensor]], picked: Tensor) -> list[str]:
-    """The tags of those tokens."""
+    """The tags of the picked tokens."""
     ids = torch.cat([batch["concept_labels"][batch["concept_labels"] != IGNORED] for batch in batches])
     return [TAGS[index] for index in ids[picked].tolist()]
 
@@ -262,10 +262,10 @@ class Outcome:
     Attributes:
         sentences: Sentences fitted on, and measured on.
         left_out: Sentences of the treebanks that were too long.
-        tokens: Labelled tokens fitted on, and predicted tokens measured on.
-        sizes: Bytes measured on, of the treebank and of the other text.
-        width: Features at a site.
-        rank: Directions erased there.
+        tokens: Numbers of labelled tokens fitted on, and of predicted tokens measured on.
+        sizes: Numbers of bytes measured on, of the treebank and of the other text.
+        width: Number of features at a site.
+        rank: Number of directions erased there.
         bits: Erasure → bits per byte of the treebank and of the other text.
         unigram: Unigram entropies of both in bits per byte.
         probes: Place → erasure → accuracy of a tag probe.
@@ -327,7 +327,7 @@ def probe(
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Accuracies of tag probes by place and erasure, and the tags they were measured on.
 
-    A probe is trained anew under every erasure, on the treebank that was fitted on; it is asked on the other.
+    A probe is trained again under every erasure, on the fitted treebank, and judged on the other treebank.
     """
     drawn = [draw_tokens(batches, settings.probe_tokens, settings.seed) for batches in (fit, test)]
     tags = [labels_of(batches, picked) for batches, picked in zip((fit, test), drawn, strict=True)]
@@ -348,7 +348,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def report(outcome: Outcome) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     costs = [
         [name, *(f"{value:.3f}" for value in values)]
         for name, values in (*outcome.bits.items(), ("unigram entropy", outcome.unigram))
@@ -402,7 +402,7 @@ def figure(outcome: Outcome, path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -414,8 +414,8 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 
 
 if __name__ == "__main__":
-    # One model holds all adapters and applies one at a time, which PEFT and the adapters warn of.
+    # One model holds all adapters and applies one at a time; PEFT and the adapters warn about that.
     warnings.filterwarnings("ignore", message="Already found a `peft_config`|Adding '")
-    # Probes are stopped after a few hundred steps, where their accuracy no longer changes.
+    # Probes stop after a few hundred steps, when their accuracy no longer changes.
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
     typer.run(main)

@@ -1,7 +1,7 @@
-"""One catalogue in two house styles, made by this file: 240 articles, each described by a warehouse and by a shop.
+"""A catalogue in two house styles, made by this file: 240 articles, each described by a warehouse and by a shop.
 
-Both say what an article is, of what, how large and for what; the warehouse in fields, the shop in praise.
-Who searches with one for the other finds first what is written in the same style.
+Both describe an article's kind, material, size and use; the warehouse lists fields, the shop praises the article.
+A search with one text for the other first finds texts in the same style.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHOP = [
 
 
 def rows(seed: int = 0) -> list[dict[str, str]]:
-    """Rows with `pair`, `source` (`warehouse` or `shop`) and `text`; each pair has one of either."""
+    """Rows with `pair`, `source` (`warehouse` or `shop`) and `text`; each pair has one row of each source."""
     rng, found = random.Random(seed), []
     chosen = [(thing, material) for thing in THINGS for material in MATERIALS]
     for number, (thing, material) in enumerate(chosen):

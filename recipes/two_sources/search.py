@@ -1,13 +1,13 @@
 """python recipes/two_sources/search.py [DATA] [--model embedded] [--out out/two-sources]
 
-Search across two sources: each thing is described by both, and one description is to find the other among all. What an
-encoder says of the source stands in the way: texts of one source are near each other whatever they are about. So the
-source is erased, on half the things, and search is judged on the other half (after arXiv 2507.01234, whose method is
-LEACE of the source). Without DATA it is the catalogue in two house styles that `catalogue.py` writes.
+Search across two sources: each thing is described by both, and one description should find the other among all texts.
+In an encoder's embeddings, texts of one source are near each other whatever they are about, which disturbs the search.
+So the source is erased, fitted on half of the things, and search is judged on the other half (after arXiv 2507.01234,
+which erases the source by LEACE). Without DATA it uses the catalogue in two house styles that `catalogue.py` writes.
 
-DATA is a CSV with the columns `pair`, `source` (two of them) and `text`; each pair has one text of either source. Or it
-is `case-summaries`, the paper's cases told by Wikipedia and by LexisNexis, looked for in $HF_ERASURE_TEST_ASSETS, which
-defaults to ../shared/assets.
+DATA is a CSV with the columns `pair`, `source` (two sources) and `text`; each pair has one text of each source. Or it
+is `case-summaries`, the paper's court cases in the words of Wikipedia and of LexisNexis, which must be in
+$HF_ERASURE_TEST_ASSETS (by default ../shared/assets).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.erasers import ConceptMoments, Eraser
@@ -45,13 +45,13 @@ CASES = "case-summaries"
 RESAMPLES = 1000
 KS = (1, 10)
 UNIT = ", unit vectors"
-MAX_LENGTH, BATCH_SIZE = 256, 64  # tokens that the encoder was trained on, and texts
+MAX_LENGTH, BATCH_SIZE = 256, 64  # tokens of a text, as the encoder was trained; texts of a batch
 
 
 def read_texts(
     texts: list[str], base: str, cells: list[str], sources: list[int]
 ) -> tuple[Tensor, dict[str, ConceptMoments]]:
-    """Means over tokens of the last hidden states, and the moments of the tokens of each cell, a text weighing 1."""
+    """Means over tokens of the last hidden states, and the moments of each cell's tokens, in which a text weighs 1."""
     model, tokenizer = AutoModel.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     by_length, width = sorted(range(len(texts)), key=lambda row: len(texts[row])), model.config.hidden_size
     states, moments = torch.zeros(len(texts), width), {cell: ConceptMoments(width, 2) for cell in sorted(set(cells))}
@@ -72,7 +72,7 @@ def read_texts(
 
 
 def found_at(states: Tensor, pairs: list[str]) -> Tensor:
-    """At which place the other text of its pair stands, for each text as a query against all others, from 1."""
+    """For each text as a query against all others: the place, from 1, of the other text of its pair."""
     unit = normalize(states.double(), dim=-1)
     near = (unit @ unit.T).fill_diagonal_(-2)
     other = {}
@@ -83,7 +83,7 @@ def found_at(states: Tensor, pairs: list[str]) -> Tensor:
 
 
 def recall(places: Tensor, pairs: list[str], k: int) -> tuple[float, float, float]:
-    """The share of queries whose counterpart is among the first k, and 95 % of a bootstrap over pairs."""
+    """The share of queries whose counterpart is among the first k, and the 95 % interval of a bootstrap over pairs."""
     numbers = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
     by_pair = torch.zeros(len(numbers), dtype=torch.double)
     by_pair.index_add_(0, torch.tensor([numbers[pair] for pair in pairs]), (places <= k).double() / 2)
@@ -94,14 +94,14 @@ def recall(places: Tensor, pairs: list[str], k: int) -> tuple[float, float, floa
 
 @dataclass
 class Search:
-    """Texts of two sources, and what is fitted on some of the pairs and judged on others.
+    """Texts of two sources, with erasures that are fitted on some of the pairs and judged on others.
 
     Attributes:
-        rows: With `pair`, `source` and `text`.
+        rows: Rows with `pair`, `source` and `text`.
         base: The model's folder or name.
-        target: The last norm: its erasure and the mean over tokens can be exchanged, so that it is one matrix behind
-            the pooling, and can be fitted and judged on what one pass over the texts has kept.
-        folder: Where that is kept.
+        target: The last norm. Its erasure and the mean over tokens can be exchanged, so the erasure is one matrix
+            after the pooling, and can be fitted and judged on the stored results of one pass over the texts.
+        folder: Where these results are stored.
         splits: How many random halves there are.
     """
 
@@ -122,7 +122,7 @@ class Search:
         self.unit = normalize(self.states, dim=-1)
 
     def _parts(self, seed: int) -> dict[str, str]:
-        """Half the pairs are fitted on, of which a quarter is left for the choice of a rank, and half are judged."""
+        """Half of the pairs are fitted on (a quarter of them is kept to choose a rank); the other half is judged."""
         names = sorted(self.both)
         random.Random(seed).shuffle(names)
         half = len(names) // 2
@@ -130,13 +130,13 @@ class Search:
         return {pair: "fit" if i < kept else "choose" if i < half else "judge" for i, pair in enumerate(names)}
 
     def pairs(self, seed: int, *parts: str) -> list[str]:
-        """Those in some parts of a split."""
+        """The pairs in some parts of a split."""
         return [pair for pair, part in self.parts[seed].items() if part in parts]
 
     def _read(self) -> tuple[Tensor, dict[str, ConceptMoments]]:
         """Means over tokens `(texts, width)`, and moments of tokens as `pool="mean"` weighs them, of each cell.
 
-        A cell is the pairs that are in the same part of every split. Both are kept, so that they are made once.
+        A cell has the pairs that are in the same part of every split. Both results are stored, to be computed once.
         """
         texts, cells = list(self.rows["text"]), [self.cell[pair] for pair in self.rows["pair"]]
         digest = hashlib.sha256(json.dumps([self.base, MAX_LENGTH, texts, cells]).encode()).hexdigest()
@@ -151,9 +151,9 @@ class Search:
         return states, moments
 
     def eraser(self, seed: int, parts: tuple[str, ...], rank: int) -> Eraser:
-        """What `fit_concept_erasure(…, pool="mean")` finds at the last norm for the pairs in some parts of a split.
+        """The eraser that `fit_concept_erasure(…, pool="mean")` finds at the last norm for some parts of a split.
 
-        With a rank also the mean difference within pairs and so many directions more, those in which pairs differ most.
+        With a rank it also erases the mean difference within pairs and `rank` directions in which pairs differ most.
         """
         pairs, width = self.pairs(seed, *parts), self.states.shape[1]
         moments = ConceptMoments(width, 2)
@@ -163,15 +163,15 @@ class Search:
             return moments.eraser()
         both = self.states[torch.tensor([self.both[pair] for pair in pairs])]
         differences, signs = both[:, 0] - both[:, 1], torch.tensor([1.0, -1.0]).expand(len(pairs), 2)
-        # Each both ways, so that their mean is zero and nothing is centred away.
+        # Each difference with both signs, so that their mean is zero and centring removes nothing.
         ways = torch.cat([differences, -differences]), torch.cat([signs, -signs])
         spread = ConceptMoments(width, 2).update(*ways).spread()
         return moments.eraser(beside=[(concept_columns(spread), None), (spread.root(), rank)])
 
     def unit_eraser(self, seed: int, parts: tuple[str, ...], rank: int) -> Eraser:
-        """The same from unit vectors, as a search by cosine compares them: a matrix behind the encoder, not an adapter.
+        """An eraser of unit vectors, which a search by cosine compares: a matrix after the encoder, not an adapter.
 
-        Of the differences within pairs the principal directions are taken, those of the largest variance.
+        From the differences within pairs it takes the principal directions, those of the largest variance.
         """
         both = self.unit[torch.tensor([self.both[pair] for pair in self.pairs(seed, *parts)])]
         moments = ConceptMoments(both.shape[-1], 2).update(both, torch.arange(2).expand(len(both), 2))
@@ -209,7 +209,7 @@ class Search:
         model, tokenizer = AutoModel.from_pretrained(self.base), AutoTokenizer.from_pretrained(self.base)
         config = ConceptErasureConfig(concept="source", labels=self.sources, target_modules=[self.target])
         model.add_adapter(config, adapter_name=NAME)
-        # Each pair once, for directions within pairs: the text of the second source beside that of the first.
+        # For directions within pairs each pair counts once: the first text gets the second as its counterfactual.
         others = {first: self.rows[second]["text"] for first, second in self.both.values()}
         rows = self.rows.add_column("other", [others.get(number) for number in range(len(self.rows))])
         part = rows.select(sorted(row for pair in self.pairs(0, "fit", "choose") for row in self.both[pair]))
@@ -222,7 +222,7 @@ class Search:
 
 
 def report(splits: list[dict[str, Any]], sources: list[str]) -> str:
-    """Both recalls before and after, mean of the splits, and what that means."""
+    """Both recalls before and after, as means of the splits, and a summary in words."""
     fitted, judged = splits[0]["pairs fitted on"], splits[0]["pairs judged"]
     lines = [
         f"{fitted} pairs fitted on, {judged} others judged; random halves: {len(splits)}.",
@@ -259,7 +259,7 @@ def write_results(folder: Path, splits: list[dict[str, Any]], text: str) -> None
 
 
 def main() -> None:
-    """Run what the command line says."""
+    """Run the search with the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
     parser.add_argument("data", nargs="?", help=f"A CSV with pair, source and text, or {CASES}; else the catalogue.")
     parser.add_argument("--model", default="embedded", help="An encoder like BERT whose embedding is the tokens' mean.")

@@ -1,8 +1,8 @@
-"""Where to erase: norms, readers, writers, both, or whole blocks; what goes on unseen text, what it costs, what merges.
+"""Where to erase: norms, readers, writers, both, or whole blocks; what each removes on unseen text, costs, and merges.
 
-Four studies with one table each: gender in a story teller (labels at last tokens, and at all tokens), parts of speech
-in the same model, gender in a masked model of the same stories, and gender in biographies read by a sentence encoder.
-Nothing that a figure is measured on was fitted on.
+Four studies: gender in a model of stories (with labels at last tokens, and at all tokens), parts of speech in the same
+model, gender in a masked model of the same stories, and gender in biographies read by a sentence encoder.
+All figures are measured on data that nothing was fitted on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure, set_strength
 from hf_erasure.recipes.erasure import majority, probe_accuracy
@@ -34,7 +34,7 @@ from recipes.gender_scrubbing import study as stories
 from recipes.over_seeds import cell, markdown
 from recipes.pos_scrubbing import study as tags
 
-# Place → the fields of the adapters that erase there; where there are two, the second is fitted behind the first.
+# Place → the fields of the adapters that erase there. The second of two is fitted while the first acts.
 PLACES: dict[str, list[dict[str, Any]]] = {
     "norms": [{"affine": True}],
     "norms, linear": [{"affine": False}],
@@ -46,7 +46,7 @@ PLACES: dict[str, list[dict[str, Any]]] = {
 POSITIONS = ("last", "all")
 NONE = "none"
 IGNORED = -100
-# Outputs of a merged model differ from those of the unmerged one by the rounding of float32.
+# Outputs of a merged model may differ from those of the unmerged model by the rounding of float32.
 ROUNDING = 1e-4
 
 Fit = Callable[[Any, str], None]  # a model and the name of an adapter in it
@@ -54,7 +54,7 @@ Fit = Callable[[Any, str], None]  # a model and the name of an adapter in it
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         stories: The file of the gender study.
@@ -62,10 +62,10 @@ class Settings:
         biographies: The file of the study of biographies.
         masked_model: A masked language model of stories.
         output: Where tables and figure go.
-        seeds: One split each; of the biographies, too.
+        seeds: One split for each, also of the biographies.
         studies: Which of the studies are run.
         places: Which places are compared.
-        strengths: Of the erasures in the figure.
+        strengths: Strengths of the erasures in the figure.
         probed_at: The residual stream is probed before this block.
     """
 
@@ -98,13 +98,13 @@ def erased(model: Any, place: str, concept: str, labels: list[str], fit: Fit) ->
             model.add_adapter(config, adapter_name=name)
         except ValueError as error:
             raise LookupError(str(error)) from error
-        model.set_adapter(list(model.peft_config))  # adding activates the newcomer alone
+        model.set_adapter(list(model.peft_config))  # adding activates only the new adapter
         fit(model, name)
     return model
 
 
 def merges(plain: Any, model: Any, batch: dict[str, Tensor]) -> str:
-    """Whether the erasures of a model merge into its weights: `"yes"`, `"untied"` when the head must be, or `"no"`."""
+    """Whether a model's erasures merge into its weights: `"yes"`, `"untied"` if the head must be untied, or `"no"`."""
     names = list(model.peft_config)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -169,7 +169,7 @@ def gender_in_stories(settings: Settings, seed: int, positions: str) -> dict[str
         return figures
 
     def dial(model: Any) -> list[tuple[float, float, float]]:
-        """Strength, gap left in P(she), rise of the loss."""
+        """For each strength: the strength, the gap left in P(she), and the rise of the loss."""
         points = []
         for strength in settings.strengths:
             for name in model.peft_config:
@@ -182,7 +182,7 @@ def gender_in_stories(settings: Settings, seed: int, positions: str) -> dict[str
 
 
 def gender_in_masked_stories(settings: Settings, seed: int) -> dict[str, dict[str, Any]]:
-    """The same of a masked model, which predicts the word behind the prompt."""
+    """The figures of `gender_in_stories` for a masked model, which predicts the word after the prompt."""
     study = stories.read_settings(settings.stories)
     tokenizer = AutoTokenizer.from_pretrained(settings.masked_model)
     plain = AutoModelForMaskedLM.from_pretrained(settings.masked_model).eval()
@@ -216,7 +216,7 @@ def _with_masks(material: stories.Material, tokenizer: Any) -> stories.Material:
 
 
 def masked_rows(material: stories.Material, tokenizer: Any) -> Dataset:
-    """Every name in every prompt, with the label at the mask alone."""
+    """Every name in every prompt, with a label only at the mask."""
     rows = []
     for label, gender in enumerate(stories.GENDERS):
         texts = [prompt.format(name=name) for name in getattr(material, gender) for prompt in material.prompts]
@@ -230,7 +230,7 @@ def masked_rows(material: stories.Material, tokenizer: Any) -> Dataset:
 def masked_figures(
     model: Any, tokenizer: Any, material: stories.Material, held_out: list[dict[str, Tensor]]
 ) -> dict[str, float]:
-    """Gaps between the means of male and female names at the mask, and the loss where each seventh token is masked."""
+    """Gaps between the means of male and female names at the mask, and the loss if every seventh token is masked."""
     words = ["he", "she"]
     ids = tokenizer.convert_tokens_to_ids(words)
     means = []
@@ -290,7 +290,7 @@ def parts_of_speech(settings: Settings) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def seen(model: Any, batches: list[dict[str, Tensor]], picked: Tensor, block: int) -> dict[str, Tensor]:
-    """States of some labelled tokens as the head reads them, as a block's norm is given them, and as its map reads."""
+    """States of some labelled tokens at the input of the head, of a block's norm, and of the map behind the norm."""
     found: dict[str, list[Tensor]] = {}
     head, layer = model.get_output_embeddings(), model.base_model.layers[block]
     with recorded({"head": head, "stream": layer.input_layernorm, "query": layer.self_attn.q_proj}) as last:
@@ -303,7 +303,7 @@ def seen(model: Any, batches: list[dict[str, Tensor]], picked: Tensor, block: in
 
 @contextmanager
 def recorded(modules: dict[str, Any]) -> Iterable[dict[str, Tensor]]:
-    """What each module was given last, as it takes it; adapters that erase it have done so."""
+    """The last input of each module, after adapters have erased it."""
     last: dict[str, Tensor] = {}
 
     def keep(place: str) -> Callable[..., None]:
@@ -321,7 +321,7 @@ def recorded(modules: dict[str, Any]) -> Iterable[dict[str, Tensor]]:
 
 
 def gender_in_biographies(settings: Settings, seed: int) -> dict[str, dict[str, Any]]:
-    """Place → accuracy of a fresh gender probe on rows that were not fitted on, and of professions there."""
+    """Place → accuracies of a fresh gender probe and of a profession classifier, on rows that were not fitted on."""
     study = replace(biographies.read_settings(settings.biographies), train_shares=None, test_shares=None, seeds=[seed])
     rows = biographies.read_biographies(study)
     train, test = biographies.split_rows(rows, study, seed)
@@ -367,14 +367,14 @@ TABLES = {
 
 @dataclass
 class Outcome:
-    """One seed: study → place → figures."""
+    """The outcome of one seed: study → place → figures."""
 
     seed: int
     figures: dict[str, dict[str, Any]]
 
 
 def run_seed(settings: Settings, seed: int) -> Outcome:
-    """All studies of one seed; parts of speech have one split, and are with the first."""
+    """Run all studies for one seed; parts of speech have one split, and run with the first seed."""
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         f"gender, labels at {positions} tokens": partial(gender_in_stories, settings, seed, positions)
         for positions in POSITIONS
@@ -405,7 +405,7 @@ def table(outcomes: list[Outcome], name: str) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     most = outcomes[0].figures.get("parts of speech", {}).get("majority", float("nan"))
     said = {
         "gender, labels at last tokens": "A Llama of stories; unseen names in unseen prompts, loss on other stories.",
@@ -424,7 +424,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """Gap left in P(she) against the rise of the loss, a line a place, a mark a strength; means over seeds."""
+    """Draw the gap left in P(she) against the rise of the loss: one line a place, one mark a strength; means of seeds."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(8, 4.4), layout="constrained")
@@ -446,7 +446,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -455,7 +455,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("where_to_erase", settings_file, overrides)
     runs = {f"seed {seed}": lambda seed=seed: run_seed(settings, seed) for seed in settings.seeds}

@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.metrics import linear_leakage, weat
@@ -37,21 +37,21 @@ METHODS = {"none": None, "LEACE": "leace", "INLP": "inlp"}
 
 @dataclass
 class Settings:
-    """What `study.yaml` says.
+    """The settings in `study.yaml`.
 
     Attributes:
         model: A Hub id, a folder, or `"embedded"`.
         embedding: The module whose output is erased.
         pairs: A JSON list of pairs of words, the male one first.
-        swapped: First words of the pairs where it is the other way round.
+        swapped: First words of the pairs in which the female word comes first.
         tests: The folder of WEAT's tests.
         gender: Tests of gender.
-        others: Tests of something else.
+        others: Tests of other associations.
         output: Where table and figure go.
         held_out: Share of the pairs that is only measured on.
-        background: Words of the vocabulary that mean and covariance come from.
-        inlp_rank: Directions that INLP removes.
-        seeds: One split of the pairs each.
+        background: Number of words of the vocabulary that give mean and covariance.
+        inlp_rank: Number of directions that INLP removes.
+        seeds: One split of the pairs for each.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Settings:
 
 
 def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read the file, and what is written behind it on the command line.
+    """Read the file, and the settings that follow it on the command line.
 
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
@@ -92,17 +92,17 @@ class Words:
         return found[0] if len(found) == 1 and found[0] != self.tokenizer.unk_token_id else None
 
     def known(self, words: Iterable[str]) -> list[int]:
-        """Tokens of the words that are one, each once."""
+        """The tokens of the words that are a single token, each once."""
         return list(dict.fromkeys(token for word in words if (token := self.id(word)) is not None))
 
 
 @dataclass
 class Data:
-    """What one seed works on.
+    """The data of one seed.
 
     Attributes:
         fitted: `(male, female)` tokens that are fitted on.
-        held_out: Those that are not.
+        held_out: `(male, female)` tokens that are not.
         tests: Test → `X`, `Y`, `A`, `B` → tokens.
         coverage: Test → share of its words that are one token.
         background: Tokens of other words.
@@ -116,7 +116,7 @@ class Data:
 
 
 def read_pairs(settings: Settings, words: Words) -> list[tuple[int, int]]:
-    """Pairs of one token a word, the male one first, each pair once."""
+    """Pairs of words of one token, the male word first, each pair once."""
     found = {}
     for first, second in json.loads(Path(settings.pairs).read_text(encoding="utf-8")):
         male, female = (second, first) if first in settings.swapped else (first, second)
@@ -130,7 +130,7 @@ def draw_data(settings: Settings, tokenizer: Any, seed: int) -> Data:
     """Split the pairs; those with a word of a test are never fitted on.
 
     Raises:
-        ValueError: If of some test too few words are one token.
+        ValueError: If a test has too few words of one token.
     """
     words, draw = Words(tokenizer), random.Random(seed)
     sets = read_seat(settings.tests, [*settings.gender, *settings.others])
@@ -155,7 +155,7 @@ def draw_data(settings: Settings, tokenizer: Any, seed: int) -> Data:
 
 
 def batches_of(tokens: list[int], labels: list[int] | None = None, size: int = 100) -> list[dict[str, Tensor]]:
-    """Tokens in rows, for the embedding layer; what the rest of the model makes of them does not matter."""
+    """Tokens in rows, for the embedding layer; the output of the rest of the model is not used."""
     found = []
     for start in range(0, len(tokens), size):
         ids = torch.tensor([tokens[start : start + size]])
@@ -190,23 +190,23 @@ def erase(model: Any, data: Data, method: str, settings: Settings) -> None:
 
 @torch.no_grad()
 def vectors(model: Any, tokens: list[int]) -> np.ndarray:
-    """`(tokens, width)` What the embedding layer puts out, with the adapters that are active."""
+    """The output `(tokens, width)` of the embedding layer, with the adapters that are active."""
     return model.get_input_embeddings()(torch.tensor(tokens)).double().numpy()
 
 
 @dataclass
 class Outcome:
-    """One seed.
+    """The outcome of one seed.
 
     Attributes:
-        seed: Of the split.
-        pairs: Fitted on, and held out.
+        seed: The seed of the split.
+        pairs: Numbers of pairs fitted on, and held out.
         coverage: Test → share of its words that are one token.
         effects: Erasure → test → effect size.
         p_values: Erasure → test → p value.
         gender: Erasure → how many held-out pairs are told apart by the direction of the fitted ones.
         probe: Erasure → accuracy of a cross-validated probe on all gendered words not fitted on.
-        cosine: Erasure → mean cosine of other words with what they were.
+        cosine: Erasure → mean cosine of other words with their vectors before it.
     """
 
     seed: int
@@ -270,14 +270,14 @@ PAPER = (
 
 
 def effect_table(outcomes: list[Outcome], tests: Iterable[str]) -> str:
-    """Effect sizes, and p values of the first seed, before and after."""
+    """Effect sizes and p values, before and after, as means over seeds."""
     lines = []
     for test in tests:
         cells = [f"{outcomes[0].coverage[test]:.0%}"]
         for name in METHODS:
             effects = [o.effects[name][test] for o in outcomes]
             p = sum(o.p_values[name][test] for o in outcomes) / len(outcomes)
-            # Without an erasure the seeds differ in nothing.
+            # Without an erasure all seeds give the same figure.
             value = f"{effects[0]:+.2f}" if name == "none" else cell(effects, "+.2f")
             cells.append(f"{value}, p {'< 0.001' if p < 0.001 else format(p, '.3f')}")
         lines.append([test, *cells])
@@ -285,7 +285,7 @@ def effect_table(outcomes: list[Outcome], tests: Iterable[str]) -> str:
 
 
 def reading_table(outcomes: list[Outcome]) -> str:
-    """What is left of gender, and what other words paid."""
+    """What is left of gender, and how much other words change."""
     lines = [
         [name, *(cell([getattr(o, figure)[name] for o in outcomes]) for figure in ("gender", "probe", "cosine"))]
         for name in METHODS
@@ -295,7 +295,7 @@ def reading_table(outcomes: list[Outcome]) -> str:
 
 
 def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
-    """What is written to `results.md`."""
+    """The text of `results.md`."""
     fitted, held = outcomes[0].pairs
 
     def size(tests: list[str]) -> str:
@@ -328,7 +328,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], settings: Settings, path: Path) -> None:
-    """Effect sizes of every test, with intervals over seeds."""
+    """Draw the effect sizes of every test, with intervals over seeds."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(11, 4.4), layout="constrained")
@@ -350,7 +350,7 @@ def figure(outcomes: list[Outcome], settings: Settings, path: Path) -> None:
 
 
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
-    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    """Run the study of SETTINGS_FILE. Write KEY=VALUE after it to change a setting."""
     settings = read_settings(settings_file, overrides)
     command = studies.command_line("word_embeddings", settings_file, overrides)
     runs = {f"seed {seed}": partial(run_seed, settings, seed) for seed in settings.seeds}
