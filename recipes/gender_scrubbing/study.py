@@ -423,7 +423,7 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
 
 
 def figure(outcomes: list[Outcome], pronouns: Iterable[str], path: Path) -> None:
-    """Draw gap left against loss added: one colour a fit, one mark a pronoun, one point a seed; the target is shaded."""
+    """Draw gap left against loss added: one colour a fit, one mark a pronoun, one point a seed; target shaded."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(8.4, 4.2), layout="constrained")

@@ -266,7 +266,7 @@ def measured(trainer: GradiendTrainer, split: Split, edit: Point | None, base: f
             ("known", occupied(split.known, split.sentences["test"])),
         ):
             point = trainer.scorer(rows, split.stories["test"]).score(trainer.pairs[0], factor, rate, None)
-            # This part of the index says how alike both probabilities are; the other part is the language-modelling score.
+            # This part of the index says how alike both probabilities are; the other part is the LMS.
             found[f"{name} bpi"] = point.goals["bpi"] / point.lms
             found |= {f"{name} {word}": point.probabilities[label] for label, word in WORDS.items()}
     return found | {"loss": point.loss, "cost": 0.0 if base is None else point.loss / base - 1}

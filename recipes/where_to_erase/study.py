@@ -424,7 +424,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
 
 
 def figure(outcomes: list[Outcome], path: Path) -> None:
-    """Draw the gap left in P(she) against the rise of the loss: one line a place, one mark a strength; means of seeds."""
+    """Draw the gap left in P(she) against the rise of the loss: a line for each place, a mark a strength; means."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(8, 4.4), layout="constrained")
