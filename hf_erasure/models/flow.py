@@ -40,15 +40,15 @@ class Trace:
     norms: frozenset[str] = frozenset()
     output_of: str | None = None  # The norm whose output it is, at most rearranged or scaled.
     is_rearranged: bool = False  # Whether that output was rearranged or scaled.
-    is_begun: bool = False  # Whether it has been in a block; embeddings have not.
+    was_in_block: bool = False  # Whether it has been in a block; embeddings have not.
     # The norm to whose output another tensor was added, where the sum may be a hidden state of its own.
-    begun_by: str | None = None
+    summed_norm: str | None = None
 
 
-_NOTHING = Trace()
+_NO_TRACE = Trace()
 
 
-class Flow(TorchDispatchMode):
+class NormFinder(TorchDispatchMode):
     """Watches a forward pass, and finds the norms of the hidden state.
 
     Args:
@@ -63,10 +63,10 @@ class Flow(TorchDispatchMode):
         super().__init__()
         self._model = model
         self._traces = WeakTensorKeyDictionary()
-        self._reads: set[str] = set()
-        self._kept: set[str] = set()
-        self._hidden: set[tuple[int, ...]] = set()  # the shapes of the inputs of blocks
-        self._called: list[str] = []
+        self._input_norms: set[str] = set()
+        self._found_norms: set[str] = set()
+        self._hidden_sizes: set[tuple[int, ...]] = set()  # the shapes of the inputs of blocks
+        self._norm_calls: list[str] = []
         # For each block and part of a block that runs at present, from the outermost: whether it is a block.
         self._running: list[bool] = []
         # Some models call the children of a block without calling the block.
@@ -74,85 +74,85 @@ class Flow(TorchDispatchMode):
         self._blocks = {id(block) for block in blocks}
         self._children = {id(part) for block in blocks for part in block.children()} - self._blocks
         self._norms = {id(module) for module in model.modules() if is_norm(module)}
-        self._within = tuple(f"{name}." for name, m in model.named_modules() if id(m) in self._blocks)
+        self._block_prefixes = tuple(f"{name}." for name, m in model.named_modules() if id(m) in self._blocks)
         # Modules inside a block that have several parts with weights. If such a module takes the output of a norm
         # unchanged, in the shape of a hidden state, the norm normalises the hidden state of a branch, without a sum in
         # between (Zamba's shared block). The modules that an adapter adds to a layer are not parts of it.
-        self._parts = {
+        self._inner_modules = {
             id(m)
             for name, m in model.named_modules()
-            if name.startswith(self._within) and id(m) not in self._blocks | self._norms
+            if name.startswith(self._block_prefixes) and id(m) not in self._blocks | self._norms
             if not isinstance(m, nn.Linear) and not hasattr(m, "base_layer")
             if sum(any(True for _ in part.parameters()) for part in m.children()) > 1
         }
         with ExitStack() as hooks:
             for name, module in model.named_modules():
-                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                enter, leave = partial(self._before_call, name), partial(self._after_call, name)
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
             with self:
                 call()
-        self.sites = [name for name in dict.fromkeys(self._called) if name in self._kept]
+        self.sites = [name for name in dict.fromkeys(self._norm_calls) if name in self._found_norms]
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
-    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _before_call(self, name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if id(module) in self._blocks | self._children:
             self._running.append(id(module) in self._blocks)
         hidden = next(floats_of((args, kwargs)), None)
         if hidden is None:
             return
-        known = self._traces.get(hidden, _NOTHING)
+        known = self._traces.get(hidden, _NO_TRACE)
         is_direct = known.output_of is None or not known.is_rearranged
-        is_inside = known.is_begun or name.startswith(self._within)
+        is_inside = known.was_in_block or name.startswith(self._block_prefixes)
         # The hidden state of sounds is empty where a batch has none (Higgs Audio).
         if id(module) in self._norms and hidden.numel() and is_direct and is_inside:
             features = {p.numel() for p in module.parameters(recurse=False)} or {hidden.shape[-1]}
             if features & set(known.sizes):
-                self._reads.add(name)
+                self._input_norms.add(name)
                 # The earlier norm of a state that is normalised twice, or the norm whose sum with a branch is taken.
-                self._kept |= {norm for norm in (known.output_of, known.begun_by) if norm is not None}
+                self._found_norms |= {norm for norm in (known.output_of, known.summed_norm) if norm is not None}
         if id(module) in self._blocks:
             for given in floats_of((args, kwargs)):  # reversible blocks take two hidden states
                 if given.shape == hidden.shape:
-                    known = self._traces.get(given, _NOTHING)
-                    self._hidden.add(tuple(given.shape))
-                    if known.output_of in self._reads:
-                        self._kept.add(str(known.output_of))
-                    self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
-        known = self._traces.get(hidden, _NOTHING)
-        is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden
+                    known = self._traces.get(given, _NO_TRACE)
+                    self._hidden_sizes.add(tuple(given.shape))
+                    if known.output_of in self._input_norms:
+                        self._found_norms.add(str(known.output_of))
+                    self._traces[given] = Trace(known.sizes or tuple(given.shape), was_in_block=True)
+        known = self._traces.get(hidden, _NO_TRACE)
+        is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden_sizes
         # Norms over batches in branches of convolutions do not count.
         kind = type(self._model.get_submodule(known.output_of or "")).__name__.lower()
-        if id(module) in self._parts and is_whole and "batchnorm" not in kind:
-            self._kept.add(str(known.output_of))
+        if id(module) in self._inner_modules and is_whole and "batchnorm" not in kind:
+            self._found_norms.add(str(known.output_of))
 
-    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after_call(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if not name or isinstance(module, PreTrainedModel):
             parts = list(output.items()) if isinstance(output, Mapping) else []
             for _, value in parts:  # the loop extends the list
                 parts += value.items() if isinstance(value, Mapping) else ()
             # The last hidden states in the output of a model: the tensors with such a name, or else the first tensor.
             states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
-            ends = [self._traces.get(tensor, _NOTHING).output_of for tensor in states or tensors_of(output)[:1]]
-            self._kept |= {last for last in ends if last is not None}
+            ends = [self._traces.get(tensor, _NO_TRACE).output_of for tensor in states or tensors_of(output)[:1]]
+            self._found_norms |= {last for last in ends if last is not None}
         if isinstance(module, nn.Embedding):
             for rows in floats_of(output):
                 self._traces[rows] = Trace(tuple(rows.shape))
         found = next(floats_of(output), None)
         if id(module) in self._norms and found is not None:
-            taken = self._traces.get(args[0], _NOTHING) if args else _NOTHING
-            if taken.sizes and name not in self._reads and not taken.is_begun:
+            taken = self._traces.get(args[0], _NO_TRACE) if args else _NO_TRACE
+            if taken.sizes and name not in self._input_norms and not taken.was_in_block:
                 self._traces[found] = Trace(taken.sizes)  # the norm of embeddings
             else:
-                self._called.append(name)
-                sizes = taken.sizes if name in self._reads else ()
-                self._traces[found] = Trace(sizes, taken.norms | {name}, name, is_begun=True)
+                self._norm_calls.append(name)
+                sizes = taken.sizes if name in self._input_norms else ()
+                self._traces[found] = Trace(sizes, taken.norms | {name}, name, was_in_block=True)
         if id(module) in self._blocks | self._children:
             self._running.pop()
-        ended = None if found is None else self._traces.get(found, _NOTHING).output_of
+        ended = None if found is None else self._traces.get(found, _NO_TRACE).output_of
         if id(module) in self._blocks and ended is not None:
-            self._kept.add(ended)  # the block returns the hidden state that goes on
+            self._found_norms.add(ended)  # the block returns the hidden state that goes on
 
     # ---- operations --------------------------------------------------------------------------------------------------
 
@@ -164,47 +164,47 @@ class Flow(TorchDispatchMode):
             name = func.overloadpacket.__name__
             if name == "convolution" and args[8] > 1 and args[8] == args[0].shape[1]:
                 name = "view"  # a convolution of each channel by itself moves positions, not features
-            trace = self._after(name, given, known)
+            trace = self._trace_after(name, given, known)
             for made in floats_of(output):
                 self._traces[made] = trace
         return output
 
-    def _after(self, operation: str, given: list[Tensor], known: list[tuple[Tensor, Trace]]) -> Trace:
+    def _trace_after(self, operation: str, given: list[Tensor], known: list[tuple[Tensor, Trace]]) -> Trace:
         norms = frozenset().union(*(trace.norms for _, trace in known))
         hidden = next((trace for _, trace in known if trace.sizes), None)
         if operation in _SUMS and len(given) > 1:
             ends = {trace.output_of for _, trace in known} - {None}
-            of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._reads)
+            of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._input_norms)
             if hidden is not None or len(ends) > 1 or of_block:
                 # The sum of the outputs of two norms, of a branch and of its bypass, begins another hidden state. So
                 # does a sum of the outputs of a block's parts that the block itself makes (Hiera).
-                return self._summed(known, hidden or Trace(tuple(known[0][0].shape), is_begun=True))
+                return self._trace_of_sum(known, hidden or Trace(tuple(known[0][0].shape), was_in_block=True))
             if ends and len(known) > 1:
                 # So does the sum of one norm's output and a branch if it is normalised, which shows later (MobileBERT).
-                return Trace(tuple(known[0][0].shape), norms, is_begun=True, begun_by=ends.pop())
+                return Trace(tuple(known[0][0].shape), norms, was_in_block=True, summed_norm=ends.pop())
         if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(known) > 1:
             return hidden  # streams that are mixed by computed weights
         if operation.startswith("_scaled_dot_product") and len(given) > 2:
-            streams = self._traces.get(given[2], _NOTHING)
+            streams = self._traces.get(given[2], _NO_TRACE)
             if streams.sizes and given[2].dim() > len(streams.sizes):
-                return Trace(streams.sizes, is_begun=True)  # attention mixes streams side by side, after a norm
+                return Trace(streams.sizes, was_in_block=True)  # attention mixes streams side by side, after a norm
         largest = max(given, key=Tensor.numel)
         scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
         if operation in REARRANGING or scaled:
-            first = self._traces.get(largest, _NOTHING) if scaled else known[0][1]
+            first = self._traces.get(largest, _NO_TRACE) if scaled else known[0][1]
             first = first if scaled else hidden or first
             return replace(first, norms=norms, is_rearranged=True)
         return Trace(norms=norms)
 
-    def _summed(self, known: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
+    def _trace_of_sum(self, known: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
         """Return the trace of a sum with the hidden state, and keep the norms that its other terms came from."""
-        is_begun = any(trace.is_begun for _, trace in known if trace.sizes) or hidden.is_begun
-        for _, trace in known if is_begun else ():
+        was_in_block = any(trace.was_in_block for _, trace in known if trace.sizes) or hidden.was_in_block
+        for _, trace in known if was_in_block else ():
             if trace.output_of is not None:
-                self._kept.add(trace.output_of)
+                self._found_norms.add(trace.output_of)
             if not trace.sizes:
-                self._kept |= trace.norms & self._reads
-        return Trace(hidden.sizes, is_begun=is_begun)
+                self._found_norms |= trace.norms & self._input_norms
+        return Trace(hidden.sizes, was_in_block=was_in_block)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

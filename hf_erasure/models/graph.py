@@ -46,7 +46,7 @@ _POINTWISE = {
 }  # fmt: skip
 _SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
 # Kinds of nodes whose features lie on the same axis as the features of their parents.
-_ALIKE = {"sum", "join", "scaled", "featurewise", "pointwise"}
+_SAME_FEATURES = {"sum", "join", "scaled", "featurewise", "pointwise"}
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}  # views that torch does not declare
 # Product → the places of its two factors, the axis of the second that it sums over, and the axis that its result keeps.
 _PRODUCTS = {
@@ -57,7 +57,7 @@ LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightView:
     """A parameter, or a tensor that was cut out of it."""
 
     parameter: nn.Parameter
@@ -72,16 +72,16 @@ class Call:
     index: int  # Its number.
     name: str  # The name of the module.
     module: nn.Module
-    around: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
-    taken: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
-    sizes: tuple[int, ...] = ()  # The shape of the first activation that it was called with.
-    place: tuple[Any, ...] | None = None  # The address of that activation in memory, its shape and its strides.
-    given: Node | None = None  # The node of the first activation that it returned.
+    outer_calls: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
+    inputs: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
+    input_size: tuple[int, ...] = ()  # The shape of the first activation that it was called with.
+    input_memory: tuple[Any, ...] | None = None  # The address of that activation in memory, its shape and its strides.
+    output: Node | None = None  # The node of the first activation that it returned.
     # `"input"` and `"output"`: the first activations taken and returned, with the places of their entries.
     values: dict[str, _Value] = field(default_factory=dict)
     # The linear layer that the module is, or that it wraps for another adapter; it may be quantised.
     linear: nn.Module | None = None
-    is_whole: bool = False  # Whether the module is such a layer or a norm, whose inner operations are not recorded.
+    is_atomic: bool = False  # Whether the module is such a layer or a norm, whose inner operations are not recorded.
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Product:
     owner: str  # The name of the module that has the weight and ran; empty if that module was not called.
     call: int  # The number of the call of the owner; -1 if it was not called.
     parameter: str  # The name of the weight in its module; its full name in the model if the module was not called.
-    reads: int | None  # The axis of the weight that the product sums over.
-    writes: int | None  # The axis of the weight along which the results lie.
+    in_axis: int | None  # The axis of the weight that the product sums over.
+    out_axis: int | None  # The axis of the weight along which the results lie.
     # Where the factors lie in the node: their axis (-1: several), the place of the first on it, and how many entries
     # behind the first each lies; None if the rows differ in this.
     pattern: tuple[int, ...] | None = None
@@ -121,8 +121,8 @@ class Node:
     calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
     product: Product | None  # The weight of a map or a parameter.
     shape: tuple[int, ...]  # The shape of the tensor that was made.
-    before: int = 0  # The nodes that it was computed from: bit `i` stands for the node with index `i`.
-    behind: int = 0  # The nodes that it was computed from by way of a weight, as bits.
+    ancestors: int = 0  # The nodes that it was computed from: bit `i` stands for the node with index `i`.
+    behind_weights: int = 0  # The nodes that it was computed from by way of a weight, as bits.
     is_zero: bool = False  # Whether it is a constant and zero.
     width: int = 0  # The number of features of a norm; 0 if not known.
     # The axes of the features, derived from its parents; several if it mixes along several.
@@ -132,8 +132,8 @@ class Node:
 class Use(NamedTuple):
     """An operation on an activation that is not a plain view: it moved entries, or made another activation of them."""
 
-    taken: Node  # The node that it was called with.
-    made: Node | None  # The node of its result; None if the result is not floating-point.
+    input: Node  # The node that it was called with.
+    output: Node | None  # The node of its result; None if the result is not floating-point.
     operation: str  # The name of the dispatcher's operation, or of the module.
     calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
 
@@ -152,11 +152,11 @@ class _Value:
     def is_same(self, other: _Value) -> bool:
         """Whether both show the same entries in the same places."""
         same = self.node is other.node and self.shape == other.shape
-        return same and (self.entries is other.entries or torch.equal(_shown(self).cpu(), _shown(other).cpu()))
+        return same and (self.entries is other.entries or torch.equal(_places(self).cpu(), _places(other).cpu()))
 
 
 @torch.no_grad()
-def _along_weight(host: nn.Module, shape: Sequence[int]) -> set[int]:
+def _scaled_axis(host: nn.Module, shape: Sequence[int]) -> set[int]:
     """The axis along which the weight vector of a model's own kind of norm (such as one for each head) scales."""
     weight = host._parameters.get("weight")
     if weight is None or weight.is_meta or weight.dim() != 1 or not is_norm(host):
@@ -198,12 +198,12 @@ class Graph(TorchDispatchMode):
         self.uses: list[Use] = []
         self.returned: set[Node] = set()
         self._values = WeakTensorKeyDictionary()
-        self._weights = WeakTensorKeyDictionary()
+        self._weight_views = WeakTensorKeyDictionary()
         self._owners = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         # The last write into each storage; the tensor is kept, so that its memory is not used for another.
-        self._written: dict[int, tuple[int, Node, Tensor]] = {}
+        self._last_writes: dict[int, tuple[int, Node, Tensor]] = {}
         self._stack: list[Call] = []
-        self._silent = 0
+        self._atomic_depth = 0
         self._time = 0
         with ExitStack() as hooks:
             for name, module in model.named_modules():
@@ -212,7 +212,7 @@ class Graph(TorchDispatchMode):
                     hooks.callback(setattr, module, "_disable_adapters", module._disable_adapters)
                     module._disable_adapters = True
                 if not hasattr(module, "host"):
-                    enter, leave = partial(self._enter, name), partial(self._leave, name)
+                    enter, leave = partial(self._before_call, name), partial(self._after_call, name)
                     hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
             with self:
@@ -241,10 +241,10 @@ class Graph(TorchDispatchMode):
         value = own.values[side]
         takers = [call for call in self.calls if "input" in call.values and call.values["input"].is_same(value)]
         if side == "input" and value.node.kind == "constant":  # an input of the model gets a new node each time
-            takers += [call for call in self.calls if call.place == own.place]
+            takers += [call for call in self.calls if call.input_memory == own.input_memory]
         kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
         found = {axis for axis in kinds if axis is not None} or self._features_in(value)
-        return found or (_along_weight(host, value.shape) if side == "output" else set())
+        return found or (_scaled_axis(host, value.shape) if side == "output" else set())
 
     def _features_in(self, value: _Value) -> set[int]:
         """The axes of a tensor along which all features of its node lie, in the order of the node."""
@@ -254,7 +254,7 @@ class Graph(TorchDispatchMode):
         axes = [axis for axis, size in enumerate(value.shape) if size in sizes]
         return {axis for axis in axes if whole_axis(_pattern(value, axis), node) in node.features}
 
-    def _passed_on(self, name: str, args: tuple, tensor: Tensor, value: _Value, made: Tensor) -> set[int]:
+    def _passed_features(self, name: str, args: tuple, tensor: Tensor, value: _Value, made: Tensor) -> set[int]:
         """The axes of a tensor's features in a result that is made of it, and of others, entry by entry."""
         axes = self._features_in(value)
         if name == "stack":
@@ -265,31 +265,31 @@ class Graph(TorchDispatchMode):
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
-    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = Call(len(self.calls), name, module, tuple(outer.index for outer in self._stack))
         self.calls.append(call)
         self._stack.append(call)
-        given = [] if self._silent else list(floats_of((args, kwargs)))
-        call.taken, call.sizes = tuple(self._of(t).node for t in given), tuple(given[0].shape) if given else ()
+        given = [] if self._atomic_depth else list(floats_of((args, kwargs)))
+        call.inputs, call.input_size = tuple(self._value(t).node for t in given), tuple(given[0].shape) if given else ()
         if given:
-            call.values["input"] = self._of(given[0])
-            call.place = given[0].data_ptr(), tuple(given[0].shape), given[0].stride()
+            call.values["input"] = self._value(given[0])
+            call.input_memory = given[0].data_ptr(), tuple(given[0].shape), given[0].stride()
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         weight = inner._parameters.get("weight")
         is_float = weight is not None and weight.is_floating_point()
         is_quantised = not is_float and hasattr(inner, "in_features") and hasattr(inner, "out_features")
         call.linear = inner if type(inner).forward in LINEAR or is_quantised else None
-        call.is_whole = is_norm(module) or call.linear is not None
-        self._silent += call.is_whole
+        call.is_atomic = is_norm(module) or call.linear is not None
+        self._atomic_depth += call.is_atomic
 
-    def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_call(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         call, state = self._stack[-1], output.get("last_hidden_state") if isinstance(output, dict) else None
         found = state if isinstance(state, Tensor) else next(floats_of(output), None)
-        self._silent -= call.is_whole
-        if not self._silent and found is not None:
-            if call.is_whole:
+        self._atomic_depth -= call.is_atomic
+        if not self._atomic_depth and found is not None:
+            if call.is_atomic:
                 given = list(floats_of((args, kwargs)))
-                nodes = dict(zip(map(id, given), call.taken, strict=False)).values()
+                nodes = dict(zip(map(id, given), call.inputs, strict=False)).values()
                 if call.linear is None:
                     kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
                     node = self._node(kind, name, nodes, found.shape)
@@ -299,15 +299,15 @@ class Graph(TorchDispatchMode):
                     features = self._features_in(call.values["input"]) if axis is None and given else {axis}
                     node.features = frozenset(axis for axis in features if axis is not None)
                 else:
-                    pattern = _pattern(self._of(given[0]), given[0].dim() - 1, given[0])
-                    reads = 0 if isinstance(call.linear, Conv1D) else 1
-                    product = Product(name, call.index, "weight", reads, 1 - reads, pattern)
-                    node = self._node("map", name, call.taken[:1], found.shape, product, {found.dim() - 1})
+                    pattern = _pattern(self._value(given[0]), given[0].dim() - 1, given[0])
+                    in_axis = 0 if isinstance(call.linear, Conv1D) else 1
+                    product = Product(name, call.index, "weight", in_axis, 1 - in_axis, pattern)
+                    node = self._node("map", name, call.inputs[:1], found.shape, product, {found.dim() - 1})
                 for tensor in floats_of(output):
                     self._values[tensor] = _Value(node, None, self._time)
-                self.uses += [Use(taken, node, node.operation, node.calls) for taken in call.taken]
-            call.values["output"] = value = self._of(found)
-            call.given = value.node
+                self.uses += [Use(taken, node, node.operation, node.calls) for taken in call.inputs]
+            call.values["output"] = value = self._value(found)
+            call.output = value.node
         self._stack.pop()
 
     # ---- values ------------------------------------------------------------------------------------------------------
@@ -322,147 +322,147 @@ class Graph(TorchDispatchMode):
         features: Iterable[int] = (),
     ) -> Node:
         parents = tuple(dict.fromkeys(parents))
-        before = behind = 0
+        ancestors = behind_weights = 0
         for parent in parents:
-            before |= parent.before | 1 << parent.index
-            behind |= parent.behind
-        behind = before if kind == "map" else behind
+            ancestors |= parent.ancestors | 1 << parent.index
+            behind_weights |= parent.behind_weights
+        behind_weights = ancestors if kind == "map" else behind_weights
         calls = tuple(call.index for call in self._stack)
-        node = Node(len(self.nodes), kind, operation, parents, calls, product, tuple(shape), before, behind)
+        node = Node(len(self.nodes), kind, operation, parents, calls, product, tuple(shape), ancestors, behind_weights)
         node.features = frozenset(features)
         self.nodes.append(node)
         return node
 
-    def _of(self, tensor: Tensor) -> _Value:
+    def _value(self, tensor: Tensor) -> _Value:
         """The value of a tensor; if nothing is known about it, it is a new parameter or constant."""
-        value, written = self._values.get(tensor), self._written.get(_storage(tensor))
+        value, written = self._values.get(tensor), self._last_writes.get(_storage(tensor))
         if written is not None and (value is None or value.time < written[0]):
             value = _Value(written[1], None, written[0])
             self._values[tensor] = value
         if value is None:
-            held = self._held(tensor)
-            node = self._node("constant" if held is None else "parameter", "", (), tensor.shape)
-            node.is_zero = held is None and not bool(tensor.any())
-            if held is not None:
-                last = held.axes[-1] if held.axes else None
-                node.product = self._product(held, None, last)
-                node.operation = self._owners.get(id(held.parameter), node.product.parameter)
+            view = self._weight_view(tensor)
+            node = self._node("constant" if view is None else "parameter", "", (), tensor.shape)
+            node.is_zero = view is None and not bool(tensor.any())
+            if view is not None:
+                last = view.axes[-1] if view.axes else None
+                node.product = self._product(view, None, last)
+                node.operation = self._owners.get(id(view.parameter), node.product.parameter)
             value = _Value(node, None, self._time)
-            if held is not None:
+            if view is not None:
                 self._values[tensor] = value
         return value
 
-    def _held(self, tensor: Tensor) -> Held | None:
+    def _weight_view(self, tensor: Tensor) -> WeightView | None:
         if isinstance(tensor, nn.Parameter):
-            return Held(tensor, tuple(range(tensor.dim())))
-        return self._weights.get(tensor)
+            return WeightView(tensor, tuple(range(tensor.dim())))
+        return self._weight_views.get(tensor)
 
-    def _product(self, held: Held, reads: int | None, writes: int | None, pattern: Any = None) -> Product:
+    def _product(self, view: WeightView, in_axis: int | None, out_axis: int | None, pattern: Any = None) -> Product:
         for call in reversed(self._stack):
             for name, own in call.module._parameters.items():
-                if own is held.parameter:
-                    return Product(call.name, call.index, name, reads, writes, pattern)
-        return Product("", -1, self._owners.get(id(held.parameter), "a weight"), reads, writes, pattern)
+                if own is view.parameter:
+                    return Product(call.name, call.index, name, in_axis, out_axis, pattern)
+        return Product("", -1, self._owners.get(id(view.parameter), "a weight"), in_axis, out_axis, pattern)
 
     # ---- operations --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        given = [] if self._silent else list(floats_of((args, kwargs)))
+        given = [] if self._atomic_depth else list(floats_of((args, kwargs)))
         name = func.overloadpacket.__name__
-        held = [self._held(t) for t in given]
-        is_weight = bool(given) and None not in held
-        is_followed = any(held) or any(t in self._values or _storage(t) in self._written for t in given)
+        views = [self._weight_view(t) for t in given]
+        is_weight = bool(given) and None not in views
+        is_followed = any(views) or any(t in self._values or _storage(t) in self._last_writes for t in given)
         # They are taken before the operation, which may write over its input.
-        values = {id(t): self._of(t) for t in given if is_followed and not is_weight and name not in _SHAPE_ONLY}
+        values = {id(t): self._value(t) for t in given if is_followed and not is_weight and name not in _SHAPE_ONLY}
         output = func(*args, **kwargs)
         if given and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
             self._time += 1
-            weight: Any = next((h for h in held if h is not None), None)
+            weight: Any = next((h for h in views if h is not None), None)
             if is_weight and name != "embedding":
                 for made in floats_of(output):
-                    is_told = weight.axes is not None and len(given) == 1
-                    axes = _axes_after(name, args, kwargs, weight.axes, made) if is_told else None
-                    self._weights[made] = Held(weight.parameter, axes)
+                    has_axes = weight.axes is not None and len(given) == 1
+                    axes = _axes_after(name, args, kwargs, weight.axes, made) if has_axes else None
+                    self._weight_views[made] = WeightView(weight.parameter, axes)
             elif is_weight:
                 product = self._product(weight, None, weight.axes[-1] if weight.axes else None)
                 node = self._node("map", name, (), output.shape, product, {output.dim() - 1})
                 self._values[output] = _Value(node, None, self._time)
             elif values:
-                made, known = next(floats_of(output)), len(self.nodes)
-                node, entries = self._after(func, name, args, kwargs, given, values, made)
-                if node.index >= known and not node.features and (node.kind in _ALIKE or name in _SCALINGS):
-                    passed = (self._passed_on(name, args, tensor, values[id(tensor)], made) for tensor in given)
+                made, count = next(floats_of(output)), len(self.nodes)
+                node, entries = self._result_node(func, name, args, kwargs, given, values, made)
+                if node.index >= count and not node.features and (node.kind in _SAME_FEATURES or name in _SCALINGS):
+                    passed = (self._passed_features(name, args, tensor, values[id(tensor)], made) for tensor in given)
                     node.features = frozenset().union(*passed)
                 shown = list(floats_of(entries))
                 for number, tensor in enumerate(floats_of(output)):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
                 if any(out is t for out in floats_of(output) for t in given) or "out" in kwargs:
-                    self._written[_storage(made)] = (self._time, node, made)
+                    self._last_writes[_storage(made)] = (self._time, node, made)
         if not (func.is_view or name in _VIEWS):
-            result = next((self._of(t).node for t in floats_of(output)), None) if values else None
+            result = next((self._value(t).node for t in floats_of(output)), None) if values else None
             calls = tuple(call.index for call in self._stack)
             self.uses += [Use(value.node, result, name, calls) for value in values.values()]
         return output
 
-    def _after(
+    def _result_node(
         self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, made: Tensor
     ) -> tuple[Node, Any]:
         nodes = [values[id(t)].node for t in given]
-        told = [node for node in dict.fromkeys(nodes) if not node.is_zero]
+        terms = [node for node in dict.fromkeys(nodes) if not node.is_zero]
         if name in _PRODUCTS or name == "convolution":
-            if (product := self._multiplied(name, args, values, made)) is not None:
+            if (product := self._product_node(name, args, values, made)) is not None:
                 return product, None
             if name == "convolution":  # its weight is computed, such as a standardised one
-                return self._node("opaque", name, told, made.shape, features={1}), None
-            if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
+                return self._node("opaque", name, terms, made.shape, features={1}), None
+            if name == "bmm" and self._weight_view(args[0]) is None and self._weight_view(args[1]) is None:
                 return self._node("mixed", name, nodes[::-1], made.shape), None
         if name in _NORMS and nodes[0].kind != "constant":
             axis = 1 if name in ("native_batch_norm", "native_group_norm") else made.dim() - 1
             return self._node("norm", name, nodes[:1], made.shape, features={axis}), None
         adds_nothing = name in _SUMS and len(given) == 1 and isinstance(args[1], (int, float)) and not args[1]
         if adds_nothing and made.shape == given[0].shape:
-            return told[0], values[id(given[0])].entries
+            return terms[0], values[id(given[0])].entries
         if name in _SUMS and len(given) > 1:
-            if len(told) == 1 and nodes.count(told[0]) == 1 and made.shape == given[nodes.index(told[0])].shape:
-                return told[0], values[id(given[nodes.index(told[0])])].entries
+            if len(terms) == 1 and nodes.count(terms[0]) == 1 and made.shape == given[nodes.index(terms[0])].shape:
+                return terms[0], values[id(given[nodes.index(terms[0])])].entries
             return self._node("sum", name, nodes, made.shape), None
         if name in _ROUTED_SUMS:
-            return self._node("sum", name, told, made.shape), None
+            return self._node("sum", name, terms, made.shape), None
         if name in _SCALINGS:
-            return self._scaled(name, given, values, made)
+            return self._scaled_node(name, given, values, made)
         if name in REARRANGING:
-            return self._rearranged(func, name, args, kwargs, told, values, made)
-        activations = [node for node in told if node.kind not in ("constant", "parameter")]
+            return self._rearranged_node(func, name, args, kwargs, terms, values, made)
+        activations = [node for node in terms if node.kind not in ("constant", "parameter")]
         is_pointwise = name in _POINTWISE and len(activations) == 1
-        return self._node("pointwise" if is_pointwise else "opaque", name, told, made.shape), None
+        return self._node("pointwise" if is_pointwise else "opaque", name, terms, made.shape), None
 
-    def _multiplied(self, name: str, args: tuple, values: dict, made: Tensor) -> Node | None:
+    def _product_node(self, name: str, args: tuple, values: dict, made: Tensor) -> Node | None:
         """The node of a product with a weight, or of a convolution of each channel by itself; None for others."""
         if name == "convolution":
-            factor, held, axis, out = args[0], self._held(args[1]), 1, 1
+            factor, view, axis, out = args[0], self._weight_view(args[1]), 1, 1
             if args[8] > 1:
                 is_featurewise = args[8] == args[0].shape[1] == args[1].shape[0]
                 nodes = [value.node for value in values.values()]
                 return self._node("featurewise", name, nodes, made.shape) if is_featurewise else None
-            reads, writes = (0, 1) if args[6] else (1, 0)
+            in_axis, out_axis = (0, 1) if args[6] else (1, 0)
         else:
-            first, second, reads, writes = _PRODUCTS[name]
-            factor, held = args[first], self._held(args[second])
+            first, second, in_axis, out_axis = _PRODUCTS[name]
+            factor, view = args[first], self._weight_view(args[second])
             axis, out = factor.dim() - 1, made.dim() - 1
-            if held is None:  # the weight comes first
-                factor, held = args[second], self._held(args[first])
-                axis, out, reads, writes = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
-        if held is None or held.axes is None or id(factor) not in values:
+            if view is None:  # the weight comes first
+                factor, view = args[second], self._weight_view(args[first])
+                axis, out, in_axis, out_axis = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
+        if view is None or view.axes is None or id(factor) not in values:
             return None
         ends: list[int | None] = []
-        for end, size in ((reads, factor.shape[axis]), (writes, made.shape[out])):
-            at = held.axes[end]  # counts if the whole axis is there
-            ends.append(at if at is not None and held.parameter.shape[at] == size else None)
-        product = self._product(held, ends[0], ends[1], _pattern(values[id(factor)], axis, factor))
+        for end, size in ((in_axis, factor.shape[axis]), (out_axis, made.shape[out])):
+            at = view.axes[end]  # counts if the whole axis is there
+            ends.append(at if at is not None and view.parameter.shape[at] == size else None)
+        product = self._product(view, ends[0], ends[1], _pattern(values[id(factor)], axis, factor))
         return self._node("map", name, [values[id(factor)].node], made.shape, product, {out})
 
-    def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
+    def _scaled_node(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
         if len(given) == 1:
             return values[id(given[0])].node, values[id(given[0])].entries
         if given[0] is given[1]:
@@ -481,8 +481,8 @@ class Graph(TorchDispatchMode):
                 return self._node(kind, name, [value.node, by], made.shape), None
         return self._node("opaque", name, [values[id(t)].node for t in given], made.shape), None
 
-    def _rearranged(
-        self, func: Any, name: str, args: tuple, kwargs: dict, told: list[Node], values: dict, made: Tensor
+    def _rearranged_node(
+        self, func: Any, name: str, args: tuple, kwargs: dict, terms: list[Node], values: dict, made: Tensor
     ) -> tuple[Node, Any]:
         if name == "copy_":  # the former content does not count
             value = values[id(args[1])] if isinstance(args[1], Tensor) and id(args[1]) in values else None
@@ -492,30 +492,30 @@ class Graph(TorchDispatchMode):
             node = self._node("constant", name, (), made.shape)
             node.is_zero = name == "zero_" or not args[1]
             return node, None
-        if len(told) != 1:
-            return self._node("join", name, told, made.shape), None
+        if len(terms) != 1:
+            return self._node("join", name, terms, made.shape), None
         if name.startswith(("masked_fill", "neg")):
-            return told[0], next(v.entries for v in values.values() if v.node is told[0])
+            return terms[0], next(v.entries for v in values.values() if v.node is terms[0])
 
         places = {}
         for part in floats_of((args, kwargs)):
             if (value := values.get(id(part))) is not None:
                 nothing = torch.zeros_like(part, dtype=torch.float64)
-                places[id(part)] = _shown(value, part).clone() if value.node is told[0] else nothing
+                places[id(part)] = _places(value, part).clone() if value.node is terms[0] else nothing
         try:
             if name in ("sum", "mean"):
-                return told[0], _shown(values[id(args[0])], args[0]).amax(*args[1:2] or ((),), *args[2:3])
+                return terms[0], _places(values[id(args[0])], args[0]).amax(*args[1:2] or ((),), *args[2:3])
             other = {key: value for key, value in kwargs.items() if key != "dtype"} if name == "_to_copy" else kwargs
             moved = tree_map(lambda part: places.get(id(part), part), (args, other))
-            return told[0], func(*moved[0], **moved[1])
+            return terms[0], func(*moved[0], **moved[1])
         except (RuntimeError, TypeError, NotImplementedError):
-            return self._node("join", name, told, made.shape), None
+            return self._node("join", name, terms, made.shape), None
 
 
 # ---- where entries are -----------------------------------------------------------------------------------------------
 
 
-def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
+def _places(value: _Value, tensor: Tensor | None = None) -> Tensor:
     """The place in the node of each entry of a tensor, from 1; float64, with the strides of the tensor if it is given.
 
     With other strides, an operation that views the tensor may fail on the places.
@@ -534,7 +534,7 @@ def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[in
     is_whole = value.entries is None and 0 not in node.shape and (tensor is None or tensor.shape == node.shape)
     if is_whole and node.shape[axis] > 1:  # a short way to the result of the lines below
         return (axis % len(node.shape), 0, *range(0, node.shape[axis] * behind[axis], behind[axis]))
-    shown = _shown(value, tensor)
+    shown = _places(value, tensor)
     if not shown.numel():
         return None
     rows = shown.movedim(axis, -1).reshape(-1, shown.shape[axis])
@@ -602,7 +602,7 @@ def _storage(tensor: Tensor) -> int:
 # ---- experts that a pass has not run ---------------------------------------------------------------------------------
 
 
-def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
+def sibling_experts(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
     """The weights of the experts beside those of `weights` that no token of the pass has chosen."""
     for weight in weights:
         for child, rest in siblings(model, weight.module):

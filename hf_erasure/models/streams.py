@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 
 from .dummy import dummy_batch
-from .graph import Graph, Node, Product, Weight, experts_beside, siblings
+from .graph import Graph, Node, Product, Weight, sibling_experts, siblings
 from .model import MEDIA, bare_model
 
 # Kinds of nodes that change each feature, or each row, by itself.
-_BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
-_ADDED = {"sum", "join"}
+_PER_FEATURE = {"norm", "scaled", "featurewise", "pointwise"}
+_SUMS = {"sum", "join"}
 _MIXES = "it does not take the features of a row as they are"
 
 
@@ -29,10 +29,10 @@ class Group(list[Weight]):
     """The maps that read one tensor, in the order of their calls.
 
     Attributes:
-        also: The names of other operations on the tensor, which are not such maps and so are not guarded.
+        other_uses: The names of other operations on the tensor, which are not such maps and so are not guarded.
     """
 
-    also: tuple[str, ...] = ()
+    other_uses: tuple[str, ...] = ()
 
 
 def readers_of(model: nn.Module) -> list[Group]:
@@ -81,54 +81,54 @@ class _Streams:
         base = bare_model(model)
         media = [name for name, method in MEDIA.items() if hasattr(base, method)]
         # An input that a text may have, such as images, and that the pass did not have.
-        self._leaves_out = next((name for name in media if "input_ids" in batch and not batch.keys() & {*media}), None)
+        self._unfed_input = next((name for name in media if "input_ids" in batch and not batch.keys() & {*media}), None)
         nodes = self._graph.nodes
-        self._made_of: dict[Node, list[Node]] = {node: [] for node in nodes}
+        self._results_of: dict[Node, list[Node]] = {node: [] for node in nodes}
         for node in nodes:
             for parent in node.parents:
-                self._made_of[parent].append(node)
+                self._results_of[parent].append(node)
         self._stream = {
             node
             for total in nodes
             if total.kind == "sum"
             for end in total.parents
             for branch in total.parents
-            if end is not branch and branch.behind >> _behind_scales(end).index & 1
+            if end is not branch and branch.behind_weights >> _unscaled(end).index & 1
             # A branch ends in a map, as all writers do; the sums inside a mixer have no map at their ends.
-            if any(end_of_branch.kind == "map" for end_of_branch in _ends([branch], _BETWEEN))
-            for node in (total, end, _behind_scales(end))
+            if any(term.kind == "map" for term in _terms([branch], _PER_FEATURE))
+            for node in (total, end, _unscaled(end))
         }
         for node in nodes:
             first = node.parents[:1] if node.kind == "scaled" else node.parents
-            if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
+            if node.kind in {*_SUMS, "scaled"} and any(parent in self._stream for parent in first):
                 self._stream.add(node)
         # The nodes of the stream, and the nodes that are made of it feature by feature.
-        self._seen: set[Node] = set(self._stream)
+        self._readable: set[Node] = set(self._stream)
         for node in nodes:
-            is_made = node.kind in _BETWEEN and node.parents[0] in self._seen
+            is_made = node.kind in _PER_FEATURE and node.parents[0] in self._readable
             given = [parent for parent in node.parents if parent.kind not in ("constant", "parameter")]
-            if is_made or (node.kind in _ADDED and given and all(parent in self._seen for parent in given)):
-                self._seen.add(node)
+            if is_made or (node.kind in _SUMS and given and all(parent in self._readable for parent in given)):
+                self._readable.add(node)
 
     # ---- readers -----------------------------------------------------------------------------------------------------
 
     def readers(self) -> list[Group]:
         """The groups of maps that read a tensor, joined where they share a module; warns if a map is not guarded."""
         found: dict[Any, dict[Weight, int]] = {}
-        also: dict[Node, set[str]] = {}
+        other_uses: dict[Node, set[str]] = {}
         unguarded: list[str] = []
         for node in self._graph.nodes:
-            for taken in node.parents if node.kind not in _BETWEEN | _ADDED else ():
-                if taken not in self._seen:
+            for taken in node.parents if node.kind not in _PER_FEATURE | _SUMS else ():
+                if taken not in self._readable:
                     continue
                 product = node.product
                 if product is None or (reason := self._why_not_read(taken, node, product)) == _MIXES:
-                    also.setdefault(taken, set()).add(node.operation)
+                    other_uses.setdefault(taken, set()).add(node.operation)
                 elif reason:
                     unguarded.append(reason)
                 else:
-                    weight = Weight(product.owner, product.parameter, int(product.reads or 0))
-                    sizes = self._graph.calls[product.call].sizes
+                    weight = Weight(product.owner, product.parameter, int(product.in_axis or 0))
+                    sizes = self._graph.calls[product.call].input_size
                     if math.prod(sizes) != math.prod(taken.shape) and self._is_expert(product.owner, taken):
                         sizes = next((key[2] for key in found if key[:2] == (taken, product.pattern)), ())
                     found.setdefault((taken, product.pattern, sizes), {}).setdefault(weight, product.call)
@@ -138,15 +138,15 @@ class _Streams:
             joined = [group for group in groups if any(weight.module in names for weight in group[0])]
             groups = [group for group in groups if group not in joined]
             merged = {weight: at for group in joined for weight, at in group[0].items()}
-            groups.append((weights | merged, set().union(also.get(taken, ()), *(group[1] for group in joined))))
+            groups.append((weights | merged, set().union(other_uses.get(taken, ()), *(group[1] for group in joined))))
         groups.sort(key=lambda group: min(group[0].values()))
         made = []
-        for weights, told in groups:
+        for weights, operations in groups:
             group = Group(sorted(weights, key=weights.__getitem__))
-            group += dict.fromkeys(o for o in experts_beside(self._model, self._graph, group) if o not in group)
-            group.also = tuple(sorted(told))
+            group += dict.fromkeys(o for o in sibling_experts(self._model, self._graph, group) if o not in group)
+            group.other_uses = tuple(sorted(operations))
             made.append(group)
-        unguarded += self._not_run(weight for group in made for weight in group)
+        unguarded += self._blocks_not_run(weight for group in made for weight in group)
         if unguarded:
             more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
             warnings.warn(
@@ -158,21 +158,21 @@ class _Streams:
 
     def _why_not_read(self, taken: Node, node: Node, product: Product) -> str | None:
         """Why a map is not a reader of a tensor; None if its module takes the tensor first, and only for the map."""
-        if product.pattern is None or product.reads is None:
+        if product.pattern is None or product.in_axis is None:
             return _MIXES
         along = product.pattern[0]
         if taken.width and along >= 0 and taken.shape[along] != taken.width:  # such as from positions to positions
             return _MIXES
         if product.call < 0:
             return f"the weight {product.parameter!r} takes it, and its module is not called"
-        first = self._graph.calls[product.call].taken
-        inside = [other for other in self._made_of[taken] if product.call in other.calls]
+        first = self._graph.calls[product.call].inputs
+        inside = [other for other in self._results_of[taken] if product.call in other.calls]
         own = all(other.product is not None and other.product.owner == product.owner for other in inside)
         if first[:1] == (taken,) and taken not in first[1:] and own:
             return None
         return f"the module {product.owner!r}, whose {product.parameter!r} takes it, takes it in other ways too"
 
-    def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
+    def _blocks_not_run(self, found: Iterable[Weight]) -> Iterator[str]:
         """The reasons for blocks that are not seen: the pass calls others in their list, but does not call them."""
         chosen = [f"{weight.module}." for weight in found]
         for path, module in self._model.named_modules():
@@ -187,7 +187,7 @@ class _Streams:
     def _is_expert(self, module: str, taken: Node) -> bool:
         """Whether a module is in a list whose other modules take rows of the same tensor, or are not called at all."""
         return any(
-            child not in self._graph.called or any(call.taken[:1] == (taken,) for call in self._graph.called[child])
+            child not in self._graph.called or any(call.inputs[:1] == (taken,) for call in self._graph.called[child])
             for child, _ in siblings(self._model, module)
         )
 
@@ -197,17 +197,17 @@ class _Streams:
         """The maps whose outputs are added to the stream; raises an error if anything else is added."""
         found: dict[Weight, None] = {}
         refusals: list[str] = []
-        if self._leaves_out is not None:
-            refusals.append(f"the small pass that finds what is added to it has none of its {self._leaves_out}")
-        ends = _ends(node for node in self._graph.nodes if node in self._stream)
+        if self._unfed_input is not None:
+            refusals.append(f"the small pass that finds what is added to it has none of its {self._unfed_input}")
+        ends = _terms(node for node in self._graph.nodes if node in self._stream)
         for node in ends:
             reason = self._why_not_written(node, ends)
             if reason is not None:
                 refusals.append(reason)
             elif node.product is not None:
-                found[Weight(node.product.owner, node.product.parameter, int(node.product.writes or 0))] = None
-        found |= dict.fromkeys(experts_beside(self._model, self._graph, [*found]))
-        refusals += self._not_run(found)
+                found[Weight(node.product.owner, node.product.parameter, int(node.product.out_axis or 0))] = None
+        found |= dict.fromkeys(sibling_experts(self._model, self._graph, [*found]))
+        refusals += self._blocks_not_run(found)
         name = type(self._model).__name__
         if refusals:
             raise ValueError(
@@ -232,34 +232,34 @@ class _Streams:
             return f"the parameter {what!r} is added to it"
         if product is None:
             return f"what `{what}` gives is added to it, which is not a linear map"
-        if product.writes is None:
+        if product.out_axis is None:
             return f"a part of the weight {product.parameter!r} makes what is added to it"
         if product.call < 0:
             return f"the weight {product.parameter!r} makes what is added to it, and its module is not called"
-        given = self._graph.calls[product.call].given
+        given = self._graph.calls[product.call].output
         if given is None or any(
-            end.product is None or end.product.owner != product.owner for end in _ends([given]) if not end.is_zero
+            end.product is None or end.product.owner != product.owner for end in _terms([given]) if not end.is_zero
         ):
             return f"the module {product.owner!r}, whose weight makes what is added to it, returns something else"
         return None
 
 
-def _behind_scales(node: Node) -> Node:
+def _unscaled(node: Node) -> Node:
     while node.kind in ("scaled", "featurewise", "mixed"):
         node = node.parents[0]
     return node
 
 
-def _ends(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:
+def _terms(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:
     """The terms that nodes are sums of, in the order of making; nodes of the kinds `through` stand for a parent."""
-    found, open_ = set(), list(nodes)
-    seen = set(open_)
-    while open_:
-        node = open_.pop()
-        parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind in through else None
+    found, pending = set(), list(nodes)
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        parts = node.parents if node.kind in _SUMS else node.parents[:1] if node.kind in through else None
         if parts is None:
             found.add(node)
             continue
-        open_ += [part for part in parts if part not in seen]
+        pending += [part for part in parts if part not in seen]
         seen.update(parts)
     return sorted(found, key=lambda node: node.index)

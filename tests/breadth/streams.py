@@ -207,7 +207,9 @@ def told(model: nn.Module) -> list[str]:
     lines: list[str] = []
     try:
         groups = readers_of(model)
-        lines += collapsed(_in_words(group) + "".join(f" (also {name})" for name in group.also) for group in groups)
+        lines += collapsed(
+            _in_words(group) + "".join(f" (also {name})" for name in group.other_uses) for group in groups
+        )
     except ValueError as error:
         lines.append(f"readers: {error}")
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.models.flow import Flow
+from hf_erasure.models.flow import NormFinder
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ def test_norms_of_the_hidden_state_are_found(order: str) -> None:
     torch.manual_seed(0)
     model = Model(order).eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
+        sites = NormFinder(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
     inside = [f"parts.{block}.{name}" for block in (0, 1) for name in ("first", "second")]
     assert sites == [*inside, "embedding_norm"]
 
@@ -84,7 +84,7 @@ def test_blocks_that_are_not_called_themselves_count() -> None:
 
     model = Direct("after").eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
+        sites = NormFinder(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
     assert sites == ["parts.0.first", "parts.0.second", "parts.1.first", "parts.1.second"]
 
 
@@ -100,7 +100,7 @@ def test_the_last_norm_of_a_branch_of_convolutions_counts_and_the_first_does_not
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Residual(), Residual()).eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randn(2, 3, 6, 6))).sites
+        sites = NormFinder(model, lambda: model(torch.randn(2, 3, 6, 6))).sites
     assert sites == ["1.norm2", "2.norm2"]
 
 
@@ -120,7 +120,7 @@ def test_a_block_that_changes_the_width_begins_another_hidden_state() -> None:
 
     model = nn.Sequential(Block("before"), Widening()).eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randn(2, 5, 8))).sites
+        sites = NormFinder(model, lambda: model(torch.randn(2, 5, 8))).sites
     assert sites == ["0.first", "0.second", "1.norm1", "1.norm2"]
 
 
@@ -145,7 +145,7 @@ def test_a_norm_of_a_part_without_a_sum_of_its_own_counts_and_one_of_queries_doe
 
     model = nn.Sequential(Around(), Around()).eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randn(2, 5, 8))).sites
+        sites = NormFinder(model, lambda: model(torch.randn(2, 5, 8))).sites
     assert sites == [f"{block}.shared.{name}" for block in (0, 1) for name in ("first", "second")]
 
 
@@ -156,7 +156,7 @@ def test_a_norm_whose_output_is_normalised_again_counts() -> None:
 
     model = nn.Sequential(Twice("after"), Twice("after")).eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randn(2, 5, 8))).sites
+        sites = NormFinder(model, lambda: model(torch.randn(2, 5, 8))).sites
     assert sites == ["0.first", "0.second", "1.first", "1.second"]
 
 
@@ -188,12 +188,12 @@ def test_what_streams_are_mixed_to_is_the_hidden_state_and_their_norm_does_not_c
 
     model = Stack().eval()
     with torch.no_grad():
-        sites = Flow(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
+        sites = NormFinder(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
     assert sites == ["parts.0.first", "parts.1.first"]
 
 
 def test_hooks_are_gone_afterwards() -> None:
     model = Model("before").eval()
     with torch.no_grad():
-        Flow(model, lambda: model(torch.randint(0, 20, (2, 5))))
+        NormFinder(model, lambda: model(torch.randint(0, 20, (2, 5))))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

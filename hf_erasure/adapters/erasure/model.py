@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.flow import Flow, blocks_of
+from hf_erasure.models.flow import NormFinder, blocks_of
 from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.config import as_names, short
@@ -34,7 +34,7 @@ def default_targets(model: nn.Module) -> list[str]:
     """Names of the final norms and of the blocks' norms of the hidden state, which a small forward pass finds."""
     chosen: set[str] = set()
     try:
-        dummy_batch(model, watch=lambda call: chosen.update(Flow(model, call).sites))
+        dummy_batch(model, watch=lambda call: chosen.update(NormFinder(model, call).sites))
     except ValueError as error:
         raise _without_default(
             model,

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, Weight, experts_beside, whole_axis
+from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, Weight, sibling_experts, whole_axis
 from hf_erasure.models.model import distance, evaluating, is_norm, tensors_of, without_drawing
 from hf_erasure.models.streams import readers_of, writers_of
 
@@ -135,7 +135,7 @@ def trace_uses(
         for site in [layer.erasures[name].side]
         for call in graph.calls
         if call.name == path
-        for node in ([call.given] if site == "output" else call.taken[:1])
+        for node in ([call.output] if site == "output" else call.inputs[:1])
         if node is not None
     ]
     made: dict[Node | None, str] = {}
@@ -145,27 +145,27 @@ def trace_uses(
         here, site = uses[path], sites[path].erasures[name].side
         axis = sites[path].erasures[name].axis
         here.runs += 1
-        here.returned |= node in graph.returned and (site == "output" or node is call.given)
+        here.returned |= node in graph.returned and (site == "output" or node is call.output)
         # An eraser at an input acts inside the call, an eraser at an output acts after it.
         is_inside = site == "input"
         here.obstacles += [
             told
             for told, other, at, shown, _ in erased
-            if other != path and shown is node and (call.index in at.around) == is_inside
+            if other != path and shown is node and (call.index in at.outer_calls) == is_inside
         ]
         if node.kind == "constant":
             here.obstacles.append("operations on the model's inputs, which are not followed")
         for use in graph.uses:
-            if use.taken is node and (call.index in use.calls) == is_inside:
-                made[use.made] = path
+            if use.input is node and (call.index in use.calls) == is_inside:
+                made[use.output] = path
                 _note(graph, use, axis, here)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     fed: dict[int, set[str]] = {}
     elsewhere = set()
     for use in graph.uses:  # the products of which a weight is a factor are among its uses, too
-        own, made_by = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
+        own, made_by = use.input.product, None if use.output is None or use.output.kind != "map" else use.output.product
         if own is None or made_by is None or (own.owner, own.parameter) != (made_by.owner, made_by.parameter):
-            elsewhere.add(use.taken)
+            elsewhere.add(use.input)
     for node in graph.nodes:
         if node.product is not None and (node.kind != "parameter" or node in elsewhere):
             weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
@@ -173,19 +173,19 @@ def trace_uses(
             told = f"<{node.operation}>" if is_named else "another use"
             fed.setdefault(id(weight), set()).add(made.get(node, told))
     for here in uses.values():
-        here.weights += [other for other in experts_beside(model, graph, here.weights) if other not in here.weights]
+        here.weights += [other for other in sibling_experts(model, graph, here.weights) if other not in here.weights]
     known = {weight for here in uses.values() for weight in here.weights}
     return uses, {w: fed.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
 
 
 def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
     """Record what takes an activation: a weight that multiplies its features, or an obstacle."""
-    if use.made is use.taken and use.operation in _MOVES:  # the moved entries have uses of their own
+    if use.output is use.input and use.operation in _MOVES:  # the moved entries have uses of their own
         return
     calls = [graph.calls[number] for number in use.calls]
     quantised = next((call.name for call in reversed(calls) if has_quantised(call.module)), None)
     wrapper = next((call.name for call in calls if isinstance(call.module, BaseTunerLayer)), None)
-    product = use.made.product if use.made is not None and use.made.kind == "map" else None
+    product = use.output.product if use.output is not None and use.output.kind == "map" else None
     if quantised is not None:
         uses.quantised.append(quantised)
     elif wrapper is not None:
@@ -194,14 +194,14 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
         is_call = bool(calls) and use.operation == calls[-1].name
         uses.obstacles.append(type(calls[-1].module).__name__ if is_call else use.operation)
     elif (
-        product.reads is None
-        or not use.taken.shape
-        or whole_axis(product.pattern, use.taken) != axis % len(use.taken.shape)
+        product.in_axis is None
+        or not use.input.shape
+        or whole_axis(product.pattern, use.input) != axis % len(use.input.shape)
         or why_not_mergeable(graph.calls[product.call].module, "input", product.parameter) is not None
     ):
         uses.obstacles.append(type(graph.calls[product.call].module).__name__)
     else:
-        weight = Weight(product.owner, product.parameter, product.reads)
+        weight = Weight(product.owner, product.parameter, product.in_axis)
         uses.weights += [weight] * (weight not in uses.weights)
 
 
