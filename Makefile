@@ -12,11 +12,11 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 DEMO_RECIPE ?= recipes/minilm-gender/recipe.yaml
 DEMO_OUT ?= out/minilm-gender
-# Three on two cores: some tests wait, for processes that they start or for files.
+# Three workers on two cores, since some tests wait for processes that they start or for files.
 PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 
-# Real models and data for the tests that want them; those tests skip where the folder is missing.
+# Real models and data for the tests that need them; if the folder is missing, these tests are skipped.
 HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
@@ -49,7 +49,7 @@ $(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[oldest]'
 	touch $@
 
-# Always anew: what is newest changes. Only torch is pinned, so that pip takes the build that is there already.
+# Installed again each time, since there may be newer releases. Only torch is pinned, so that pip takes the present build.
 $(NEWEST)/.test: constraints.txt pyproject.toml FORCE
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
@@ -59,7 +59,7 @@ $(NEWEST)/.test: constraints.txt pyproject.toml FORCE
 
 FORCE:
 
-# Only what builds: the check makes an environment of its own.
+# Only the build tool: the check makes its own environment.
 $(VENV)/.release: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt build
@@ -79,15 +79,15 @@ demo-check: demo  ## load what the demo wrote in other processes, measure again,
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure check $(DEMO_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend evaluate out/gradiend-demo/adapter
 
-# One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once. Files
-# are given out in the order of tests/conftest.py.
+# One core for each worker: otherwise processes that tests start would use all cores. Each file runs on one worker, so that
+# its fixtures are made once. Workers get files in the order of tests/conftest.py.
 BY_FILE := --dist loadfile --no-loadscope-reorder
-# Bytecode is kept even where the machine does without: every worker would compile all tests anew.
+# Bytecode is kept even if the machine turns it off: otherwise every worker would compile all tests again.
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) $(PYTEST_ARGS)
 
-# Left out is what older releases do otherwise: layers_pattern where the list of blocks is at the top of the model, which
-# names a PeftModel still knows after a call that failed, and what a process writes that is not the main one.
+# Left out are tests of things that older releases do differently: layers_pattern where the list of blocks is at the top of
+# the model, the names that a PeftModel knows after a failed call, and what a process writes that is not the main one.
 test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest releases that are supported
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider -m 'not slow and not lifecycle' \
 		$(PYTEST_ARGS) tests/adapters tests/lifecycle \
@@ -100,7 +100,7 @@ test-newest: $(NEWEST)/.test  ## run the tests of adapters, model types and READ
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider \
 		$(PYTEST_ARGS) tests/adapters tests/lifecycle tests/breadth tests/docs/test_pages.py
 
-# What a processor adds in which order shows in the last bits. PROCESSOR_TESTS narrows it.
+# The order in which a processor adds numbers shows in the last bits. PROCESSOR_TESTS chooses the tests.
 PROCESSOR_TESTS ?= tests/erasers tests/gradiend tests/adapters
 test-processors: $(VENV)/.test  ## run the tests of the mathematics and of adapters as on other processors
 	for capability in default avx2; do for threads in 1 2; do \
@@ -109,7 +109,7 @@ test-processors: $(VENV)/.test  ## run the tests of the mathematics and of adapt
 			-n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider $(PYTEST_ARGS) $(PROCESSOR_TESTS); \
 	done; done
 
-# Of the tests of breadth only those of every type: the others take the same steps, and fewer.
+# In tests/breadth it runs only the tests of every type: the others take some of the same steps.
 matrix: $(VENV)/.test  ## run the tests of other tools and of every model type, and write the tables of docs that they make
 	rm -f out/matrix.jsonl out/types.jsonl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix out/matrix.jsonl tests/ecosystem tests/lifecycle tests/distributed

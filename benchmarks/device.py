@@ -1,9 +1,9 @@
-"""What an accelerator makes of the hot paths, in at most four minutes; without one, small sizes on the CPU.
+"""How fast the hot paths run on an accelerator, in at most four minutes; without one, small sizes on the CPU.
 
     python benchmarks/device.py [--small]
 
-Results are held against the CPU first, in float64 where there is one; then each operation is timed beside the plain one
-that bounds it, in turns. Ratios are of medians; a step is waited for before the clock is read.
+Results are first compared with the CPU's, in float64 where the device has it. Then each operation is timed in turns
+with the plain operation that bounds it. Ratios are of medians; the clock is read only after a step has finished.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hf_erasure.gradiend import FeatureNeuron
 hf.logging.set_verbosity_error()
 warnings.simplefilter("ignore")
 
-SECONDS = 240  # of the whole script; parts that would begin later are left out, and said to be
+SECONDS = 240  # for the whole script; parts that would begin later are skipped, with a message
 Cases = Mapping[str, Callable[[], object]]
 
 
 class Device:
-    """Where everything runs, and a clock that waits for it."""
+    """The device that everything runs on, and a clock that waits for it."""
 
     def __init__(self, *, small: bool) -> None:
         self.accelerator = None if small else torch.accelerator.current_accelerator()
@@ -40,12 +40,12 @@ class Device:
         self.started = time.perf_counter()
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Wait until all launched operations are done."""
         if self.accelerator is not None:
             torch.accelerator.synchronize()
 
     def medians(self, cases: Cases, repeats: int) -> dict[str, float]:
-        """Median milliseconds of each case; all run in turns, once before any counts."""
+        """Median milliseconds of each case; all run in turns, and the first round does not count."""
         times: dict[str, list[float]] = {name: [] for name in cases}
         for turn in range(repeats + 1):
             for name, run in cases.items():
@@ -58,14 +58,14 @@ class Device:
         return {name: statistics.median(found) for name, found in times.items()}
 
     def row(self, what: str, cases: Cases, repeats: int = 20) -> None:
-        """Time cases against the first of them, and print one line."""
+        """Time cases relative to the first case, and print one line."""
         found = self.medians(cases, repeats)
         floor, *others = found.items()
         line = "  ".join(f"{name} {taken:.3f} ms = {taken / floor[1]:.2f} x" for name, taken in others)
         print(f"{what:<34} {floor[0]} {floor[1]:.3f} ms  {line}", flush=True)
 
     def has_time(self, what: str) -> bool:
-        """Whether a part may begin."""
+        """Whether there is time to begin a part."""
         left = SECONDS - (time.perf_counter() - self.started)
         if left < 20:
             print(f"{what:<34} left out: {left:.0f} s of {SECONDS} are left", flush=True)
@@ -73,7 +73,7 @@ class Device:
 
 
 def rows_of(count: int, width: int) -> tuple[Tensor, Tensor]:
-    """Float32 rows on the CPU whose classes differ, and these."""
+    """Float32 rows on the CPU whose classes differ, and the classes."""
     generator = torch.Generator().manual_seed(0)
     z = torch.arange(count) % 2
     x = torch.randn(count, width, generator=generator)
@@ -81,7 +81,7 @@ def rows_of(count: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def check(on: Device) -> None:
-    """Moments, eraser and neuron on the device beside those on the CPU."""
+    """Compare moments, eraser and neuron on the device with those on the CPU."""
     x, z = rows_of(2048, 256)
     here, there = ConceptMoments(256, 2).update(x, z), ConceptMoments(256, 2).update(x.to(on.device), z.to(on.device))
     gaps = {"mean": (there.mean_x.cpu() - here.mean_x).abs().max()}
@@ -99,14 +99,14 @@ def check(on: Device) -> None:
     values = [neuron.encode(source) for neuron in neurons]
     gaps["neuron"] = torch.tensor(abs(values[0] - values[1]))
     for name, gap in gaps.items():
-        # Products are float32, and so are maps as they act.
+        # Products are float32, and maps are applied in float32.
         if not float(gap) < 1e-4:
             raise SystemExit(f"{name} on {on.device} is {float(gap):.1e} from that on the CPU: nothing is timed.")
     print("against the CPU: " + ", ".join(f"{name} {float(gap):.0e}" for name, gap in gaps.items()), flush=True)
 
 
 def kernels(on: Device) -> None:
-    """Apply, update and solve."""
+    """Time applying, updating and solving."""
     for width in (64, 256) if on.small else (768, 2048, 4096):
         x, z = (part.to(on.device) for part in rows_of(512 if on.small else 8192, width))
         moments, floor = ConceptMoments(width, 2).update(x, z), torch.zeros(width, width, device=on.device)
@@ -153,7 +153,7 @@ def model_of(on: Device) -> tuple[Any, list[dict[str, Tensor]]]:
 
 
 def models(on: Device) -> None:
-    """Scrubbing, with activations in main memory too; and two adapters that act at once, compiled."""
+    """Time scrubbing (also with activations in main memory), and two active adapters in a compiled model."""
     model, batches = model_of(on)
     for name in ("one", "two"):
         model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name=name)
@@ -192,7 +192,7 @@ def models(on: Device) -> None:
 
 
 def neuron(on: Device) -> None:
-    """One step of GRADIEND beside a sum of two vectors of that size."""
+    """Time one step of GRADIEND, relative to a sum of two vectors of the same size."""
     for n in (10_000,) if on.small else (5_000_000, 100_000_000):
         generator = torch.Generator().manual_seed(0)
         source, target = ({"w": torch.randn(n, generator=generator).to(on.device)} for _ in range(2))
@@ -207,7 +207,7 @@ def neuron(on: Device) -> None:
 
 
 def main() -> None:
-    """Run everything that there is time for."""
+    """Run all parts that there is time for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--small", action="store_true", help="small sizes on the CPU, also where there is an accelerator"

@@ -1,9 +1,9 @@
-"""How fast the erasers are, next to concept-erasure 0.2.4 and to what the hardware allows.
+"""How fast the erasers are, compared with concept-erasure 0.2.4 and with what the hardware allows.
 
     python benchmarks/erasers.py [--quick] [--threads N]
 
-Everything that is compared runs interleaved, on the same data, in one process; figures are medians. Ratios above 1 mean
-faster than what they name. One thread by default: on a machine that others use, two threads wait for each other.
+Everything that is compared runs interleaved, on the same data, in one process; figures are medians. A ratio above 1
+means that we are faster than what it names. One thread by default: on a shared machine two threads wait for each other.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def residual(x: Tensor, z: Tensor, classes: int, left: Tensor, right: Tensor, bi
 
 
 def bench_solve(width: int, classes: int, repeats: int) -> str:
-    """Beside the reference with float32 statistics, its default for float32 rows, and with float64 ones."""
+    """Time the solve against the reference with float32 statistics (its default for float32 rows) and with float64."""
     x, z = activations(width + 1024, width, classes)
     ours = ConceptMoments(width, classes)
     peers = {dtype: LeaceFitter(width, classes, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -95,7 +95,7 @@ def bench_solve(width: int, classes: int, repeats: int) -> str:
         theirs = peer.eraser
         took[str(dtype)] = time.perf_counter() - start
         figures.append(residual(x, z, classes, theirs.proj_left, theirs.proj_right, theirs.bias))
-        # Up to a minute at width 4096: run once there, interleaved where it is shorter. A copy has no cached result.
+        # At width 4096 it takes up to a minute and runs once; smaller widths interleave. A copy has no cached result.
         fresh = LeaceFitter(width, classes, dtype=dtype)
         fresh.mean_x, fresh.mean_z, fresh.n = peer.mean_x, peer.mean_z, peer.n
         fresh.sigma_xx_, fresh.sigma_xz_ = peer.sigma_xx_, peer.sigma_xz_
@@ -149,7 +149,7 @@ def bench_memory(width: int, kind: str) -> str:
     elif kind == "float64":
         x = x.double()
     mask = torch.arange(ROWS) % 10 != 0 if kind == "masked" else None
-    # From nothing, so that the statistics themselves are counted; twice, so that merging is.
+    # From no statistics, so that they are counted too; with two updates, so that merging is counted.
     moments = ConceptMoments(width, 17)
     peak = peak_bytes(lambda: moments.update(x, z, mask=mask).update(x, z, mask=mask))
     return f"{width:>6} {kind:>10} {peak / 2**20:>10.1f} {peak / 4 / width**2:>18.2f}"

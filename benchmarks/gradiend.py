@@ -1,14 +1,14 @@
-"""How fast GRADIEND is, next to gradiend 0.2.3 and to what the hardware allows.
+"""How fast GRADIEND is, compared with gradiend 0.2.3 and with what the hardware allows.
 
     python benchmarks/gradiend.py [part …] [--quick] [--threads 1]
 
 Everything that is compared runs in turns in one process, on the same model, data, batches and padding, and both
-sides are handed tokens. What is counted is processor time, by default of one thread: unlike elapsed time, it does not
-grow when other programs want the processor too. Ratios above 1 mean that the reference takes longer. Memory is measured
-in a process of its own for each side.
+sides get tokens. Processor time is counted, by default of one thread: unlike elapsed time, it does not grow when other
+programs use the processor too. Ratios above 1 mean that the reference takes longer. Memory is measured in a separate
+process for each side.
 
-HF_ERASURE_TEST_ASSETS may name a folder with `models/story-mlm`, for fitting and reading names of both genders; without
-it a small model learns them on the spot.
+HF_ERASURE_TEST_ASSETS may name a folder with `models/story-mlm`, a model that knows names of both genders; without it
+this script trains a small one.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ logging.disable(logging.INFO)
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 LR = 1e-4
-SIZES = [(4, 256, 8192), (6, 512, 8192), (4, 256, 30522)]  # layers, width, words; 30522 are BERT's own
-BASE = (12, 768, 30522)  # as BERT-base; for memory alone
+SIZES = [(4, 256, 8192), (6, 512, 8192), (4, 256, 30522)]  # layers, width, words; BERT has 30522 words
+BASE = (12, 768, 30522)  # as BERT-base; only for memory
 BATCHES = [(8, 32), (8, 16), (32, 32)]  # rows, tokens; 8 and 32 rows are the defaults of the two packages
 FLOOR = 26  # n-vectors that a step in float32 reads and writes when everything is fused
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-LEARNING_RATES, PATIENCE = (1e-4, 3e-4, 1e-3), 12  # a run may take so many times what the closed form takes
+LEARNING_RATES, PATIENCE = (1e-4, 3e-4, 1e-3), 12  # a run may take PATIENCE times the closed form's time
 
 PARTS = ("neuron", "step", "memory", "fit", "encode")
 
@@ -62,7 +62,7 @@ Case = tuple[int, int]
 
 
 def reference(module: str) -> Any:
-    """A module of the reference package, which this file hides by its name while its folder is on the path."""
+    """A module of the reference package; this file has its name and would hide it while its folder is on the path."""
     here = Path(__file__).parent.resolve()
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     return importlib.import_module(f"gradiend.{module}".rstrip("."))
@@ -72,7 +72,7 @@ def reference(module: str) -> Any:
 
 
 def build(layers: int, width: int, words: int) -> Any:
-    """A masked language model with random weights, in eval mode as both packages have it."""
+    """A masked language model with random weights, in eval mode, which both packages use."""
     torch.manual_seed(0)
     config = hf.BertConfig(
         vocab_size=words, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
@@ -82,7 +82,7 @@ def build(layers: int, width: int, words: int) -> Any:
 
 
 def make_batches(count: int, rows: int, length: int) -> list[PairBatch]:
-    """Random tokens, classes in turns; one token a row is predicted."""
+    """Batches of random tokens, with classes in turns; one token in each row is predicted."""
     generator, found = torch.Generator().manual_seed(0), []
     for number in range(count):
         ids = torch.randint(10, 8000, (rows, length), generator=generator)
@@ -95,7 +95,7 @@ def make_batches(count: int, rows: int, length: int) -> list[PairBatch]:
 
 
 def reference_item(batch: PairBatch) -> dict[str, Any]:
-    """A batch as the reference's data set has it after tokenising and stacking."""
+    """A batch in the form of the reference's data set, after tokenising and stacking."""
     item: dict[str, Any] = {}
     for side, tokens in (("factual", batch.factual), ("alternative", batch.counterfactual)):
         labels = torch.full_like(batch.inputs["input_ids"], -100)
@@ -118,7 +118,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(list(neuron.parameters()), lr=LR, weight_decay=1e-2, eps=1e-8)
 
     def rows(self, batches: Sequence[PairBatch]) -> Iterator[dict[str, Any]]:
-        """Source and target of one batch after another, without end."""
+        """Source and target of one batch after another, endlessly."""
         dataset = reference("trainer.core.dataset").GradientTrainingDataset(
             [reference_item(batch) for batch in batches],
             self.model.gradient_creator.forward,
@@ -142,7 +142,7 @@ class Reference:
 
 @dataclass
 class _Named:
-    """In the place of a tokenizer where tokens are given: the reference asks for its kind only."""
+    """Takes the place of a tokenizer, since tokens are given: the reference only asks for its kind."""
 
     name_or_path: str
     mask_token: str = "[MASK]"
@@ -151,13 +151,13 @@ class _Named:
 
 
 def reader_of(model: Any, names: Sequence[str]) -> GradientReader:
-    """Our gradients of the parameters that the reference takes."""
+    """A reader of our gradients, of the same parameters as the reference's."""
     own = dict(model.named_parameters())
     return GradientReader(model, {name: own[name] for name in names})
 
 
 def entries(reader: GradientReader) -> int:
-    """n."""
+    """The number n of weights."""
     return sum(parameter.numel() for parameter in reader.parameters.values())
 
 
@@ -175,14 +175,14 @@ def named(size: Size) -> str:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Processor time of a step."""
+    """Processor time of a step, in seconds."""
     start = time.process_time()
     step()
     return time.process_time() - start
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step in every round, all run in turns; one round before does not count."""
+    """Seconds of each step in every round; all run in turns, and a first round does not count."""
     rounds = [{name: seconds(step) for name, step in steps.items()} for _ in range(repeats + 1)]
     return {name: [taken[name] for taken in rounds[1:]] for name in steps}
 
@@ -199,7 +199,7 @@ def verdict(value: float, target: float, *, most: bool = False) -> str:
 
 
 def report_neuron(size: Size, repeats: int) -> None:
-    """The neuron alone: time, passes over n, and bytes a second."""
+    """Print the neuron alone: time, passes over n, and bytes per second."""
     model = build(*size)
     theirs = Reference(model)
     reader = reader_of(model, theirs.names)
@@ -232,7 +232,7 @@ def report_neuron(size: Size, repeats: int) -> None:
 
 
 class _Passes(TorchDispatchMode):
-    """Counts what operations read and write; views cost nothing."""
+    """Counts the bytes that operations read and write; views count as none."""
 
     WRITING = ("copy_", "zero_", "fill_", "zeros_like", "ones_like", "zeros", "empty", "empty_like", "new_zeros")
 
@@ -246,7 +246,7 @@ class _Passes(TorchDispatchMode):
         infos = {argument.name: argument.alias_info for argument in schema.arguments}
         given = dict(zip(infos, args, strict=False)) | (kwargs or {})
         if any(info is not None and not info.is_write for info in infos.values()) or name.startswith("empty"):
-            return result  # a view, or memory that nobody has written
+            return result  # a view, or memory that is not written yet
         seen: set[int] = set()
         for key, value in given.items():
             written = infos[key] is not None and not (name == "_fused_adamw_" and key == "grads")
@@ -269,7 +269,7 @@ def counted(step: Callable[[], object], n: int) -> float:
 
 
 def report_steps(size: Size, cases: Sequence[Case], repeats: int) -> None:
-    """A whole training step, from tokens to new weights of the neuron."""
+    """Print a whole training step, from tokens to new weights of the neuron."""
     for rows, length in cases:
         model, batches = build(*size), make_batches(4, rows, length)
         theirs = Reference(model)
@@ -301,7 +301,7 @@ def report_steps(size: Size, cases: Sequence[Case], repeats: int) -> None:
 
 
 def same_gradients(reader: GradientReader, batch: PairBatch, row: Mapping[str, Tensor]) -> float:
-    """The largest norm of a difference between our gradients and the reference's, beside the gradient's own."""
+    """The largest norm of a difference between our gradients and the reference's, relative to the gradient's norm."""
     found = reader.gradients(batch)
     gaps = []
     for kind, key in (("factual", "source"), ("difference", "target")):
@@ -314,7 +314,7 @@ def same_gradients(reader: GradientReader, batch: PairBatch, row: Mapping[str, T
 
 
 def status(field: str) -> float:
-    """A line of this process's status, in bytes; `getrusage` would count what the starting process held."""
+    """A line of this process's status, in bytes; `getrusage` would also count the memory of the starting process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
@@ -358,7 +358,7 @@ def run_steps(kind: str, model: Any, reader: GradientReader, batches: Sequence[P
 def closed_form(
     reader: GradientReader, batches: Sequence[PairBatch], *, finish: bool = True, low_memory: bool = False
 ) -> Any:
-    """The feature, or only what is gathered for it."""
+    """The feature, or only the sums that it is made from."""
     estimator = ClosedFormEstimator({name: p.shape for name, p in reader.parameters.items()})
     for batch in batches:
         reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0), low_memory=low_memory)
@@ -366,7 +366,7 @@ def closed_form(
 
 
 def report_memory(size: Size, case: Case, threads: int) -> None:
-    """Peaks of the three ways of fitting, each in a process of its own."""
+    """Print the peaks of the three ways of fitting, each in a separate process."""
     targets = {"activations": None, "trained": 12, "closed form": 5, "closed form, low_memory": 5, "reference": None}
     cells = []
     for kind, target in targets.items():
@@ -411,7 +411,7 @@ WORDS, CLASSES = {"female": ["she"], "male": ["he"]}, ["female", "male"]
 
 
 def story_model() -> tuple[Any, Any, str]:
-    """A masked model that knows names, its tokenizer, and where it is from."""
+    """A masked model that knows names, its tokenizer, and where the model comes from."""
     folder = Path(os.environ.get("HF_ERASURE_TEST_ASSETS", "../shared/assets")) / "models" / "story-mlm"
     if folder.is_dir():
         model = hf.AutoModelForMaskedLM.from_pretrained(folder).eval()
@@ -420,7 +420,7 @@ def story_model() -> tuple[Any, Any, str]:
 
 
 def taught(steps: int = 400) -> tuple[Any, Any]:
-    """A model that has seen all names in all prompts, with their pronouns."""
+    """A model that was trained on all names in all prompts, with their pronouns."""
     texts = [
         prompt.format(name=name).replace("[FEATURE]", WORDS[label][0]).lower()
         for label in CLASSES
@@ -449,7 +449,7 @@ def taught(steps: int = 400) -> tuple[Any, Any]:
 
 
 def word_tokenizer(texts: Sequence[str]) -> Any:
-    """One token a word, lower case."""
+    """A tokenizer with one token for each lower-case word."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -469,13 +469,13 @@ class Held:
     labels: list[int]
 
     def read(self, encode: Callable[[Mapping[str, Tensor]], float]) -> dict[str, float]:
-        """Correlations without (`cor`) and with neutral texts (`cor_enc`), their signs aside."""
+        """Absolute correlations without (`cor`) and with neutral texts (`cor_enc`)."""
         found = encoded([encode(g) for g in self.gradients], self.labels, ("female", "male")).metrics()
         return {name: 0.0 if math.isnan(found[name]) else abs(found[name]) for name in ("cor", "cor_enc")}
 
 
 def held_out(reader: GradientReader, tokenizer: Any, model: Any) -> Held:
-    """What the two estimators are compared on."""
+    """The data that the two estimators are compared on."""
     pairs = PairSet(pairs_from_templates(UNSEEN_PROMPTS, UNSEEN, WORDS, CLASSES), tokenizer, "masked", CLASSES)
     batches = [(b, 1 - 2 * int(b.label or 0)) for b in pairs.batches(1)]
     texts = Dataset.from_dict({"text": NEUTRAL})
@@ -491,7 +491,7 @@ def held_out(reader: GradientReader, tokenizer: Any, model: Any) -> Held:
 
 
 def report_end_to_end(patience: float, every: int) -> None:
-    """The closed form against the trained neuron at the learning rate that gets there first."""
+    """Print the closed form against the trained neuron, at the learning rate that reaches its correlation first."""
     model, tokenizer, origin = story_model()
     names = [name for name, _ in model.named_parameters() if name.startswith("bert.")]
     reader = reader_of(model, names)
@@ -523,7 +523,7 @@ def report_end_to_end(patience: float, every: int) -> None:
 
 @dataclass
 class Run:
-    """Seconds of training, without those of evaluating, until each correlation was reached, its first and best."""
+    """Seconds of training, without evaluation, until each correlation was reached, and its first and best value."""
 
     reached: dict[str, float]
     start: dict[str, float]
@@ -531,7 +531,7 @@ class Run:
     spent: float = 0.0
 
     def line(self, key: str) -> str:
-        """What the run came to."""
+        """The result of the run in words."""
         at = self.reached[key]
         after = f"after {at:.2f} s" if at < math.inf else f"not in {self.spent:.1f} s"
         return f"{key} {after} ({self.start[key]:.3f} untrained, best {self.best[key]:.3f})"
@@ -570,7 +570,7 @@ def train(
 
 
 def report_encoding(repeats: int) -> None:
-    """Texts a second from text to the value of the neuron, one gradient a text."""
+    """Print texts per second, from a text to the value of the neuron, with one gradient for each text."""
     model, tokenizer, origin = story_model()
     theirs = Reference(model, tokenizer)
     reader = reader_of(model, theirs.names)
@@ -595,7 +595,7 @@ def report_encoding(repeats: int) -> None:
 
 
 def report(parts: Sequence[str], quick: bool, threads: int) -> None:
-    """Run the parts that are asked for."""
+    """Run the requested parts."""
     rounds = 3 if quick else 5
     print(f"torch {torch.__version__}, {threads} thread(s), CPU, float32; processor time, medians of {rounds} rounds")
     print(f"gradiend {reference('').__version__}; BERT for masked language modelling with random weights")

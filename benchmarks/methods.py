@@ -1,4 +1,4 @@
-"""What the erasers leave, what they cost: LEACE beside the methods people compare with.
+"""What erasers leave of a concept and what they cost: LEACE compared with other methods.
 
     python benchmarks/methods.py [--data DIR] [--out benchmarks/methods.md] [--seeds 3]
 
@@ -6,9 +6,9 @@ Two sets of rows. Biographies: mean-pooled states of all-MiniLM-L6-v2 (from the 
 600 biographies in DIR/bias-in-bios; gender is erased, profession should stay. Synthetic: two Gaussians whose means and
 covariances, and therefore the best eraser, are known.
 
-An eraser is fitted on training rows. Probes are trained on the erased training rows and judged on erased rows that
-neither has seen; one more is cross-validated among those rows alone. Oracle and quadratic erasers are told the label of
-every row they erase, also of the held-out ones.
+An eraser is fitted on training rows. Probes are trained on the erased training rows and judged on erased held-out rows
+that neither has seen; other probes are cross-validated among the held-out rows alone. Oracle and quadratic erasers get
+the label of every row that they erase, even of held-out rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Erase = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """Float64 rows, the class that is erased, and one that should stay, for fitting and for judging."""
+    """Float64 rows, the class that is erased, and a class that should stay, for fitting and for judging."""
 
     x: Tensor
     z: Tensor
@@ -62,12 +62,12 @@ class Split:
 
 
 def frozen(eraser: Eraser) -> tuple[Erase, str]:
-    """An eraser that does not look at the label, and its rank."""
+    """An eraser that does not use the label, and its rank."""
     return (lambda x, z: eraser(x)), str(eraser.rank)
 
 
 def quadratic(split: Split) -> tuple[Erase, str]:
-    """Class covariances of fewer rows than features cannot be matched; they are shrunk then, and matched about."""
+    """Class covariances of fewer rows than features cannot be matched exactly; they are shrunk, and matched roughly."""
     exact = int(torch.bincount(split.z).min()) > split.x.shape[1]
     return QuadraticEraser.fit(split.x, split.z, shrinkage=None if exact else "oas"), "–"
 
@@ -189,7 +189,7 @@ WIDTH, ROWS = 20, 4000
 
 @dataclass(frozen=True)
 class Truth:
-    """Two Gaussians of equal weight with means ± half the gap and covariances of their own."""
+    """Two Gaussians of equal weight with means ± half the gap and different covariances."""
 
     gap: Tensor
     covariances: tuple[Tensor, Tensor]
@@ -200,14 +200,14 @@ class Truth:
 
     @property
     def eraser(self) -> Eraser:
-        """LEACE of the population: no linear map that guards changes less."""
+        """LEACE of the population: the linear map that guards with the least change."""
         reading = torch.linalg.solve(self.total, self.gap)
         left = self.gap[:, None] / (self.gap @ reading).sqrt()
         return Eraser(left, reading[None] / (self.gap @ reading).sqrt(), torch.zeros(WIDTH, dtype=torch.float64))
 
     @property
     def distortion(self) -> float:
-        """`sqrt(E|r(x) − x|² / E|x|²)` of it, in closed form."""
+        """The distortion `sqrt(E|r(x) − x|² / E|x|²)` of this eraser, in closed form."""
         reading = torch.linalg.solve(self.total, self.gap)
         return float((self.gap.square().sum() / (self.gap @ reading) / self.total.trace()).sqrt())
 
@@ -220,7 +220,7 @@ class Truth:
         return Split(x[:ROWS], z[:ROWS], x[ROWS:], z[ROWS:])
 
     def best_accuracy(self, eraser: Eraser | None) -> float:
-        """Of the true densities, hence of any probe whatever, on 200,000 draws; after an eraser where one is given."""
+        """Accuracy of the true densities on 200,000 draws, which no probe can beat; after an eraser if one is given."""
         frame = torch.eye(WIDTH, dtype=torch.float64)
         if eraser is not None:  # coordinates of what the map leaves
             frame = torch.linalg.svd(eraser.matrix)[0][:, : WIDTH - eraser.rank].T @ eraser.matrix
@@ -238,7 +238,7 @@ class Truth:
 
 
 def truth() -> Truth:
-    """Correlated features, a gap of which LEACE and the orthogonal methods think differently, and four features whose
+    """Correlated features, a gap that LEACE and the orthogonal methods erase differently, and four features whose
     variance tells the classes apart."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(WIDTH) + 0.3 * torch.randn(WIDTH, WIDTH, generator=generator)
@@ -262,30 +262,29 @@ LEAKAGE = {
 COSTS = {"distortion": "distortion", "rank": "rank", "seconds": "seconds"}
 
 NOTES = """\
-Accuracy in percent, on held-out rows, of probes that are trained on the erased training rows. *Fresh rows*: trained
-and judged, by cross-validation, among the held-out rows alone, so that what the eraser failed to learn shows up as
-well. Distortion: `sqrt(E|r(x) − x|² / E|x − E x|²)` on held-out rows. Mean ± standard deviation over {seeds}
-{what}; seconds are the median of fitting, one thread. Methods with a * are told the label of every row and cannot
-be adapters."""
+Accuracy in percent, on held-out rows, of probes that are trained on the erased training rows. Probes of *fresh rows*
+are trained and judged, by cross-validation, only on held-out rows; they also show what the eraser failed to learn.
+Distortion: `sqrt(E|r(x) − x|² / E|x − E x|²)` on held-out rows. Mean ± standard deviation over {seeds}
+{what}; seconds are the median time of fitting, on one thread. Methods with a * get the label of every row and
+cannot be adapters."""
 
 LIMITS = """## What these figures do not say
 
 - Only the quadratic eraser guards against more than linear probes, and it needs the label. After every other method
-  a quadratic or an MLP probe may read the concept; its column says how well one did here, with this many rows.
+  a quadratic or an MLP probe may read the concept; their columns say how well they did here, with this many rows.
 - LEACE, `orth`, mean projection and the oracle guarantee that no linear probe with a convex loss beats a constant
   *on the rows they were fitted on*. INLP guarantees nothing after a few rounds, and R-LACE comes near its optimum,
-  which for two classes and one direction is `orth`. For classes mean projection and `orth` are one map.
-- Accuracy below the majority is not a success: a probe that is mostly wrong tells as much as one that is mostly right,
-  read the other way round. On the very rows an eraser was fitted on the concept is balanced out
-  exactly, and a probe trained there may learn a direction that is a little wrong elsewhere. *Fresh rows* has no
-  such bias.
-- {rows} biographies are few for {width} features. LEACE and INLP with least squares shrink their covariance; the
-  class covariances of the quadratic eraser, of fewer rows than features, are shrunk too and so matched about and
-  not exactly: its guarantee holds in the synthetic table alone.
-- One encoder, one layer, one concept with two classes. Probes with other settings read more or less.
-- Erasures that are meant to guard against readers that are not linear, Obliviator (arXiv 2603.07529), LEOPARD (arXiv
-  2507.12341) and MANCE among them, are not in these tables: none of them is published as a package. Their papers
-  judge by RBF-SVM and MLP probes, which stand above, too; what they train is not a low-rank affine map."""
+  which for two classes and one direction is `orth`. For classes, mean projection and `orth` are the same map.
+- Accuracy below the majority is not a success: if a probe is mostly wrong, its opposite is mostly right. On the rows
+  that an eraser was fitted on, the concept is balanced out exactly, so a probe that is trained there may learn a
+  direction that is slightly wrong on other rows. Probes of *fresh rows* do not have this bias.
+- {rows} biographies are few for {width} features. LEACE and INLP with least squares shrink their covariance. The
+  class covariances of the quadratic eraser have fewer rows than features, are shrunk too, and so are matched only
+  roughly: its guarantee holds only in the synthetic table.
+- The tables have one encoder, one layer and one concept with two classes. Other probes may read more or less.
+- Erasures against readers that are not linear, such as Obliviator (arXiv 2603.07529), LEOPARD (arXiv 2507.12341)
+  and MANCE, are not in these tables: none of them is published as a package. Their papers judge by RBF-SVM and MLP
+  probes, which are in the tables, too; but they do not train a low-rank affine map."""
 
 
 def page(folder: Path, seeds: int) -> str:
@@ -310,10 +309,10 @@ def page(folder: Path, seeds: int) -> str:
     lines += [
         "## Synthetic",
         "",
-        f"Two Gaussians of equal weight in {WIDTH} dimensions, {ROWS} rows to fit and train on, {ROWS} held out. What "
-        f"is best is known. The true densities, which no probe can beat, tell the classes apart in "
+        f"Two Gaussians of equal weight in {WIDTH} dimensions, {ROWS} rows to fit and train on, {ROWS} held out. The "
+        f"best result is known. The true densities, which no probe can beat, tell the classes apart in "
         f"{100 * known.best_accuracy(None):.1f} % of all rows before erasure, and in "
-        f"{100 * known.best_accuracy(known.eraser):.1f} % after the best linear eraser, since covariances differ; a "
+        f"{100 * known.best_accuracy(known.eraser):.1f} % after the best linear eraser, since covariances differ. A "
         f"linear probe then has 50 %. The least distortion of any linear eraser is {known.distortion:.3f}.",
         "",
         NOTES.format(seeds=seeds, what="draws"),

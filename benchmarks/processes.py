@@ -1,11 +1,11 @@
-"""Fitting in several processes: processor time of a row, and bytes that a process hands to the others.
+"""Fitting in several processes: processor time of a row, and bytes that a process sends to the others.
 
     python benchmarks/processes.py [--counts 1 2 4] [--width 768] [--layers 2] [--batches 8]
 
 `torchrun` starts each count of processes on this machine, one thread each, over gloo. Every process has its share of
-the same rows. Processor time is that of all processes together, divided by the rows that they have read: what other
-programs do meanwhile falls out, and so does that there are more processes than cores. Bytes are those of the tensors
-and objects that one process hands over, divided by the sites; the floor is one covariance in float64, d² · 8.
+the same rows. The processor time of all processes together is divided by the rows that they have read, so other
+programs do not change it, nor does a machine with fewer cores than processes. The bytes of the tensors and objects that
+one process sends are divided by the number of sites; the floor is one covariance in float64, d² · 8.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ hf.logging.set_verbosity_error()
 logging.disable(logging.INFO)
 warnings.simplefilter("ignore")
 
-ROWS, TOKENS = 8, 64  # of a batch
+ROWS, TOKENS = 8, 64  # in a batch
 WAYS = {"one pass": False, "sequential": True}
 
 
 class Counted:
-    """Bytes that this process hands to others, as `torch.distributed` sees them."""
+    """Counts the bytes that this process sends to others through `torch.distributed`."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -56,7 +56,7 @@ class Counted:
 
 
 def batches_of(count: int) -> list[dict[str, torch.Tensor]]:
-    """Texts whose tokens give the class away."""
+    """Texts whose tokens show the class."""
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(count):
         labels = torch.arange(ROWS) % 2
@@ -66,7 +66,7 @@ def batches_of(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def run_one(width: int, layers: int, batches: int, folder: Path) -> None:
-    """Fit in this process, one of several, and write what it took."""
+    """Fit in this process, one of several, and write its time and bytes."""
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def run_one(width: int, layers: int, batches: int, folder: Path) -> None:
 
 
 def report(counts: list[int], width: int, layers: int, batches: int) -> None:
-    """The table."""
+    """Print the table."""
     print(f"torch {torch.__version__}, CPU; BERT {width} x {layers}, {batches} batches of {ROWS} x {TOKENS} tokens")
     print(f"  {'processes':>9} {'way':>12} {'ms a row':>9} {'x one process':>14} {'MB a site':>10} {'x d² · 8':>9}")
     alone: dict[str, float] = {}

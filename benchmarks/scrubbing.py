@@ -1,10 +1,10 @@
-"""What fitting and applying erasures costs beside a plain forward pass.
+"""What fitting and applying erasures costs, compared with a plain forward pass.
 
     python benchmarks/scrubbing.py [--quick] [--threads 1]
 
-Times of different runs say little about each other, so everything that is compared runs in turns within one process on
-the same data, and every figure is a ratio to plain passes that ran right before and after. What is counted is processor
-time, by default of one thread: unlike elapsed time, it does not grow when other programs want the processor too.
+Times of different runs cannot be compared. So everything that is compared runs in turns within one process on the same
+data, and every figure is a ratio to the plain passes right before and after. Processor time is counted, by default of
+one thread: unlike elapsed time, it does not grow when other programs use the processor too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESIDENT = (None, 8, 4, 2, 1)
 
 
 def build(kind: str, width: int, layers: int = LAYERS) -> Any:
-    """A model with random weights that keeps no keys and values for generating, which fitting does not either."""
+    """A model with random weights that, as in fitting, does not keep keys and values for generating."""
     torch.manual_seed(0)
     if kind == "t5":
         config = hf.T5Config(
@@ -65,7 +65,7 @@ def build(kind: str, width: int, layers: int = LAYERS) -> Any:
 
 
 def make_batches(kind: str, count: int, rows: int = 8, length: int = 128) -> list[dict[str, Tensor]]:
-    """Token ids whose range gives the class away."""
+    """Token ids whose range shows the class."""
     generator, batches = torch.Generator().manual_seed(0), []
     for _ in range(count):
         labels = torch.arange(rows) % 2
@@ -78,7 +78,7 @@ def make_batches(kind: str, count: int, rows: int = 8, length: int = 128) -> lis
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of a batch."""
+    """The entries of a batch that the model takes."""
     return {name: value for name, value in batch.items() if name != "concept_labels"}
 
 
@@ -87,7 +87,7 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def one_site_a_pass() -> Iterator[None]:
-    """The naive procedure: the fallback that the scrubber has for shared layers."""
+    """The naive procedure, which the scrubber uses only for shared layers."""
     original = Scrubber._side_by_side
 
     def refuse(self: Scrubber, shown: Any) -> None:
@@ -102,7 +102,7 @@ def one_site_a_pass() -> Iterator[None]:
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """Processor time of a step."""
+    """Processor time of a step, in seconds."""
     start = time.process_time()
     step()
     return time.process_time() - start
@@ -111,12 +111,12 @@ def seconds(step: Callable[[], object]) -> float:
 def beside(
     plain: Callable[[], object], steps: Mapping[str, Callable[[], object]], repeats: int, once: Collection[str] = ()
 ) -> tuple[float, dict[str, float]]:
-    """Time steps against a plain one that runs before and after each.
+    """Time steps relative to a plain step that runs before and after each.
 
     Args:
-        plain: What the others are compared with.
-        steps: By name.
-        repeats: Rounds.
+        plain: The step that the others are compared with.
+        steps: Name → step.
+        repeats: Number of rounds.
         once: The steps that run in the last round only.
 
     Returns:
@@ -139,7 +139,7 @@ def beside(
 
 
 def fitting(kind: str, width: int, count: int, repeats: int) -> tuple[int, float, dict[str, float]]:
-    """Number of sites, seconds of a plain pass, and its multiples: the bare moments and the three ways of fitting."""
+    """Number of sites, seconds of a plain pass, and its multiples for the moments alone and the ways of fitting."""
     model, batches = build(kind, width), make_batches(kind, count)
     adapted = copy.deepcopy(model)
     adapted.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name="gender")
@@ -194,7 +194,7 @@ def with_erasers(model: nn.Module, *, merged: bool = False) -> nn.Module:
     """A copy with a linear rank-1 eraser at every norm.
 
     Raises:
-        ValueError: If they are to be merged and cannot be.
+        ValueError: If they should be merged but cannot be.
     """
     config = ConceptErasureConfig(labels=["a", "b"], affine=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="gender")
@@ -224,12 +224,12 @@ def laps(model: nn.Module, inputs: dict[str, Tensor]) -> list[float]:
 
 
 def fastest(passes: Sequence[list[float]]) -> float:
-    """Seconds of a pass whose every lap is the fastest of all passes: short laps find quiet moments, passes do not."""
+    """Sum of the fastest time of each lap over all passes: short laps find quiet moments, whole passes do not."""
     return sum(min(lap) for lap in zip(*passes, strict=True))
 
 
 def overhead(passes: dict[str, list[list[float]]], name: str) -> str:
-    """What a variant adds to a plain pass: of the fastest laps, and the median of laps beside their neighbours."""
+    """How much a variant adds to a plain pass: by the fastest laps, and by the median of laps over their neighbours."""
     plain = (fastest(passes["plain"]) + fastest(passes["again"])) / 2
     rounds = zip(passes[name], passes["plain"], passes["again"], strict=True)
     # The first lap is the embedding: nothing is erased there, and it is too short to time.
@@ -244,7 +244,7 @@ def in_turns(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
 
 
 def hooks_alone(adapted: nn.Module, repeats: int) -> tuple[int, dict[str, float]]:
-    """The hooks of all sites on one activation without the model, and as many elementwise sums."""
+    """Time the hooks of all sites on one activation without the model, and as many elementwise sums."""
     layers = list(erasure_layers(adapted).values())
     hidden, other = torch.randn(2, 8, 512, 768)
 
@@ -308,13 +308,13 @@ def likeness(model: nn.Module, merged: nn.Module) -> str:
 
 
 def high_water() -> float:
-    """Peak memory of this process in MB; `getrusage` would count that of the process which started it."""
+    """Peak memory of this process in MB; `getrusage` would also count the process that started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def peak(resident: int | None, count: int) -> tuple[float, float]:
-    """Peak memory of a fit in MB above the model, and its processor time, in a process of its own."""
+    """Peak memory of a fit in MB above the model, and its processor time, measured in a separate process."""
     script = f"""
 import sys, time; sys.path.insert(0, {str(sys.path[0])!r})
 import scrubbing as b, torch

@@ -2,16 +2,16 @@
 
     python benchmarks/sizes.py [model …] [--memory] [--growth [250 …]] [--quick] [--threads 1]
 
-Models have random weights, built from their configurations. Each runs in a process of its own. A step stands between
-two plain passes over the same batches, and its processor time is divided by the mean of theirs: what other programs do
-meanwhile falls out. Peak memory of a step is that of the process above what it held before, as Linux counts it, with
-the marks set back at every step. Beside it stands what the formulas of docs/speed.md say.
+Models are built from their configurations, with random weights. Each runs in a separate process. A step runs between
+two plain passes over the same batches, and its processor time is divided by the mean of theirs, so other programs do
+not change it. Peak memory of a step is the process's peak above what it held before, as Linux counts it; the mark is
+reset at every step. It is compared with the formulas in docs/speed.md.
 
-`--memory` prints peaks alone, where glibc's allocator gives every block of 128 KB or more back to the system as soon as
-it is freed (MALLOC_MMAP_THRESHOLD_), as it does not by default: so they are those of what the steps hold.
+`--memory` prints only peaks, with glibc's allocator set to give every block of 128 KB or more back to the system as
+soon as it is freed (MALLOC_MMAP_THRESHOLD_). By default it does not. The peaks are then what the steps really hold.
 
-`--growth` fits a small model on ever more batches, from a stream: time, threads and memory. `--quick` takes small
-models, for a look at the script itself.
+`--growth` fits a small model on growing numbers of batches from a stream, and prints time, threads and memory.
+`--quick` takes small models, to try the script itself.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ hf.logging.disable_progress_bar()
 logging.disable(logging.INFO)
 warnings.simplefilter("ignore")
 
-DENSITY = 1e-3  # of the GRADIEND adapters
+DENSITY = 1e-3  # the density of the GRADIEND adapters
 SEQUENTIAL = 3.0  # plain passes that a sequential fit may take
-MEMORY = 1.2  # how much more than its formula a step may hold
+MEMORY = 1.2  # times its formula that a step may hold
 GROWTH = (250, 1000, 4000, 16000)  # batches
 GIVEN_BACK = 1 << 17  # bytes of a block that the allocator gives back when it is freed
-LINEAR = 0.15  # by how much the time of a batch may differ
+LINEAR = 0.15  # the share by which the time of a batch may differ
 
 # Class of the model, class of its configuration, arguments, dtype; rows and tokens of a batch.
 _TEXT = {"use_cache": False}
@@ -85,7 +85,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], torch.dtype, tuple[int, int]]]
     ),
     "vit-base": ("ViTForImageClassification", "ViTConfig", {}, torch.float32, (8, 0)),
 }  # fmt: skip
-# Whose gradients are read, where not of all: four blocks of 1.2 B weights, as five vectors of all would take 25 GB.
+# Parameters whose gradients are read, if not all: of 1.2 B weights only four blocks, as five vectors of all take 25 GB.
 READ = {"llama-1b": r"\.layers\.1[2-5]\."}
 SMALL = {
     "hidden_size": 64, "n_embd": 64, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
@@ -105,7 +105,7 @@ def build(name: str, *, quick: bool) -> Any:
 
 
 def batches_of(name: str, count: int, words: int, *, quick: bool) -> list[dict[str, Tensor]]:
-    """Tokens, or pixels, that give the class away."""
+    """Tokens, or pixels, that show the class."""
     rows, length = MODELS[name][4]
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(count):
@@ -121,7 +121,7 @@ def batches_of(name: str, count: int, words: int, *, quick: bool) -> list[dict[s
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of a batch."""
+    """The entries of a batch that the model takes."""
     return {name: value for name, value in batch.items() if name != "concept_labels"}
 
 
@@ -137,8 +137,8 @@ def held(field: str) -> float:
 def measured(step: Callable[[], object]) -> tuple[float, float]:
     """Processor time of a step, and its peak memory in MB above what was held before."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
-    Path("/proc/self/clear_refs").write_text("5")  # sets the mark of the peak back
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory freed before cannot be used again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark of the peak
     before, start = held("VmRSS"), time.process_time()
     step()
     return time.process_time() - start, held("VmHWM") - before
@@ -151,13 +151,13 @@ def packed(width: int) -> float:
 
 
 def expected(step: str, widths: list[int], plain: float, state: float, count: int) -> float | None:
-    """MB above the model by the formulas of docs/speed.md, where there is one; `state` is what a batch holds at a stop.
+    """MB above the model by the formula in docs/speed.md, if the step has one; `state` is what a batch holds at a stop.
 
-    That is what the frames of a pass keep alive, which is of the architecture: as much as lies on disk of a batch that
-    is not resident.
+    The state is what the frames of a pass keep alive, which depends on the architecture. It is as large as the files of
+    a batch that is not resident.
     """
     largest = max(widths, default=0)
-    # An update, or a solve: packed float32 products and centred rows, or one float64 matrix beside the sums.
+    # An update, or a solve: packed float32 products and centred rows, or one float64 matrix besides the sums.
     working = 2 * packed(largest) + 8 * largest**2 / 2**20
     if step == "one pass":
         return plain + min(sum(map(packed, widths)), 2048 + packed(largest)) + working
@@ -223,7 +223,7 @@ def run_model(name: str, count: int, *, quick: bool, timed_too: bool) -> None:
         say("size", files / 2**20, 0.0)
         model.delete_adapter("again")
         model.delete_adapter("gender")
-        # Merging is refused where norms feed sums: linear layers take a projection without an affine part.
+        # Norms that feed sums cannot be merged, so the erasure is at linear layers, without an affine part.
         config_ = ConceptErasureConfig(labels=["a", "b"], affine=False, target_modules=_linear_of(name))
         model.add_adapter(config_, adapter_name="gender")
         fit(sequential=False)
@@ -236,14 +236,14 @@ def run_model(name: str, count: int, *, quick: bool, timed_too: bool) -> None:
 
 
 def _linear_of(name: str) -> str:
-    """Linear layers, one a block."""
+    """Linear layers, one in each block."""
     return {"gpt2-medium": r".*\.attn\.c_proj", "vit-base": r".*attention\.o_proj"}.get(
         name, r".*attention\.output\.dense" if "bert" in name else r".*self_attn\.o_proj"
     )
 
 
 def gradiend(name: str, *, quick: bool, timed_too: bool) -> None:
-    """The closed form at a density, in multiples of a forward and backward pass without one."""
+    """The closed form at a density, in multiples of a plain forward and backward pass."""
     model = build(name, quick=quick)
     rows, length = 2, 32
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +297,7 @@ class Stream(IterableDataset):
 
 
 def run_growth(count: int, resident: int | None) -> None:
-    """Print what a fit on so many batches takes; this process does nothing else."""
+    """Print time and memory of a fit on `count` batches; this process does nothing else."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = hf.BertModel(hf.BertConfig(**sizes, intermediate_size=512)).eval()
@@ -329,7 +329,7 @@ def run_growth(count: int, resident: int | None) -> None:
 
 
 def report_growth(counts: Sequence[int], threads: int) -> None:
-    """Time, memory and threads against the number of batches."""
+    """Print time, memory and threads against the number of batches."""
     print("\nGrowth: BERT 128 x 2, batches of 4 x 32 tokens from an IterableDataset; sequential")
     print(f"  {'resident':>8} {'batches':>8} {'x plain':>8} {'ms/batch':>9} {'peak MB':>8} {'threads':>8}")
     for resident in (None, 8):
@@ -350,7 +350,7 @@ def report_growth(counts: Sequence[int], threads: int) -> None:
 
 
 def in_process(arguments: list[str], threads: int, **variables: str) -> list[dict[str, Any]]:
-    """What this script prints as JSON in a process of its own."""
+    """The JSON that this script prints when it runs in a separate process."""
     command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
     found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
@@ -360,7 +360,7 @@ def in_process(arguments: list[str], threads: int, **variables: str) -> list[dic
 
 
 def report_model(name: str, count: int, threads: int, *, quick: bool, memory: bool) -> None:
-    """The table of one model."""
+    """Print the table of one model."""
     arguments = ["--only", name, "--batches", str(count), *(["--quick"] if quick else [])]
     if memory:
         steps = in_process([*arguments, "--memory"], threads, MALLOC_MMAP_THRESHOLD_=str(GIVEN_BACK))
