@@ -409,7 +409,7 @@ def test_who_goes_dark_is_said_of_others_only(lifecycle: Lifecycle):
 @pytest.mark.filterwarnings("default:'both' was combined from erasers:UserWarning")
 def test_what_holds_of_deeper_sites_is_said(lifecycle: Lifecycle):
     model = with_two(lifecycle, "bert")
-    with pytest.warns(UserWarning, match="exact at the sites whose input the other adapters leave alone") as caught:
+    with pytest.warns(UserWarning, match="exact at the sites whose input the other adapters do not change") as caught:
         combine_adapters(model, ["gender", "kind"], "both")
     assert caught[0].filename == __file__
     # And it is so: at the last site something is left.
