@@ -35,7 +35,7 @@ class ConceptErasureCallback(LoggingCallback):
         refit_steps: Refit after this many steps each time, or `"epoch"`: after every epoch.
         refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
         eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. If they
-            share rows with `batches`, there is a warning, and the card of the checkpoint says so.
+            share rows with `batches`, a warning and the card of the checkpoint name the number.
         sequential: As in `fit_concept_erasure`.
         pool: As in `fit_concept_erasure`; by default what the model's head reads.
         background: As in `fit_concept_erasure`.
@@ -100,12 +100,12 @@ class ConceptErasureCallback(LoggingCallback):
             self._refit(model, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit where the schedule says so."""
+        """Refit after every `refit_steps` steps, if that is a number."""
         if isinstance(self.refit_steps, int) and state.global_step % self.refit_steps == 0:
             self._refit(model, state)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit where the schedule says so."""
+        """Refit after every epoch, if `refit_steps` is `"epoch"`."""
         if self.refit_steps == "epoch":
             self._refit(model, state)
 

@@ -89,8 +89,8 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
         return  # all that is trained is saved and loaded, see below
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end cannot load back what is trained here while the weights are sharded (FSDP, "
-            "DeepSpeed): leave it out, and load the checkpoint yourself."
+            "load_best_model_at_end cannot load the trained weights back while they are sharded (FSDP, DeepSpeed): "
+            "leave it out, and load the checkpoint yourself."
         )
     _warn_of_own_weights(
         model,

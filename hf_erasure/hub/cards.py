@@ -223,8 +223,8 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     """Write an adapter as a stock LoRA with its card; `PeftModel.from_pretrained(base, folder)` loads it by itself.
 
     An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
-    what it changes in norms, biases and other parameters that are not matrices is left out, and the text says how much
-    that is.
+    its changes of norms, biases and other parameters that are not matrices are left out, and the text says how much of
+    the edit this is.
 
     Args:
         model: The model with the fitted adapter, or a module that contains it. It is not changed.

@@ -71,7 +71,7 @@ def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> 
 def describe_folder(
     folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **told: Any
 ) -> list[Measured]:
-    """Do as `describe` with a saved adapter, and keep what `hf-erasure evaluate` has measured of it.
+    """Do with a saved adapter what `describe` does, and keep what `hf-erasure evaluate` has measured for it.
 
     Args:
         folder: The folder of the adapter.

@@ -248,11 +248,11 @@ class Measured:
     """A number of the model without the adapter and with it."""
 
     key: str  # the name of the measure in the metadata of cards
-    title: str  # what it is
+    title: str  # the name of the measure in words
     before: float | None  # without the adapter; None where only the adapter was measured
     after: float  # with it
     better: str  # `"lower"`, `"higher"`, `"closer to …"`, or empty where none of these holds
-    data: str  # what it was measured on
+    data: str  # the data that it was measured on
     before_interval: list[float] | None = None  # 95 %, if there is one
     after_interval: list[float] | None = None  # the same with the adapter
     ideal: float | None = None  # the best value, if there is one

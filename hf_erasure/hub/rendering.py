@@ -62,7 +62,7 @@ class Card:
 
     @classmethod
     def read(cls, readme: str) -> Card | None:
-        """The card in a README.md; None where there is none, or somebody has changed it."""
+        """The card in a README.md; None if there is none, or somebody has changed it."""
         found = intact(readme.replace("\r\n", "\n"))
         return None if found is None else cls(ModelCard(readme).data, found[2])  # type: ignore[arg-type]
 
@@ -180,7 +180,7 @@ def environment() -> Environment:
 
 
 class Markdown(str):
-    """Text that is Markdown already, and goes into a card as it is."""
+    """Text that is Markdown already, and goes into a card unchanged."""
 
     __slots__ = ()
 

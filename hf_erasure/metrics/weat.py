@@ -38,7 +38,7 @@ def score(
         y: `(m, width)` The second targets.
         a: `(…, width)` The first attributes.
         b: `(…, width)` The second attributes.
-        permutations: All splits of the targets are used if there are at most so many; otherwise so many are drawn.
+        permutations: The most splits of the targets that are used: all splits if they are so few, else a sample.
         confidence: The confidence of the intervals.
         resamples: How many resamples of targets and attributes the bootstrap draws, within each set.
         seed: The seed of splits and resamples.
