@@ -192,6 +192,12 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
         names = list(model.peft_config)
     elif not is_peft and getattr(model, "_hf_peft_config_loaded", False):
         names = model.active_adapters() if configs else ["default"]  # for other methods any name will do
+        if not names:  # PEFT asks the first layer, in which the adapter that was deleted may have been the only one
+            known = list(model.peft_config)
+            raise ValueError(
+                f"PEFT says that none of the adapters {known} is active, as after delete_adapter: say which one is to "
+                f"be saved, model.set_adapter({known[-1]!r})."
+            )
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)

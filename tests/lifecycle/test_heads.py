@@ -196,6 +196,15 @@ def test_the_command_that_merges_takes_the_model_with_its_head(tmp_path: Path):
     assert changed and set(changed) <= set(targeted_parameters(bare, NAME))
 
 
+@pytest.mark.parametrize("kind", OURS)
+def test_the_commands_refuse_a_model_of_another_type_in_words(kind: str, tmp_path: Path):
+    """The class that an adapter was fitted on cannot even be built of the other's configuration."""
+    OF[kind].added("bert", NAME).save_pretrained(tmp_path / "adapter")
+    small_model("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"fitted on .*BertModel.*which this \w+ does not have"):
+        load_with_erasure(str(tmp_path / "model"), tmp_path / "adapter")
+
+
 # ---- saves of a model that has an adapter on a part of it ------------------------------------------------------------
 
 

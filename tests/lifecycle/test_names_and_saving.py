@@ -106,3 +106,20 @@ def test_a_saved_configuration_says_nothing_of_its_neighbours(kind: str, tmp_pat
         model.save_pretrained(tmp_path)
     written = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("gender", "gender_2")]
     assert "gender_2" not in json.dumps(written) and written[0]["target_modules"] == written[1]["target_modules"]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_what_is_left_when_a_lora_was_deleted_is_saved_once_it_is_named(kind: str, tmp_path: Path):
+    """PEFT leaves an empty layer of the LoRA behind, and transformers asks it what is active."""
+    model = base("bert")
+    OF["LoRA"].add(model, "bert", "l", target_modules=["query"])
+    OF[kind].add(model, "bert", "a", target_modules=["value"])
+    model.set_adapter("l")
+    model.delete_adapter("l")
+    with pytest.raises(ValueError, match=r"which one is to be saved, model\.set_adapter\('a'\)"):
+        model.save_pretrained(tmp_path)
+    model.set_adapter("a")
+    model.save_pretrained(tmp_path)
+    again = base("bert")
+    again.load_adapter(str(tmp_path), "a")
+    assert same(outputs(again, "bert"), outputs(model, "bert"))

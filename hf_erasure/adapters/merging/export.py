@@ -318,6 +318,8 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     chosen: Any = AutoModel
     # The names come from files, so only classes of models in transformers are allowed.
     for candidate in filter(None, map(model_class, names)):
+        if not isinstance(plain, candidate.config_class or object):  # the adapter is of a model of another type
+            continue
         with torch.device("meta"):
             has_sites = renaming(candidate(plain), config.fitted_modules) is not None
         if has_sites:
