@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import callee_of, distance, evaluating, inputs_of, tensors_of, without_drawing
+from hf_erasure.models.model import callee_of, distance, evaluating, forked_rng, inputs_of, tensors_of
 
 from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
@@ -185,7 +185,7 @@ def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any
         callee = model if outer and not inner else callee
 
     def output() -> Tensor:
-        with evaluating(callee), without_drawing(callee):
+        with evaluating(callee), forked_rng(callee):
             returned = callee(**inputs)
         tensor = next((tensor for tensor in tensors_of(returned) if tensor.is_floating_point()), None)
         if tensor is None:

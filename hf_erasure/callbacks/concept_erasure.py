@@ -14,7 +14,7 @@ from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
 from hf_erasure.fitting.report import in_words
 from hf_erasure.fitting.sites import adapter_to_fit
-from hf_erasure.models.model import without_drawing
+from hf_erasure.models.model import forked_rng
 
 from .trainer import LoggingCallback
 
@@ -87,7 +87,7 @@ class ConceptErasureCallback(LoggingCallback):
         super().on_train_begin(args, state, control, model=model)
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
-            with without_drawing(model):
+            with forked_rng(model):
                 examples, fitted, environments = shared_rows(self.batches, self.eval_batches)
             self.measured_on = in_words(examples, fitted, environments)
             if fitted:
@@ -135,7 +135,7 @@ class ConceptErasureCallback(LoggingCallback):
         return found
 
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
-        with without_drawing(model):  # batches may be shuffled
+        with forked_rng(model):  # batches may be shuffled
             fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
         self.memory.update(refits=self.refits + 1, is_due=False)
         _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

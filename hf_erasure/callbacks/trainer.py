@@ -40,7 +40,7 @@ from hf_erasure.adapters.common.layer import adapter_children, child_configs, co
 from hf_erasure.adapters.saving import ON_STAGED, refuse_loss, staged
 from hf_erasure.hub import cards
 from hf_erasure.hub.pushing import create_model_card
-from hf_erasure.models.model import on_cpu, unwrapped, without_drawing
+from hf_erasure.models.model import forked_rng, on_cpu, unwrapped
 
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -68,7 +68,7 @@ class LoggingCallback(TrainerCallback):
 
     def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """Measure the figures, and keep them for the adapter's card too."""
-        with without_drawing(model):
+        with forked_rng(model):
             found = self.figures(state, model)
         config = child_configs(model).get(self.adapter_name)
         if found and config is not None:

@@ -25,7 +25,7 @@ from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import Runner, distance, evaluating, tensors_of, without_drawing
+from hf_erasure.models.model import Runner, distance, evaluating, forked_rng, tensors_of
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from hf_erasure.recipes.run import naming_the_model
 
@@ -77,7 +77,7 @@ class Adapter:
         batch, runner = dummy_batch(model), Runner(model, [])
 
         def outputs() -> list[torch.Tensor]:
-            with without_drawing(model):
+            with forked_rng(model):
                 return [tensor for tensor in tensors_of(runner(batch)) if tensor.is_floating_point()]
 
         with evaluating(model):

@@ -15,7 +15,7 @@ from hf_erasure.metrics.linear_leakage import held_out_answers
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.heads import check_next_word, known_task
 from hf_erasure.models.model import text_encoder
-from hf_erasure.models.scorer import FINAL, pooled_one, text_states
+from hf_erasure.models.scorer import FINAL, pooled_text, text_states
 from hf_erasure.models.slots import longest_input
 
 from .data import Biographies, DataFolder
@@ -112,7 +112,7 @@ class Subject:
 
     def pooled(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Layer → `(texts, width)`, one vector per text by the subject's pool."""
-        rows = self._read(texts, lambda _, states: {n: pooled_one(state, self.pool) for n, state in states.items()})
+        rows = self._read(texts, lambda _, states: {n: pooled_text(state, self.pool) for n, state in states.items()})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def final(self, texts: Sequence[str]) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Subject:
 
     def _read(self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], every: bool = True) -> list[T]:
         options: dict[str, Any] = {"batch_size": _ROWS, "max_length": self.longest, "truncate": True}
-        return text_states(self.model, self.tokenizer, texts, keep, every=every, **options)
+        return text_states(self.model, self.tokenizer, texts, keep, all_layers=every, **options)
 
     @functools.cached_property
     def biographies(self) -> Biographies:

@@ -20,16 +20,16 @@ from hf_erasure.models.layout import (
     PLACES,
     Axes,
     Frames,
-    Glimpse,
     Lengths,
     Passes,
+    Summary,
+    differs_at,
     frames_of,
-    of_other_lengths,
-    places_of,
     rows_of,
+    with_lengths,
     with_other_tokens,
 )
-from hf_erasure.models.model import Runner, evaluating, inputs_of, last_hidden_state, without_drawing
+from hf_erasure.models.model import Runner, evaluating, forked_rng, inputs_of, last_hidden_state
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Layouts:
 
         Batches that differ only in their rows and lengths have the same axes.
         """
-        lengths, inputs = Lengths.in_batch(batch).of.values(), sorted(inputs_of(batch).items())
+        lengths, inputs = Lengths.in_batch(batch).by_side.values(), sorted(inputs_of(batch).items())
         form = tuple(
             (name, value.dtype, tuple(size for size in value.shape[1:] if size not in lengths))
             for name, value in inputs
@@ -81,7 +81,7 @@ class Layouts:
         )
         if form not in self._known:
             few = inputs_of(few_rows(batch) or {})
-            with evaluating(self.runner.model), without_drawing(self.runner.model):
+            with evaluating(self.runner.model), forked_rng(self.runner.model):
                 self._known[form] = self._found(few) if few else {}
         return self._known[form]
 
@@ -117,14 +117,14 @@ class Layouts:
         try:
             frames = None if "input_ids" in few else self._frames
             now = Lengths.in_batch(few, None if frames is None else frames.count)
-            first, other = self._glimpses(few), now.changed()
+            first, other = self._summaries(few), now.altered()
             mirrored = rows_of(few, rows, [*range(rows), *reversed(range(rows))])
-            twice = self._glimpses(mirrored, first, rows)
+            twice = self._summaries(mirrored, first, rows)
             # Texts are cut at the first place where the model still runs.
-            *places, last = (of_other_lengths(few, now, other, place) for place in PLACES)
-            cut = (self._tried(batch) for batch in places if now.of)
+            *places, last = (with_lengths(few, now, other, place) for place in PLACES)
+            cut = (self._tried(batch) for batch in places if now.by_side)
             changed = next((one for one in cut if one is not None), None)
-            changed = self._glimpses(last) if changed is None else changed
+            changed = self._summaries(last) if changed is None else changed
             passes = Passes(rows, now, other, first, twice, changed)
         except Exception as error:
             # If the batch itself is wrong, fitting raises an error when it reads it.
@@ -160,8 +160,8 @@ class Layouts:
         if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
             return found
         # A model may pad texts to multiples of a length; longer texts show this.
-        for size in sorted({size for key, axes in found.items() for size in passes.padded(key, axes)}):
-            longer = of_other_lengths(few, now, replace(now, of={**now.of, "": 2 * size}))
+        for size in sorted({size for key, axes in found.items() for size in passes.padded_sizes(key, axes)}):
+            longer = with_lengths(few, now, replace(now, by_side={**now.by_side, "": 2 * size}))
             if (seen := self._tried(longer)) is not None:
                 passes.longer[2 * size] = seen
         if passes.longer:
@@ -171,9 +171,9 @@ class Layouts:
 
     def _placed(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
         """The axes of activations in which only some of the rows belong to tokens."""
-        given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.of else None
+        given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.by_side else None
         if given is None:
-            return {key: passes.placed(key, axes, {}, ()) for key, axes in loose.items() if "" in passes.now.of}
+            return {key: passes.placed(key, axes, {}, ()) for key, axes in loose.items() if "" in passes.now.by_side}
         *batches, tokens = given
         places: dict[str, dict[int, list[int]]] = {}
         try:
@@ -181,7 +181,7 @@ class Layouts:
             for one in batches:
                 torch.manual_seed(0)  # for models that draw the order of their patches
                 seen.append(self._seen(one, lambda key, hidden: hidden if key in loose else None))
-            places = {key: places_of(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
+            places = {key: differs_at(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
         except Exception as error:
             logger.debug("Texts with other tokens cannot be run: %s", error)
         return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
@@ -204,16 +204,16 @@ class Layouts:
                     )
         return found
 
-    def _glimpses(
-        self, batch: Mapping[str, Any], single: dict[str, Glimpse] | None = None, rows: int = 0
-    ) -> dict[str, Glimpse]:
-        """A glimpse of every activation in one pass; for mirrored rows, `single` has the glimpses of the rows alone."""
-        return self._seen(batch, lambda key, hidden: Glimpse.of(hidden.detach(), (single or {}).get(key), rows))
+    def _summaries(
+        self, batch: Mapping[str, Any], single: dict[str, Summary] | None = None, rows: int = 0
+    ) -> dict[str, Summary]:
+        """A summary of every activation in one pass; for mirrored rows, `single` has those of the rows alone."""
+        return self._seen(batch, lambda key, hidden: Summary.of(hidden.detach(), (single or {}).get(key), rows))
 
-    def _tried(self, batch: Mapping[str, Any]) -> dict[str, Glimpse] | None:
-        """The result of `_glimpses`, or None where the model cannot be run on the batch."""
+    def _tried(self, batch: Mapping[str, Any]) -> dict[str, Summary] | None:
+        """The result of `_summaries`, or None where the model cannot be run on the batch."""
         try:
-            return self._glimpses(batch)
+            return self._summaries(batch)
         except Exception as error:
             logger.debug("Rows that would show what the axes are cannot be run: %s", error)
             return None

@@ -12,13 +12,13 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from hf_erasure.erasers import expected_accuracy
-from hf_erasure.models.model import Later, pandas
+from hf_erasure.models.model import LazyModule, pandas
 from hf_erasure.models.pooling import IN_WORDS
 
 if TYPE_CHECKING:
     from matplotlib import figure as figures
 else:
-    figures = Later("matplotlib.figure", "plot")
+    figures = LazyModule("matplotlib.figure", "plot")
 
 # What an eraser leaves at a visit counts as rounding up to this share of |x| |z|: float32 activations that went through
 # several blocks differ by about this share of their size.

@@ -325,8 +325,8 @@ def stereoset_queries(
             if scorer.start is None:
                 raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
             ids = [encoding.ids[place] for place in encoding.places]
-            rest = scorer.asked(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
-            rows.append([*scorer.asked([scorer.start, ids[0]], [1]), *rest])
+            rest = scorer.rows_at(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
+            rows.append([*scorer.rows_at([scorer.start, ids[0]], [1]), *rest])
             continue
         if blank is None:
             raise LeftOut(NO_BLANK)
@@ -334,7 +334,7 @@ def stereoset_queries(
         _check_known(encoding, places)
         # A token of the word is predicted from a row without the word's later tokens.
         rows.append(
-            [scorer.layout.predicting([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places]
+            [scorer.layout.prediction_row([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places]
         )
     return rows
 
@@ -384,7 +384,7 @@ def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[l
         places = [place for slot in slots for place in encoding.within(*slot)]
         _check_known(encoding, places)
         sizes.append(len(places))
-        rows.append([scorer.layout.predicting(encoding.ids, places)] if is_masked else scorer.queries(encoding))
+        rows.append([scorer.layout.prediction_row(encoding.ids, places)] if is_masked else scorer.queries(encoding))
     if is_masked and sizes[0] != sizes[1]:
         raise LeftOut(UNEQUAL)
     return rows

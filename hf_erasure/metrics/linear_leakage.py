@@ -15,10 +15,10 @@ import numpy as np
 from datasets import Sequence, Value
 
 from hf_erasure.metrics import base, resampling
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import LazyModule
 
 linear_model, model_selection, neural_network, pipeline, preprocessing, svm = (
-    Later(f"sklearn.{name}", "metrics")
+    LazyModule(f"sklearn.{name}", "metrics")
     for name in ("linear_model", "model_selection", "neural_network", "pipeline", "preprocessing", "svm")
 )
 

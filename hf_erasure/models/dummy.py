@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import Runner, evaluating, input_device, is_encoder_decoder, on_cpu, without_drawing
+from .model import Runner, evaluating, forked_rng, input_device, is_encoder_decoder, on_cpu
 
 ROWS = 2
 # Tokens of a text; an odd number, unlike widths, counts of heads and windows.
@@ -18,7 +18,7 @@ LENGTH = 7
 # Samples of a sound: enough for several frames after the convolutions of any speech encoder here.
 _SAMPLES = 4000
 _FRAMES = 128
-_PARTS = (
+_PART_CONFIGS = (
     "vision_config", "image_config", "audio_config", "encoder_config", "text_config", "thinker_config", "encoder",
     "vision",
 )  # fmt: skip
@@ -36,16 +36,16 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     runner, reasons = Runner(model), []
     base = runner.model
     dtype = next((value.dtype for value in base.parameters() if value.is_floating_point()), torch.float32)
-    for made in _suggested(base):
+    for inputs in _candidate_inputs(base):
         # A model's own inputs may hold None for an input that is not given. Images and sounds get the weights' dtype.
-        batch = {name: value.to(input_device(base)) for name, value in made.items() if isinstance(value, Tensor)}
+        batch = {name: value.to(input_device(base)) for name, value in inputs.items() if isinstance(value, Tensor)}
         batch |= {name: value.to(dtype) for name, value in batch.items() if value.is_floating_point()}
         call = partial(runner, batch, runner.callee if runner.is_sharded else base)
         try:
-            with evaluating(base), without_drawing(base):
+            with evaluating(base), forked_rng(base):
                 call() if watch is None else watch(call)
         except Exception as error:
-            reasons.append(f"{'+'.join(made)}: {type(error).__name__}: {error}")
+            reasons.append(f"{'+'.join(inputs)}: {type(error).__name__}: {error}")
             continue
         # The cache of a model that mixes kinds of layers may not accept a short text.
         return batch | ({"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {})
@@ -58,10 +58,10 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
 @on_cpu()
 def text_alone(base: Any) -> dict[str, Tensor]:
     """Texts of `LENGTH` tokens without padding, for a bare model that reads texts."""
-    return _text(base, inspect.signature(base.forward).parameters, torch.Generator().manual_seed(0))
+    return _text_inputs(base, inspect.signature(base.forward).parameters, torch.Generator().manual_seed(0))
 
 
-def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
+def _candidate_inputs(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
     own = getattr(base, "dummy_inputs", None)
     # Where each tower encodes by itself, all of them must run, and a text alone runs only one.
@@ -72,8 +72,8 @@ def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
         return
     takes = inspect.signature(base.forward).parameters
     noise = torch.Generator().manual_seed(0)
-    text = _text(base, takes, noise) if "input_ids" in takes or main == "input_ids" else {}
-    media = [*_images(config, noise), *_sounds(config, noise)]
+    text = _text_inputs(base, takes, noise) if "input_ids" in takes or main == "input_ids" else {}
+    media = [*_image_inputs(config, noise), *_sound_inputs(config, noise)]
     if main == "input_ids":
         both = [{**text, **more} for more in media]
         yield from [*both, text] if encodes_all else [text, *both]
@@ -83,25 +83,25 @@ def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     for more in media:
         if main in more:
             yield more
-            yield _decoder(base, takes, noise) | more
+            yield _decoder_inputs(base, takes, noise) | more
             yield text | more
 
 
-def _of(config: Any, *names: str) -> Any:
+def _get(config: Any, *names: str) -> Any:
     """The first value with one of these names in a configuration, or in the configurations of its parts."""
-    parts = [config, *(getattr(config, part, None) for part in _PARTS)]
+    parts = [config, *(getattr(config, part, None) for part in _PART_CONFIGS)]
     found = (getattr(part, name, None) for part in parts if part is not None for name in names)
     return next((value for value in found if value is not None), None)
 
 
-def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
+def _text_inputs(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
     config = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    words = _of(text, "vocab_size") or _of(config, "vocab_size", "src_vocab_size") or 100
+    words = _get(text, "vocab_size") or _get(config, "vocab_size", "src_vocab_size") or 100
     # Tokens that stand for images or sounds have a meaning of their own; usually they have the largest ids.
     most = max(2, min(words if isinstance(words, int) else min(words), 60))
     ids = torch.randint(most // 6, most, (ROWS, LENGTH), generator=noise)
-    end = _of(text, "eos_token_id")
+    end = _get(text, "eos_token_id")
     if is_encoder_decoder(base) and isinstance(end, int) and end < most:
         # Heads that classify read the states at end tokens, and need the same number of them in each text (BART, T5).
         ids = ids.masked_fill(ids == end, most - 1 if end < most - 1 else most - 2)
@@ -109,40 +109,40 @@ def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "bbox" in takes:
         found["bbox"] = torch.tensor([1, 1, 5, 5]).expand(ROWS, LENGTH, 4).clone()
-    return found | _decoder(base, takes, noise)
+    return found | _decoder_inputs(base, takes, noise)
 
 
-def _decoder(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
+def _decoder_inputs(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
     if is_encoder_decoder(base) and "decoder_input_values" in takes:  # a decoder of sounds that lacks its first layers
         return {
-            "decoder_input_values": torch.randn(ROWS, LENGTH, _of(base.config, "hidden_size") or 1, generator=noise)
+            "decoder_input_values": torch.randn(ROWS, LENGTH, _get(base.config, "hidden_size") or 1, generator=noise)
         }
     if not is_encoder_decoder(base) or "decoder_input_ids" not in takes:
         return {}
-    words = _of(base.config, "decoder_vocab_size", "tgt_vocab_size", "vocab_size") or 100
+    words = _get(base.config, "decoder_vocab_size", "tgt_vocab_size", "vocab_size") or 100
     return {"decoder_input_ids": torch.randint(2, max(3, min(words, 60)), (ROWS, LENGTH - 2), generator=noise)}
 
 
-def _images(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    size = _of(config, "image_size", "input_size") or 224
+def _image_inputs(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    size = _get(config, "image_size", "input_size") or 224
     size = (size["height"], size["width"]) if isinstance(size, dict) else size
     height, width = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-    image = torch.randn(ROWS, _of(config, "num_channels", "in_channels") or 3, height, width, generator=noise)
+    image = torch.randn(ROWS, _get(config, "num_channels", "in_channels") or 3, height, width, generator=noise)
     yield {"pixel_values": image}
-    frames = _of(config, "num_frames")
+    frames = _get(config, "num_frames")
     if frames:
         yield {"pixel_values": image[:, None].repeat(1, frames, 1, 1, 1)}
 
 
-def _sounds(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def _sound_inputs(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
     yield {"input_values": torch.randn(ROWS, _SAMPLES, generator=noise)}
-    bands = _of(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size") or 80
-    long = _of(config, "max_length") or _FRAMES
+    bands = _get(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size") or 80
+    long = _get(config, "max_length") or _FRAMES
     yield {"input_values": torch.randn(ROWS, long if isinstance(long, int) else _FRAMES, bands, generator=noise)}
-    positions = _of(config, "max_source_positions")
+    positions = _get(config, "max_source_positions")
     for frames in (_FRAMES, *([2 * positions] if positions else [])):
         yield {"input_features": torch.randn(ROWS, bands, frames, generator=noise)}
         yield {"input_features": torch.randn(ROWS, frames, bands, generator=noise)}
     yield {"input_features": torch.randn(ROWS, 1, _FRAMES, bands, generator=noise)}  # one channel, as an image
-    width = _of(config, "hidden_size") or 1
+    width = _get(config, "hidden_size") or 1
     yield {"input_values": torch.randn(ROWS, _FRAMES // 8, width, generator=noise)}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .dummy import text_alone
-from .model import Runner, bare_model, evaluating, is_encoder_decoder, without_drawing
+from .model import Runner, bare_model, evaluating, forked_rng, is_encoder_decoder
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
 # Share of the largest logit. If a model reads forwards, the logits before a changed token differ by rounding alone:
@@ -132,7 +132,7 @@ def check_next_word(model: nn.Module) -> None:
     other[:, -1] = torch.where(other[:, 0] == other[:, -1], other[:, 1], other[:, 0])
     texts = (batch, batch | {"input_ids": other})
     try:
-        with evaluating(base), without_drawing(base):
+        with evaluating(base), forked_rng(base):
             before, after = (runner(text, base) for text in texts)
     except Exception as error:
         raise ValueError(

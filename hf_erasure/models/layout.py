@@ -32,7 +32,7 @@ _TOKENS = 3
 _SHORTEST = 4
 # Shares of an activation's size. Rows of one example that are computed beside other examples differ by rounding alone;
 # if one example is mistaken for another, they differ by about their own size.
-_ROUNDING, _APART = 1e-2, 0.5
+_ROUNDING, _DIFFERENT = 1e-2, 0.5
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Lengths:
     If `""` is the side of samples, `frames` returns how many frames an encoder makes of a number of samples.
     """
 
-    of: Mapping[str, int]
+    by_side: Mapping[str, int]
     frames: Callable[[int], int] | None = None
 
     @classmethod
@@ -109,19 +109,19 @@ class Lengths:
                 found[side] = known.shape[1]
         return cls(found, frames if "" in found else None)
 
-    def changed(self) -> Lengths:
+    def altered(self) -> Lengths:
         """Other lengths, which make the axes of positions change."""
-        found = {side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.of.items()}
+        found = {side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.by_side.items()}
         if self.frames is not None:
-            now = self.of[""]
+            now = self.by_side[""]
             found[""] = next((n for n in range(now - 1, 0, -1) if self.frames(n) < self.frames(now)), found[""])
         return Lengths(found, self.frames)
 
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
         """The side whose positions an axis has, by its size at both lengths; None if it has those of no side."""
-        fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
+        fits = [side for side, n in self.by_side.items() if (size, size_changed) == (n, changed.by_side[side])]
         if not fits and self.frames is not None:
-            both = self.frames(self.of[""]), self.frames(changed.of[""])
+            both = self.frames(self.by_side[""]), self.frames(changed.by_side[""])
             return FRAMES if (size, size_changed) == both and both[0] != both[1] else None
         return fits[0] if fits else None
 
@@ -168,7 +168,7 @@ def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[
     return found
 
 
-def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
+def with_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
     """The rows of a batch with fewer positions, or with some of them repeated, so that they have the lengths `wanted`.
 
     Positions are cut out at `place`, one of `PLACES`: some models need the first and the last token, others need the
@@ -176,15 +176,15 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
     """
     found = dict(batch)
     for name, value in batch.items():
-        side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.of) else ""
-        is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.of.get(side)
+        side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.by_side) else ""
+        is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.by_side.get(side)
         # Images and sounds are floats, and their channels or samples are not cut.
         floats = ("mask", "embeds", "_values", *([] if "input_ids" in batch else ["_features"]))
         if is_of_tokens and (not value.is_floating_point() or name.endswith(floats)):
-            missing = wanted.of[side] - now.of[side]
+            missing = wanted.by_side[side] - now.by_side[side]
             kept = value[:, :1] if place == "second" else value[:, :0]
             rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]
-            longer = torch.cat([value] * (1 + -(-missing // value.shape[1])), 1)[:, : wanted.of[side]]
+            longer = torch.cat([value] * (1 + -(-missing // value.shape[1])), 1)[:, : wanted.by_side[side]]
             found[name] = longer if missing > 0 else torch.cat([kept, rest], 1)
     return found
 
@@ -193,21 +193,21 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
 
 
 @dataclass(frozen=True)
-class Glimpse:
+class Summary:
     """What is kept of an activation, so that the activation itself can be freed."""
 
     shape: tuple[int, ...]  # Its shape.
     # The differences between mirrored examples, as shares of their size: assuming that the entries of an example lie
     # side by side, and assuming that the first entries of all examples come first; None if they were not compared.
-    apart: tuple[float, float] | None = None
+    differences: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, activation: Tensor, single: Glimpse | None = None, rows: int = 0) -> Glimpse:
-        """Keep the shape of an activation; given `single`, the glimpse of the rows alone, compare mirrored rows too."""
+    def of(cls, activation: Tensor, single: Summary | None = None, rows: int = 0) -> Summary:
+        """Keep the shape of an activation; given `single`, the summary of the rows alone, compare mirrored rows too."""
         shape = tuple(activation.shape)
         if single is None or len(single.shape) != len(shape):
             return cls(shape)
-        owners = _owners(single.shape, shape, rows)
+        owners = _example_axes(single.shape, shape, rows)
         if len(owners) != 1:
             return cls(shape)
         twice = activation.movedim(owners[0], 0)
@@ -216,7 +216,7 @@ class Glimpse:
         pairs = (by_example[:rows], by_example[rows:].flip(0)), (by_entry[:, :rows], by_entry[:, rows:].flip(1))
         scale = float(twice.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
         first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
-        if entries == 1 and first > _APART:
+        if entries == 1 and first > _DIFFERENT:
             # Patches that are drawn at random (ViLT) have another order, but the same values within an example.
             values = twice.flatten(1).float().sort(1).values
             own, others = (float((values[:rows] - found).norm()) for found in (values[rows:].flip(0), values[rows:]))
@@ -224,7 +224,7 @@ class Glimpse:
         return cls(shape, (first, second))
 
 
-def _owners(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]:
+def _example_axes(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]:
     """The axes that become twice as long with twice the examples."""
     pairs = zip(single, twice, strict=True)
     return [axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a and a % rows == 0]
@@ -237,18 +237,18 @@ def feature_axis(
     shapes: Sequence[Sequence[int]],
     where: str,
     module: nn.Module | None = None,
-    told: Callable[[], Iterable[int]] = tuple,
+    graph_axes: Callable[[], Iterable[int]] = tuple,
 ) -> int:
     """The axis that holds the features of the output or input of a module.
 
     It is the only axis whose length is the same for any number of examples and any length of text. If there are
-    several, it is the axis that follows from the kind of the module, or that `told` returns.
+    several, it is the axis that follows from the kind of the module, or that `graph_axes` returns.
 
     Args:
         shapes: The shapes of the activation, for different numbers of examples and different lengths.
         where: The name of the module, for messages.
         module: The module, if its kind may tell the axis.
-        told: Returns the axes that a graph has found; called only if it is needed.
+        graph_axes: Returns the axes that a graph has found; called only if it is needed.
 
     Raises:
         ValueError: If the number of axes varies, or several may hold the features; the message names them.
@@ -263,7 +263,7 @@ def feature_axis(
         same = [axis for axis in same if shapes[0][axis] in channels]
     found = set(same)
     if len(same) > 1:
-        found &= {kind} if kind in same and kind is not None else set(told())
+        found &= {kind} if kind in same and kind is not None else set(graph_axes())
     if len(found) == 1:
         return found.pop()
     may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(found) or same) or "none"
@@ -283,32 +283,32 @@ class Passes:
     rows: int  # The number of examples in the first pass.
     now: Lengths  # Their lengths in the first pass.
     other: Lengths  # Their lengths in the third pass.
-    first: dict[str, Glimpse]  # The first pass, over some rows.
-    twice: dict[str, Glimpse]  # The second pass, over these rows and, behind them, the same in the opposite order.
-    changed: dict[str, Glimpse]  # The third pass, over the first rows with other lengths.
+    first: dict[str, Summary]  # The first pass, over some rows.
+    twice: dict[str, Summary]  # The second pass, over these rows and, behind them, the same in the opposite order.
+    changed: dict[str, Summary]  # The third pass, over the first rows with other lengths.
     # The passes over the first rows with longer texts, by their length.
-    longer: dict[int, dict[str, Glimpse]] = field(default_factory=dict)
+    longer: dict[int, dict[str, Summary]] = field(default_factory=dict)
 
-    def axes_of(self, key: str, host: nn.Module, told: Callable[[], Iterable[int]] = tuple) -> Axes | ValueError:
-        """The axes of an activation of a module, or why they cannot be told; `told` is as for `feature_axis`."""
+    def axes_of(self, key: str, host: nn.Module, graph_axes: Callable[[], Iterable[int]] = tuple) -> Axes | ValueError:
+        """The axes of an activation of a module, or why they cannot be told; `graph_axes` is as for `feature_axis`."""
         try:
             if key not in self.twice or key not in self.changed:
                 raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
             seen = (self.first, self.twice, self.changed, *self.longer.values())
             shapes = [one[key].shape for one in seen if key in one]
-            width = feature_axis(shapes, key, host, told)
-            return self._around(key, -1 if width == len(shapes[0]) - 1 else width)
+            width = feature_axis(shapes, key, host, graph_axes)
+            return self._other_axes(key, -1 if width == len(shapes[0]) - 1 else width)
         except ValueError as error:
             return error.with_traceback(None)  # its stack frames would keep all activations alive
 
-    def _around(self, key: str, width: int) -> Axes:
+    def _other_axes(self, key: str, width: int) -> Axes:
         """Find the other axes, given the axis of the features.
 
         Raises:
             ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
         """
         rows, shape, twice = self.rows, self.first[key].shape, self.twice[key]
-        owners = _owners(shape, twice.shape, rows)
+        owners = _example_axes(shape, twice.shape, rows)
         is_shared = not owners and len(shape) == 3 and shape[0] == twice.shape[0] == 1 and width % len(shape) > 0
         owners = [0] if is_shared else owners
         if len(owners) != 1 or owners[0] == width % len(shape):
@@ -324,16 +324,16 @@ class Passes:
             side = self.now.side_of(base[1], self.other, changed[1])
             return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
         per_example, per_changed = base[example] // rows, changed[example] / rows
-        apart = twice.apart or (0.0, 0.0)
+        differences = twice.differences or (0.0, 0.0)
         # The rows of an example may depend a little on the examples beside it (experts with a capacity). With one entry
         # for each example there is still no doubt about their order.
-        if min(apart) > (_APART if base[example] == rows else _ROUNDING):
+        if min(differences) > (_DIFFERENT if base[example] == rows else _ROUNDING):
             raise ValueError(
                 f"The activation at {key!r} has {base[example]} rows for {rows} examples, and the rows of an example "
                 "are others when other examples stand beside it, as where experts take some tokens each: its rows "
                 f"cannot be labelled. Choose another target module, or leave it out with exclude_modules=[{key!r}]."
             )
-        is_major = apart[0] <= apart[1]
+        is_major = differences[0] <= differences[1]
         side = self.now.side_of(per_example, self.other, int(per_changed)) if per_changed == int(per_changed) else None
         if side is not None:
             return Axes(width, example, per_example, is_major, None, side, is_flat=True)
@@ -343,17 +343,17 @@ class Passes:
                 return Axes(width, example, per_example, is_major, axis, side)
         return Axes(width, example, per_example, is_major)
 
-    def sizes(self, key: str, axes: Axes | None, one: dict[str, Glimpse]) -> list[int]:
+    def sizes(self, key: str, axes: Axes | None, one: dict[str, Summary]) -> list[int]:
         """The sizes of the axes of an activation in a pass, without the axis of its features if that is known."""
         shape = list(one[key].shape) if key in one else []
         return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
 
-    def padded(self, key: str, axes: Axes | ValueError) -> set[int]:
+    def padded_sizes(self, key: str, axes: Axes | ValueError) -> set[int]:
         """The sizes of the axes that may hold the positions of texts that are padded to a multiple of a length."""
         known = axes if isinstance(axes, Axes) else None
-        if "" not in self.now.of or (known is not None and known.side is not None):
+        if "" not in self.now.by_side or (known is not None and known.side is not None):
             return set()
-        n, other = self.now.of[""], self.other.of[""]
+        n, other = self.now.by_side[""], self.other.by_side[""]
         both = zip(self.sizes(key, known, self.first), self.sizes(key, known, self.changed), strict=False)
         return {
             size
@@ -364,7 +364,7 @@ class Passes:
 
     def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
         """The axes of an activation, with its axis of positions where it has more positions than there are tokens."""
-        n, other = self.now.of[""], self.other.of[""]
+        n, other = self.now.by_side[""], self.other.by_side[""]
         now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)
         for axis, (size, size_changed) in enumerate(zip(now, changed, strict=True)):
             is_beside = size - n == size_changed - other > 0
@@ -413,7 +413,7 @@ def with_other_tokens(batch: Mapping[str, Any], rows: int) -> tuple[dict[str, An
     return hidden, altered, positions
 
 
-def places_of(axes: Axes, one: Tensor, other: Tensor) -> dict[int, list[int]]:
+def differs_at(axes: Axes, one: Tensor, other: Tensor) -> dict[int, list[int]]:
     """Axis of positions, counted as in `Axes` → for each row the only place on it where two activations differ."""
     if one.shape != other.shape or axes.per_example != 1:
         return {}

@@ -25,7 +25,7 @@ _SHARDED = (FSDPModule, FullyShardedDataParallel)
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("labels", "label", "label_ids")
 # The prefix of the names in a batch that hold the concept of its rows, such as `concept_labels`.
-_OF_CONCEPT = "concept_"
+_CONCEPT_PREFIX = "concept_"
 # The inputs of towers → the methods that run one tower with the layers around it.
 _TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
 MEDIA = {
@@ -35,7 +35,7 @@ MEDIA = {
     "input_values": "get_audio_features",
 }
 # Model types that are made like RoBERTa: their first position is the one after that of the padding token.
-_SHIFTED = {
+_OFFSET_BY_PAD = {
     "altclip_text_model", "bridgetower_text_model", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt",
     "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
@@ -51,7 +51,7 @@ _CONVOLUTIONS = (
 )  # fmt: skip
 
 
-class Later(ModuleType):
+class LazyModule(ModuleType):
     """A stand-in for a module that is imported when one of its names is first used, as by `typing.get_type_hints`.
 
     If the module is not installed, the error names the `extra` of this package that installs it.
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     import datasets as datasets
     import pandas as pandas
 else:
-    datasets, pandas = Later("datasets"), Later("pandas")
+    datasets, pandas = LazyModule("datasets"), LazyModule("pandas")
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def without_drawing(model: nn.Module) -> AbstractContextManager[None]:
+def forked_rng(model: nn.Module) -> AbstractContextManager[None]:
     """Restore the state of the random numbers afterwards, on the CPU and on all devices of the model."""
     return torch.random.fork_rng({p.device for p in model.parameters() if p.device.type == "cuda"})
 
@@ -204,7 +204,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch without the entries that hold the concept of its rows."""
-    return {name: value for name, value in batch.items() if not name.startswith(_OF_CONCEPT)}
+    return {name: value for name, value in batch.items() if not name.startswith(_CONCEPT_PREFIX)}
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -248,7 +248,7 @@ class Runner:
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         sites = list(sites)
         needs_all = any(id(site.host) not in within for site in sites)
-        self._known: dict[str, dict[str, nn.Module]] = {}
+        self._towers_by_input: dict[str, dict[str, nn.Module]] = {}
         self._hosts = {id(site.host) for site in sites}
         self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
@@ -276,7 +276,7 @@ class Runner:
         try:
             return callee(**placed | ({"use_cache": False} if "use_cache" in parameters else {}))
         except (IndexError, RuntimeError) as error:
-            _explain_length(self.model, inputs, error)
+            _raise_if_too_long(self.model, inputs, error)
             raise
 
     def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
@@ -296,11 +296,11 @@ class Runner:
 
     def _towers(self, name: str) -> dict[str, nn.Module]:
         """The modules in the model whose first input has this name: path → module, the outermost first."""
-        if name not in self._known:
+        if name not in self._towers_by_input:
             inside = {path: module for path, module in self.model.named_modules() if path}
             first = {path: next(iter(inspect.signature(m.forward).parameters), "") for path, m in inside.items()}
-            self._known[name] = {path: module for path, module in inside.items() if first[path] == name}
-        return self._known[name]
+            self._towers_by_input[name] = {path: module for path, module in inside.items() if first[path] == name}
+        return self._towers_by_input[name]
 
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state: its name in transformers' outputs → the module."""
@@ -322,10 +322,10 @@ def positions_of(config: Any) -> int | None:
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
         return None
-    return most - (config.pad_token_id or 0) - 1 if str(getattr(config, "model_type", "")) in _SHIFTED else most
+    return most - (config.pad_token_id or 0) - 1 if str(getattr(config, "model_type", "")) in _OFFSET_BY_PAD else most
 
 
-def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
+def _raise_if_too_long(model: Any, inputs: dict[str, Any], error: Exception) -> None:
     """Raise `TextTooLong` if torch refused a batch that is longer than the model's positions."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

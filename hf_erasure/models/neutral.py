@@ -46,16 +46,16 @@ def _neutral_texts(
     room = max(1, longest - len(lead) - len(trail))
     forms, special = word_forms(tokenizer, feature_words), set(tokenizer.all_special_ids)
     begin, ends = (1, []) if layout.task == "causal" else (0, trail)
-    spoken: dict[int, bool] = {}
+    is_word: dict[int, bool] = {}
     found = []
     for whole in encode(tokenizer, _column_of_texts(dataset)):
         for start in range(0, len(whole), room) if in_pieces else (0,):
             tokens = whole[start : start + room]
-            barred = occurrences(tokens, forms)
-            free = [i for i in range(begin, len(tokens)) if i not in barred and tokens[i] not in special]
-            for token in {tokens[i] for i in free}.difference(spoken):
-                spoken[token] = any(letter.isalnum() for letter in tokenizer.decode([token]))
-            usable, words = ([len(lead) + i for i in free if all_of or spoken[tokens[i]]] for all_of in (True, False))
+            feature_positions = occurrences(tokens, forms)
+            free = [i for i in range(begin, len(tokens)) if i not in feature_positions and tokens[i] not in special]
+            for token in {tokens[i] for i in free}.difference(is_word):
+                is_word[token] = any(letter.isalnum() for letter in tokenizer.decode([token]))
+            usable, words = ([len(lead) + i for i in free if all_of or is_word[tokens[i]]] for all_of in (True, False))
             found.append(NeutralText([*lead, *tokens, *ends], len(lead), usable, words))
     return found
 
@@ -107,8 +107,8 @@ def neutral_batches(
         raise PairError(f"batch_size is {batch_size}; it must be at least 1")
     layout = Layout.of(tokenizer, task, config)
     texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length)
-    draw = _neutral_labels if layout.task == "classification" else _neutral_words
-    rows = draw(texts, layout, config, random.Random(seed))
+    neutral_rows = _neutral_labels if layout.task == "classification" else _neutral_words
+    rows = neutral_rows(texts, layout, config, random.Random(seed))
     return [collate(layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
@@ -194,14 +194,14 @@ class LanguageModelling:
         texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
         generator = random.Random(seed)
         draws = mask_draws if task in ("masked", "seq2seq") else 1
-        every = [(number, text) for _ in range(draws) for number, text in enumerate(texts)]
-        drawn = [(text.tokens, _chosen(text, task, mask_share, generator), number) for number, text in every]
+        rows = [(number, text) for _ in range(draws) for number, text in enumerate(texts)]
+        drawn = [(text.tokens, _scored_positions(text, task, mask_share, generator), number) for number, text in rows]
         kept = [entry for entry in drawn if entry[1] or task == "classification"]
         if not kept:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        self.batches = [layout.padded([layout.predicting(*entry[:2]) for entry in chunk]) for chunk in chunks]
+        self.batches = [layout.padded([layout.prediction_row(*entry[:2]) for entry in chunk]) for chunk in chunks]
         # The number of the text, or of the piece of a text, of each row.
         self._texts = [torch.tensor([number for *_, number in chunk], device="cpu") for chunk in chunks]
         if task == "classification":
@@ -233,7 +233,7 @@ class LanguageModelling:
         return found[found[:, 2] > 0]
 
 
-def _chosen(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:
+def _scored_positions(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:
     """The positions of one text that are scored."""
     if task == "causal":
         # Every token except the first, feature words too: the loss on the unchanged text.

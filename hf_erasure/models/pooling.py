@@ -28,7 +28,7 @@ IN_WORDS = {
 # Units of rounding: the gradients of two positions that differ by no more are equal.
 _ROUNDING = 8
 # A position is read if the norm of its gradient is above this share of the largest in its row.
-_COUNTS = 1e-6
+_READ_SHARE = 1e-6
 # The name of a way of pooling in sentence-transformers → its name here.
 SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
@@ -115,7 +115,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
             if found is None:
                 return no_head
             gradient, hidden = found
-            pool, words, is_other = _classified(gradient, real_of(hidden).to(gradient.device))
+            pool, words, is_other = _pool_of(gradient, real_of(hidden).to(gradient.device))
     except Exception as error:  # any error of a model: fitting itself may not need the part that fails
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
@@ -130,17 +130,17 @@ def _gradient(
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of the output with respect to the last hidden state, and that state; None for a bare model."""
     calls = Counter[nn.Module]()
-    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
+    makers: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
     maker: tuple[nn.Module, int, Any, Any] | None = None
     returned: Any = None
     leaf: Tensor | None = None
 
-    def look(module: nn.Module, args: Any, output: Any) -> Any:
+    def record_or_replace(module: nn.Module, args: Any, output: Any) -> Any:
         """Note which module returns each tensor; in the second pass, turn gradients on at the last hidden state."""
         nonlocal returned, leaf
         calls[module] += 1
         if maker is None:
-            made.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
+            makers.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
             returned = output if module is backbone else returned
             return None
         if maker[:2] != (module, calls[module]):
@@ -152,7 +152,7 @@ def _gradient(
 
     with ExitStack() as hooks:
         for module in model.modules():
-            hooks.callback(module.register_forward_hook(look).remove)
+            hooks.callback(module.register_forward_hook(record_or_replace).remove)
         output = forward()
         if is_bare and not _logits(output):
             return None
@@ -161,7 +161,7 @@ def _gradient(
         if hidden.dim() != 3:
             raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
         # The innermost module that returned this very tensor, the number of its call, and the place in its output.
-        maker = next((each for each in made if each[3]() is hidden), None)
+        maker = next((each for each in makers if each[3]() is hidden), None)
         if maker is None:
             raise ValueError("no module returns the last hidden state")
         calls.clear()
@@ -206,10 +206,10 @@ def _logits(output: Any) -> list[Tensor]:
 # ---- what it shows ---------------------------------------------------------------------------------------------------
 
 
-def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
+def _pool_of(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
     """Return the pool, what is read in words, and whether it is known not to be one of `POOLS`."""
     size = gradient.float().norm(dim=-1)
-    read = size > _COUNTS * size.amax(1, keepdim=True)
+    read = size > _READ_SHARE * size.amax(1, keepdim=True)
     several = (real.sum(1) > 1) & read.any(1)  # a row of one token does not show which position is read
     if not several.any():
         return None, "rows that are too short to tell which position it reads", False
@@ -219,10 +219,10 @@ def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
             return pool, IN_WORDS[pool], False
     rest = real & ~counted(real, "cls")
     if torch.equal(read, rest):
-        pool = "mean" if _alike(gradient, read) else "tokens"
+        pool = "mean" if _equal_gradients(gradient, read) else "tokens"
         return pool, f"{IN_WORDS[pool]} behind the first", False
     if bool((read | ~real).all()):
-        if not _alike(gradient, read):
+        if not _equal_gradients(gradient, read):
             return "tokens", IN_WORDS["tokens"], False
         return "mean", IN_WORDS["mean"] + (", padding included" if bool((read & ~real).any()) else ""), False
     columns = read.any(0).nonzero().flatten().tolist()
@@ -230,7 +230,7 @@ def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
     return None, f"positions {columns} of {read.shape[1]}{padding}", True
 
 
-def _alike(gradient: Tensor, read: Tensor) -> bool:
+def _equal_gradients(gradient: Tensor, read: Tensor) -> bool:
     """Whether all positions that are read have the same gradient, within each row."""
     tolerance = _ROUNDING * torch.finfo(gradient.dtype).eps
     rows = [row[chosen] for row, chosen in zip(gradient.float(), read, strict=True)]

@@ -118,8 +118,8 @@ class LanguageScorer:
             ids, spans, added = [self.start, *ids], [(0, 0), *spans], [1, *added]
         first = 1 if self.task == "causal" else 0  # a causal model does not predict the first token of a row
         places = [p for p in range(first, len(ids)) if not added[p]]
-        lost = frozenset(p for p in places if ids[p] == self.tokenizer.unk_token_id)
-        return Encoding(text, ids, spans, places, lost)
+        unknown = frozenset(p for p in places if ids[p] == self.tokenizer.unk_token_id)
+        return Encoding(text, ids, spans, places, unknown)
 
     def fits(self, encoding: Encoding) -> bool:
         """Whether the model can take the text as one row."""
@@ -130,12 +130,12 @@ class LanguageScorer:
 
         A causal model needs one row, a masked model needs one row for each token.
         """
-        return self.asked(encoding.ids, encoding.places if places is None else list(places))
+        return self.rows_at(encoding.ids, encoding.places if places is None else list(places))
 
-    def asked(self, ids: list[int], places: list[int]) -> list[Row]:
+    def rows_at(self, ids: list[int], places: list[int]) -> list[Row]:
         """The rows that give the scores of the tokens at some places of a row."""
         together = [places] if self.task == "causal" else [[place] for place in places]
-        return [self.layout.predicting(ids, chosen) for chosen in together]
+        return [self.layout.prediction_row(ids, chosen) for chosen in together]
 
     @on_cpu()
     def log_probabilities(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -183,7 +183,7 @@ class LanguageScorer:
             if not encoding.places:
                 raise ValueError(f"Text {number} has no token to score: leave it out.")
             parts += [(encoding, *window) for window in self._windows(encoding, stride)]
-        sums = self.sums([self.asked(ids, places) for _, ids, places, _ in parts])
+        sums = self.sums([self.rows_at(ids, places) for _, ids, places, _ in parts])
         found = []
         for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
             loss = 0.0 if total > 0 else -total  # a sum above 0 is due to rounding; NaN stays NaN
@@ -227,7 +227,7 @@ def text_states(
     texts: Sequence[str],
     keep: Callable[[int, dict[str, Tensor]], T],
     *,
-    every: bool = False,
+    all_layers: bool = False,
     batch_size: int = 64,
     max_length: int | None = None,
     truncate: bool = False,
@@ -235,7 +235,7 @@ def text_states(
     """Return for each text what `keep` returns for its states.
 
     `keep` is called with the number of a text and its states, layer → `(tokens, width)` float32 on the CPU: the last
-    state alone, or with `every` all states, the embeddings first. For an encoder-decoder these are the states of the
+    state alone, or with `all_layers` all states, embeddings first. For an encoder-decoder these are the states of the
     encoder; active adapters take part. A text that is longer than the model's limit or `max_length` tokens is refused,
     or cut if `truncate` is True. Raises `ValueError` if there are no texts, or one is too long or has no token.
     """
@@ -257,9 +257,9 @@ def text_states(
         for start in range(0, len(order), whole("batch_size", batch_size)):
             chosen = order[start : start + batch_size]
             inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
-            output = runner({**inputs, "output_hidden_states": True} if every else inputs)
+            output = runner({**inputs, "output_hidden_states": True} if all_layers else inputs)
             # In most architectures the last of the hidden states is last_hidden_state, which gets that name here.
-            layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
+            layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if all_layers else {}
             layers[FINAL] = last_hidden_state(output)
             layers = {name: state.float().cpu() for name, state in layers.items()}
             for row, i in enumerate(chosen):
@@ -277,10 +277,10 @@ def pooled_embeddings(
     """
     if pool not in ("mean", "cls", "last"):
         raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
-    vectors = text_states(model, tokenizer, texts, lambda _, states: pooled_one(states[FINAL], pool), **options)
+    vectors = text_states(model, tokenizer, texts, lambda _, states: pooled_text(states[FINAL], pool), **options)
     return torch.stack(vectors)
 
 
-def pooled_one(states: Tensor, pool: str) -> Tensor:
+def pooled_text(states: Tensor, pool: str) -> Tensor:
     """Pool the states of one text, `(tokens, width)`, into one vector `(width,)`; see `pooled`."""
     return pooled(states[None], torch.ones(1, len(states), dtype=torch.bool), pool)[0]

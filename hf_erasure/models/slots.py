@@ -1,6 +1,6 @@
 """Fills slots with words: the inputs of one forward pass, and the logits at which the words' tokens are predicted.
 
-`Layout` puts words into slots, `Filled` has the inputs of one forward pass, `PairBatch` has those for two words in each
+`Layout` puts words into slots, `SlotInputs` has the inputs of one forward pass, `PairBatch` those for two words in each
 slot, and `SlotReader` runs the pass. What stands in the slot depends on the task:
 
 * masked: as many mask tokens as the word has tokens, so both words need the same number of tokens;
@@ -29,20 +29,20 @@ from .heads import Task, task_of
 from .model import Runner, evaluating, input_device, is_encoder_decoder, positions_of
 from .word_tokens import PairError
 
-F = TypeVar("F", bound="Filled")
+F = TypeVar("F", bound="SlotInputs")
 # The id that stands for no label, which the losses of transformers leave out.
 IGNORED = -100
 # Tokens: a limit above this means that the tokenizer has no limit.
 _NO_LIMIT = 10**9
 _SENTINELS = 100  # the number of T5's tokens <extra_id_…>
-_ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
+_CHUNK = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
 
 
 # ---- one forward pass ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Filled:
+class SlotInputs:
     """Inputs of one forward pass, and the tokens that are predicted in it."""
 
     inputs: dict[str, Tensor]  # Named inputs of the model, (batch, seq).
@@ -70,10 +70,10 @@ class Filled:
         """The chosen rows, at least one, in their order here."""
         kept = torch.zeros(len(self), dtype=torch.bool, device=self.rows.device)
         kept[list(chosen)] = True
-        mine, moved = kept[self.rows], kept.long().cumsum(0) - 1
+        is_chosen, new_rows = kept[self.rows], kept.long().cumsum(0) - 1
         inputs = {name: value[kept] for name, value in self.inputs.items()}
-        rows, tokens = moved[self.rows[mine]], self.tokens[mine]
-        return replace(self, inputs=inputs, rows=rows, positions=self.positions[mine], tokens=tokens)
+        rows, tokens = new_rows[self.rows[is_chosen]], self.tokens[is_chosen]
+        return replace(self, inputs=inputs, rows=rows, positions=self.positions[is_chosen], tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Layout:
 
     task: Task  # The task of the model.
     pad: int  # The id of the padding token.
-    hole: int = -1  # The id of the token in the slot: the mask or the first sentinel; -1 if there is none.
+    slot_token: int = -1  # The id of the token in the slot: the mask or the first sentinel; -1 if there is none.
     sentinels: tuple[int, ...] = ()  # The ids of ``<extra_id_i>``; empty except for T5's kind of seq2seq.
     start: int = -1  # The id of the decoder's start token (seq2seq), else -1.
     # Whether to pad at the left; for causal models only. All others are padded at the right, whichever side the
@@ -126,7 +126,7 @@ class Layout:
         if task == "masked":
             if tokenizer.mask_token_id is None:
                 raise PairError("the tokenizer has no mask token, so it is not one of a masked language model")
-            return replace(layout, hole=tokenizer.mask_token_id)
+            return replace(layout, slot_token=tokenizer.mask_token_id)
         if task != "seq2seq":
             return layout
         start = getattr(config, "decoder_start_token_id", None)
@@ -143,10 +143,10 @@ class Layout:
             sentinels.append(token)
         if not sentinels and tokenizer.mask_token_id is None:
             raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
-        hole = sentinels[0] if sentinels else tokenizer.mask_token_id
-        return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
+        slot_token = sentinels[0] if sentinels else tokenizer.mask_token_id
+        return replace(layout, slot_token=slot_token, sentinels=tuple(sentinels), start=start)
 
-    def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> Filled:
+    def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> SlotInputs:
         """Put one word (its tokens, or one label id) into every slot; rows are padded to the longest."""
         return self.padded([self._row(slot, list(word)) for slot, word in zip(slots, words, strict=True)])
 
@@ -154,16 +154,16 @@ class Layout:
         head, before = slot.head, len(slot.head)
         steps, forced = range(len(word)), word[:-1]
         if self.task == "masked":
-            return Row([*head, *[self.hole] * len(word), *slot.tail], [before + step for step in steps], word)
+            return Row([*head, *[self.slot_token] * len(word), *slot.tail], [before + step for step in steps], word)
         if self.task == "causal":
             return Row([*head, *forced], [before - 1 + step for step in steps], word)
         if self.task == "classification":
             return Row(head, [0], word)
-        given = [self.hole] if self.sentinels else head
+        given = [self.slot_token] if self.sentinels else head
         target = [self.start, *given, *forced]
-        return Row([*head, self.hole, *slot.tail], [len(given) + step for step in steps], word, target)
+        return Row([*head, self.slot_token, *slot.tail], [len(given) + step for step in steps], word, target)
 
-    def predicting(self, ids: Sequence[int], places: Sequence[int]) -> Row:
+    def prediction_row(self, ids: Sequence[int], places: Sequence[int]) -> Row:
         """The row that predicts the tokens at some places of a text; they are hidden, except for causal models."""
         if self.task == "classification":
             return Row(list(ids), [0], [0])
@@ -172,11 +172,11 @@ class Layout:
         if self.task == "causal":
             # The token at a place is predicted by the logits at the place before it.
             return Row(list(ids), [place - 1 for place in places], tokens)
-        holes = self.sentinels or (self.hole,) * len(places)
+        slot_tokens = self.sentinels or (self.slot_token,) * len(places)
         source, target = list(ids), [self.start]
-        for place, hole in zip(places, holes, strict=False):
-            source[place] = hole
-            target += [hole, ids[place]]
+        for place, slot_token in zip(places, slot_tokens, strict=False):
+            source[place] = slot_token
+            target += [slot_token, ids[place]]
         if self.task == "masked":
             return Row(source, list(places), tokens)
         if not self.sentinels:
@@ -184,7 +184,7 @@ class Layout:
         # The start, then (sentinel, token) pairs: a token is predicted at its sentinel, so the last token is left out.
         return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])
 
-    def padded(self, rows: Sequence[Row]) -> Filled:
+    def padded(self, rows: Sequence[Row]) -> SlotInputs:
         """Rows as tensors, with a mask and the other inputs that the model needs; positions move with left padding."""
         named = padded_inputs([row.ids for row in rows], self.pad, left=self.left, type_ids=self.type_ids)
         owners = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
@@ -194,7 +194,7 @@ class Layout:
         if self.task == "seq2seq":
             # It is padded at the right: under the causal mask the positions before the padding do not see it.
             named["decoder_input_ids"] = padded_inputs([row.decoder for row in rows], self.pad)["input_ids"]
-        return Filled(named, owners, at, torch.tensor([token for row in rows for token in row.tokens]))
+        return SlotInputs(named, owners, at, torch.tensor([token for row in rows for token in row.tokens]))
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
@@ -235,7 +235,7 @@ def padded_inputs(
 
 
 @dataclass(frozen=True)
-class PairBatch(Filled):
+class PairBatch(SlotInputs):
     """Rows of one class, with the factual words in the slots; one gradient is taken of their mean loss.
 
     Attributes:
@@ -252,7 +252,7 @@ class PairBatch(Filled):
     counterfactual: Tensor
     label: int | None = None
     other: int | None = None
-    apart: Filled | None = field(default=None, repr=False)
+    apart: SlotInputs | None = field(default=None, repr=False)
     layout: Layout | None = field(default=None, repr=False)
     slots: tuple[Slot, ...] = field(default=(), repr=False)
 
@@ -264,8 +264,8 @@ class PairBatch(Filled):
     def some_rows(self, chosen: Sequence[int]) -> PairBatch:
         """The chosen rows, at least one, in their order here."""
         apart = None if self.apart is None else self.apart.some_rows(chosen)
-        mine = torch.isin(self.rows, torch.tensor(list(chosen), device=self.rows.device))
-        counterfactual = self.counterfactual[mine] if apart is None else apart.tokens
+        is_chosen = torch.isin(self.rows, torch.tensor(list(chosen), device=self.rows.device))
+        counterfactual = self.counterfactual[is_chosen] if apart is None else apart.tokens
         slots = tuple(slot for row, slot in enumerate(self.slots) if row in chosen)
         return replace(super().some_rows(chosen), counterfactual=counterfactual, apart=apart, slots=slots)
 
@@ -374,7 +374,7 @@ class SlotReader:
                     found[:, index] = chosen[..., 0].sum(1)
         return found
 
-    def logits(self, filled: Filled) -> Tensor:
+    def logits(self, filled: SlotInputs) -> Tensor:
         """Run one forward pass: the logits of the predicted tokens, (labels, vocabulary or classes), in its dtype.
 
         The caller sets the gradient mode and the training flags.
@@ -383,7 +383,7 @@ class SlotReader:
         # A model whose forward takes any keyword may not know token types.
         taken = inspect.signature(self.model.forward).parameters
         inputs = {k: v for k, v in filled.inputs.items() if k in taken or k != "token_type_ids"}
-        with self._gathered(filled) as done:
+        with self._states_at_slots(filled) as was_cut:
             output = self._runner(inputs, self.model)
         logits = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
         if not isinstance(logits, Tensor):
@@ -392,7 +392,7 @@ class SlotReader:
             return logits[filled.rows]
         source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
         # A head may read another output of the backbone than its last hidden state, such as ProphetNet's streams.
-        if done and logits.shape[:2] == (1, len(filled.rows)):
+        if was_cut and logits.shape[:2] == (1, len(filled.rows)):
             return logits[0]
         if logits.shape[:2] != source.shape:
             raise ValueError(
@@ -402,14 +402,14 @@ class SlotReader:
         return logits[filled.rows, filled.positions]
 
     @contextmanager
-    def _gathered(self, filled: Filled) -> Iterator[list[bool]]:
+    def _states_at_slots(self, filled: SlotInputs) -> Iterator[list[bool]]:
         """While open, the backbone returns its last hidden state at the predicted positions only, (1, labels, width).
 
         The list that it yields stays empty if that has not happened: the backbone was not called as a module, or its
         hidden state does not have the shape of the input. The caller then picks the rows from the logits, and also does
         so if the shape of the logits shows that the head read another output.
         """
-        done: list[bool] = []
+        was_cut: list[bool] = []
         source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -420,7 +420,7 @@ class SlotReader:
             rows = hidden[filled.rows.to(hidden.device), filled.positions.to(hidden.device)][None]
             if rows.shape == hidden.shape:  # the shape of the logits could not show what the head has read
                 return None
-            done.append(True)
+            was_cut.append(True)
             if not keyed:
                 return (rows, *output[1:])
             output["last_hidden_state"] = rows
@@ -429,7 +429,7 @@ class SlotReader:
         apart = isinstance(self._backbone, nn.Module) and self._backbone is not self.model
         handle = self._backbone.register_forward_hook(hook) if apart and self.task != "classification" else None
         try:
-            yield done
+            yield was_cut
         finally:
             if handle is not None:
                 handle.remove()
@@ -437,4 +437,4 @@ class SlotReader:
 
 def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split `(labels, vocabulary)` logits into parts of some rows, as float32, each with the tokens of its rows."""
-    return ((part.float(), goal) for part, goal in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True))
+    return ((part.float(), goal) for part, goal in zip(logits.split(_CHUNK), tokens.split(_CHUNK), strict=True))

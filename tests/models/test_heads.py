@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from hf_erasure.models.heads import check_next_word, known_task
-from hf_erasure.models.slots import Filled, SlotReader
+from hf_erasure.models.slots import SlotInputs, SlotReader
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -49,13 +49,13 @@ def prophetnet() -> hf.PreTrainedModel:
     return hf.ProphetNetForConditionalGeneration(config).eval()
 
 
-def filled(rows: int, length: int, *, decoder: bool = False) -> Filled:
+def filled(rows: int, length: int, *, decoder: bool = False) -> SlotInputs:
     """The last position of each row is read."""
     ids = torch.randint(5, 50, (rows, length), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
         {"decoder_input_ids": ids} if decoder else {}
     )
-    return Filled(inputs, torch.arange(rows), torch.full((rows,), length - 1), torch.full((rows,), 7))
+    return SlotInputs(inputs, torch.arange(rows), torch.full((rows,), length - 1), torch.full((rows,), 7))
 
 
 def test_a_language_model_with_a_tower_reads_texts_alone():

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from hf_erasure.models.layout import (
     Axes,
-    Glimpse,
     Lengths,
     Passes,
-    of_other_lengths,
+    Summary,
     rows_of,
+    with_lengths,
 )
 
 ROWS, WIDTH = 2, 5
@@ -38,17 +38,15 @@ def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tenso
     """The axes of what a layout makes of states, and the rows that they put in order."""
     batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
     now = Lengths.in_batch(batch)
-    other = now.changed()
-    given = [
-        layout(states(each["input_ids"])) for each in (batch, mirrored(batch), of_other_lengths(batch, now, other))
-    ]
+    other = now.altered()
+    given = [layout(states(each["input_ids"])) for each in (batch, mirrored(batch), with_lengths(batch, now, other))]
     axes = axes_of(given, width % given[0].dim(), now, other)
     return axes, axes.arranged(given[0], ROWS)
 
 
 def axes_of(activations: list[Tensor], width: int, now: Lengths, other: Lengths) -> Axes:
-    first = Glimpse.of(activations[0])
-    seen = [first, Glimpse.of(activations[1], first, ROWS), Glimpse.of(activations[2])]
+    first = Summary.of(activations[0])
+    seen = [first, Summary.of(activations[1], first, ROWS), Summary.of(activations[2])]
     passes = Passes(ROWS, now, other, *({"here": each} for each in seen))
     axes = passes.axes_of("here", nn.Identity(), lambda: {width})
     if isinstance(axes, ValueError):
@@ -112,8 +110,8 @@ def test_rows_that_are_not_positions_are_those_of_their_example(name: str) -> No
 def test_decoders_have_positions_of_their_own() -> None:
     batch = {"input_ids": torch.ones(2, 8).long(), "decoder_input_ids": torch.ones(2, 8).long()}
     now = Lengths.in_batch(batch)
-    other = now.changed()
-    given = of_other_lengths(batch, now, other)
+    other = now.altered()
+    given = with_lengths(batch, now, other)
     assert given["input_ids"].shape != given["decoder_input_ids"].shape
     assert now.side_of(8, other, given["decoder_input_ids"].shape[1]) == "decoder_"
     assert now.side_of(8, other, given["input_ids"].shape[1]) == ""
@@ -142,11 +140,11 @@ def test_rows_that_depend_on_their_content_are_refused() -> None:
 def test_any_order_of_axes_is_put_right(order: list[int], heads: int, length: int) -> None:
     batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
     now = Lengths.in_batch(batch)
-    other = now.changed()
+    other = now.altered()
 
     def layout(ids: Tensor) -> Tensor:
         return torch.stack([states(ids) * (head + 1) for head in range(heads)], 2).permute(order)
 
-    passes = [layout(given["input_ids"]) for given in (batch, mirrored(batch), of_other_lengths(batch, now, other))]
+    passes = [layout(given["input_ids"]) for given in (batch, mirrored(batch), with_lengths(batch, now, other))]
     axes = axes_of(passes, order.index(3), now, other)
     assert torch.equal(axes.arranged(passes[0], ROWS), layout(batch["input_ids"]).permute(*map(order.index, range(4))))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, Weight, sibling_experts, whole_axis
-from hf_erasure.models.model import distance, evaluating, is_norm, tensors_of, without_drawing
+from hf_erasure.models.model import distance, evaluating, forked_rng, is_norm, tensors_of
 from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.acting import warn_user
@@ -62,7 +62,7 @@ class Probe:
             torch.inference_mode(False),
             evaluating(self.model),
             torch.autocast(self._device, enabled=False),
-            without_drawing(self.model),
+            forked_rng(self.model),
         ):
             return tensors_of(self.model(**self.inputs))
 

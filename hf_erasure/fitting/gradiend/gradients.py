@@ -22,7 +22,7 @@ from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
 from hf_erasure.models.model import evaluating, pandas
-from hf_erasure.models.slots import Filled, PairBatch, SlotReader
+from hf_erasure.models.slots import PairBatch, SlotInputs, SlotReader
 
 from ..processes import Processes
 from .pairs import Pair, Signed
@@ -135,7 +135,7 @@ class GradientReader(SlotReader):
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
         right = batch.to(self.device)
         if batch.apart is None:
-            wrong: Filled = replace(right, tokens=batch.counterfactual.to(self.device))
+            wrong: SlotInputs = replace(right, tokens=batch.counterfactual.to(self.device))
             logits = dict.fromkeys(("factual", "counterfactual"), self.logits(right).float())
         else:
             wrong = batch.apart.to(self.device)
@@ -205,7 +205,7 @@ class GradientReader(SlotReader):
                     parameter.grad = gradient
 
 
-def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:
+def _mean_nll(logits: Tensor, filled: SlotInputs) -> Tensor:
     losses = F.cross_entropy(logits, filled.tokens.to(logits.device), reduction="none")
     return (filled.weights.to(losses.device) * losses).sum()
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_erasure.fitting.gradiend import LanguageModelling, PairError, SlotReader, word_tokens
-from hf_erasure.models.slots import Filled
+from hf_erasure.models.slots import SlotInputs
 from tests.fitting.gradiend.language_models import NAMES, model_of, neutral, task_name, tokenizer_of
 
 TEXTS = Dataset.from_dict(
@@ -142,7 +142,7 @@ def test_where_nothing_is_masked_draws_make_no_difference(name: str) -> None:
     assert language(name, model, mask_draws=3).score() == language(name, model).score()
 
 
-def hidden(filled: Filled) -> list[tuple[tuple[int, ...], ...]]:
+def hidden(filled: SlotInputs) -> list[tuple[tuple[int, ...], ...]]:
     """Of each text the unpadded input, and the tokens to predict."""
     ids, mask = filled.inputs["input_ids"], filled.inputs["attention_mask"].bool()
     return [
