@@ -267,8 +267,8 @@ def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, pr
     count = shared.Processes().count
     if processes is not None and count < processes:
         raise ValueError(
-            f"{processes} processes were asked for, and {count} runs. Start them with torchrun, also where "
-            f"there is no GPU: torchrun --nproc_per_node {processes} -m hf_erasure.cli …"
+            f"--processes {processes}: only {count} of them run. Start them with torchrun, also without a GPU: "
+            f"torchrun --nproc_per_node {processes} -m hf_erasure.cli …"
         )
     if said and shared.Processes().is_main:
         typer.echo("\n".join(said))

@@ -144,7 +144,7 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
     again = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
     prints = content.get("fingerprints")
     if not isinstance(prints, dict) or not isinstance(prints.get("adapters"), dict):
-        raise ValueError(f"{path} does not say which adapters and which base it is of (no fingerprints). {again}")
+        raise ValueError(f"{path} has no fingerprints of the adapters and the base that were measured. {again}")
     alone = [e["name"] for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
     known = {name: own for name in alone if isinstance(own := prints["adapters"].get(name), dict)}
     digest = digest_of(folder, config)

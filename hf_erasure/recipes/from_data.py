@@ -61,14 +61,14 @@ def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
     splits = load_source(given.data, given.name)
     train = "train" if "train" in splits else next(iter(splits))
     if "train" not in splits and len(splits) > 1:
-        raise ValueError(f"{given.data} has the splits {', '.join(splits)} and none is called train.")
+        raise ValueError(f"{given.data} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
     rows = splits[train]
     for column in filter(None, (given.label, given.text, given.keep, given.group)):
         _check_column(rows, column, given.data)
     labels = _labels(rows, given.label, given.data)
     text = given.text or _text_column(rows, {given.label, given.keep, given.group}, given.data)
     if empty := [number for number, value in enumerate(rows[text]) if not value]:
-        raise ValueError(f"{given.data}: {len(empty)} rows have no {text!r}, the first is row {empty[0]} (from 0).")
+        raise ValueError(f"{given.data}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out.")
     concept = given.concept or given.label
     source = str(Path(given.data).resolve()) if Path(given.data).exists() else given.data
     data: dict[str, Any] = {"source": source, "name": given.name, "train": train, "text_column": text}

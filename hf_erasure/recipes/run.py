@@ -66,7 +66,7 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
     if not path.exists() and suffix in _READERS:
         raise FileNotFoundError(f"There is no file {source}.")
     if path.is_file() and suffix not in _READERS:
-        raise ValueError(f"{source} is not a file that can be read: write {', '.join(_READERS)}.")
+        raise ValueError(f"{source} cannot be read: give a file that ends in {', '.join(_READERS)}.")
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{source} is empty.")
     try:

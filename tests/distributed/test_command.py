@@ -74,4 +74,4 @@ def test_torchrun_fits_what_one_process_fits_and_the_first_process_writes(
 def test_fewer_processes_than_asked_for_are_an_error(recipe: Path, tmp_path: Path) -> None:
     run = command("fit", recipe, "--processes", 2, folder=tmp_path)
     assert run.returncode == 2
-    assert "2 processes were asked for, and 1 runs. Start them with torchrun" in run.stderr
+    assert "--processes 2: only 1 of them run. Start them with torchrun" in run.stderr

@@ -487,7 +487,7 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
     assert "is not among them under the name 'one'" in refused(chosen, "--adapter", "one")
     old = json.loads(chosen.read_text())
     for change, words in (
-        (lambda content: content.pop("fingerprints"), "does not say which adapters and which base it is of"),
+        (lambda content: content.pop("fingerprints"), "has no fingerprints of the adapters and the base"),
         (lambda content: content.update(format=0), "holds no results"),
         (lambda content: content.update(entries=[5]), "holds no results that this version reads"),
         (lambda content: content.update(measures=[5]), "holds no results that this version reads"),
