@@ -46,13 +46,13 @@ Forward = Callable[[], Callable[[], Any]]
 # holds a stack in addition to its tensors.
 MOST_THREADS = 256
 # Integers and booleans decide which Python branch is taken. Up to this many, their values are written in any case.
-_FEW = 1 << 13
+_MAX_NUMEL = 1 << 13
 # Bytes of an activation from which a pass gives memory back at each stop: giving it back takes some milliseconds.
-_LARGE = 1 << 20
+_LARGE_BYTES = 1 << 20
 # With smaller activations, memory is given back each time that this many threads have ended.
-_SMALL_ENDS = 16
+_ENDS_PER_TRIM = 16
 # Operations that give a tensor another storage, or a storage another size.
-_MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
+_STORAGE_OPERATIONS = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
 
 
 class OutOfStep(Exception):
@@ -63,7 +63,7 @@ class _Abandoned(BaseException):
     """Unwinds a forward pass that will not be continued in this thread."""
 
 
-class _Astray(BaseException):
+class _OperationsDiffer(BaseException):
     """Unwinds a forward pass whose operations are not the ones that are written."""
 
 
@@ -76,11 +76,11 @@ class BatchThread:
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
         self._forward, self._modes, self._waiting = forward, modes, waiting
-        self.passed: list[str] = []  # The sites where it stopped in ended threads: it does not wait there again.
+        self.past_stops: list[str] = []  # The sites where it stopped in ended threads: it does not wait there again.
         self._record = None if waiting is None else Record(waiting.folder / f"batch-{index}")
         self._finished = self._abandoned = self._is_large = False
         self._error: BaseException | None = None
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._may_run, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
     def _run(self) -> None:
@@ -92,10 +92,10 @@ class BatchThread:
                 try:
                     with self._record or nullcontext():
                         forward()
-                except _Astray:
+                except _OperationsDiffer:
                     self.visited.clear()
                     if self._waiting is not None and self._record is not None:
-                        self._waiting.give_up("a forward pass does not take the same operations a second time")
+                        self._waiting.stop_replays("a forward pass does not take the same operations a second time")
                         self._record.forget()
                     forward()
             self._finished, self.site, self.hidden = True, None, None
@@ -112,13 +112,13 @@ class BatchThread:
             if self._waiting is not None:
                 self._waiting.make_room_for(self)
             if self._thread is not None:
-                self._go.release()
+                self._may_run.release()
             else:
                 self.visited.clear()
                 self.site = None
                 if self._waiting is not None and not self._waiting.replays:
                     self._record = None
-                if self._record is not None and self.passed:
+                if self._record is not None and self.past_stops:
                     self._record.read()
                 run, name = contextvars.copy_context().run, f"hf-erasure-batch-{self.index}"
                 self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
@@ -127,12 +127,12 @@ class BatchThread:
             if self._error is not None:
                 raise self._error
             if self.hidden is not None:
-                self._is_large = self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE
+                self._is_large = self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE_BYTES
             if self._finished and self._waiting is not None:
-                self._waiting.present.remove(self)
-                self._end()
+                self._waiting.threaded.remove(self)
+                self._finish_thread()
             elif self._is_large:
-                _give_back()
+                _trim_memory()
         except OutOfStep:
             raise
         except TextTooLong as error:
@@ -144,46 +144,46 @@ class BatchThread:
     def stop(self, site: str, hidden: Tensor) -> None:
         """Offer the activation to the caller, and wait until it lets the batch go on; called in the batch's thread."""
         self.visited.append(site)
-        if site in self.passed:
+        if site in self.past_stops:
             return
         self.site, self.hidden = site, hidden
         del hidden
         self._stopped.release()
-        self._go.acquire()
+        self._may_run.acquire()
         self.site, self.hidden = None, None
         if self._abandoned:
             raise _Abandoned
 
-    def park(self) -> None:
+    def suspend(self) -> None:
         """Write the results of the pass, and end the thread; a new thread can go on from here."""
-        site, self.passed = self.site, list(self.visited)
+        site, self.past_stops = self.site, list(self.visited)
         if self._record is not None:
             self._record.write()
         self.abandon()
         self._stopped.acquire()
-        self._end()
+        self._finish_thread()
         self._thread, self._abandoned, self.site = None, False, site
 
-    def _end(self) -> None:
+    def _finish_thread(self) -> None:
         """Note that a thread has ended, and check whether the model keeps tensors of its pass."""
         if self._thread is not None:
             self._thread.join()
-        if self._record is not None and self._waiting is not None and self._record.outlived():
-            self._waiting.give_up("the model keeps tensors of a forward pass")
+        if self._record is not None and self._waiting is not None and self._record.has_live_tensors():
+            self._waiting.stop_replays("the model keeps tensors of a forward pass")
         if self._waiting is not None:
             self._waiting.ends += 1
-            if self._is_large or self._waiting.ends % _SMALL_ENDS == 0:
-                _give_back()
+            if self._is_large or self._waiting.ends % _ENDS_PER_TRIM == 0:
+                _trim_memory()
 
     def abandon(self) -> None:
         """End the forward pass where it is, and its thread."""
         if self._thread is not None:
             self._abandoned = True
-            self._go.release()
+            self._may_run.release()
             self._thread.join()
 
 
-def _give_back() -> None:
+def _trim_memory() -> None:
     """Give free memory back to the system.
 
     The allocator of glibc keeps an arena for every thread, and other threads cannot use what was freed there: a batch
@@ -232,20 +232,20 @@ class WaitingBatches:
     def __init__(self, resident: int) -> None:
         self._resident = resident
         self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Holds the written results.
-        self.present: list[BatchThread] = []  # The batches with a thread, the one that ran longest ago first.
+        self.threaded: list[BatchThread] = []  # The batches with a thread, the one that ran longest ago first.
         self.ends = 0  # How many threads have ended.
         self.replays = True  # Whether passes are built again from written results, or computed again.
 
     def make_room_for(self, thread: BatchThread) -> None:
         """End threads until there is room for one."""
-        if thread in self.present:
-            self.present.remove(thread)
-        while len(self.present) >= self._resident:
+        if thread in self.threaded:
+            self.threaded.remove(thread)
+        while len(self.threaded) >= self._resident:
             # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
-            self.present.pop(0).park()
-        self.present.append(thread)
+            self.threaded.pop(0).suspend()
+        self.threaded.append(thread)
 
-    def give_up(self, reason: str) -> None:
+    def stop_replays(self, reason: str) -> None:
         """Compute passes again from now on, instead of reading their results."""
         if self.replays:
             logger.warning(
@@ -274,39 +274,39 @@ class Record(TorchDispatchMode):
         self._entries: list[tuple[int, list[tuple[Any, ...]] | None, str]] = []
         self._kinds: list[tuple[torch.dtype, torch.device]] = []  # The dtypes and devices of the results.
         self._position = 0
-        self._own: dict[int, int] = {}  # Address of a storage → its number.
+        self._numbers: dict[int, int] = {}  # Address of a storage → its number.
         # These references reserve the address of a storage, and do not keep its bytes.
         self._storages: dict[int, StorageWeakRef] = {}
         self._count = 0
-        self._empty: set[int] = set()  # The numbers of storages that were made again without their bytes.
+        self._unfilled: set[int] = set()  # The numbers of storages that were made again without their bytes.
         self._on_disk: dict[int, int] = {}  # Number of a storage → how many of its bytes are on disk, in this order.
-        self._held: dict[int, Tensor] = {}  # Number of a storage on an accelerator → its bytes.
-        self._plays = True
+        self._in_memory: dict[int, Tensor] = {}  # Number of a storage on an accelerator → its bytes.
+        self._is_usable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._position == len(self._entries):
             result = func(*args, **kwargs)
-            if self._plays and func._schema.name in _MOVING:
+            if self._is_usable and func._schema.name in _STORAGE_OPERATIONS:
                 self.forget()
-            if self._plays:
-                self._note(func, _tensors(args, kwargs), result)
+            if self._is_usable:
+                self._record_operation(func, _argument_tensors(args, kwargs), result)
             return result
-        given = _tensors(args, kwargs)
+        inputs = _argument_tensors(args, kwargs)
         operation, results, results_in = self._entries[self._position]
-        if operation != _operation(func, given):
-            raise _Astray
+        if operation != _operation_hash(func, inputs):
+            raise _OperationsDiffer
         self._position += 1
         if results is None:
             result = func(*args, **kwargs)
         else:
-            leaves = [self._again(given, *one) for one in results]
+            leaves = [self._rebuild(inputs, *one) for one in results]
             result = leaves if results_in == "list" else tuple(leaves) if results_in == "tuple" else leaves[0]
         if self._position == len(self._entries):
-            self._fill()
+            self._fill_storages()
         return result
 
-    def _note(self, func: Any, given: list[Tensor], result: Any) -> None:
+    def _record_operation(self, func: Any, inputs: list[Tensor], result: Any) -> None:
         leaves = result if isinstance(result, (list, tuple)) else [result]
         results: list[tuple[Any, ...]] = []
         viewed = 0
@@ -316,19 +316,19 @@ class Record(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 results.append(("value", leaf))
                 continue
-            same = next((place for place, tensor in enumerate(given) if tensor is leaf), None)
+            same = next((place for place, tensor in enumerate(inputs) if tensor is leaf), None)
             if same is not None:
-                results.append(("given", same, _content(leaf)))
+                results.append(("input", same, _small_values(leaf)))
                 continue
             if leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
                 return self.forget()
             storage, content = leaf.untyped_storage(), None
-            number = self._own.get(storage._cdata)
+            number = self._numbers.get(storage._cdata)
             if number is None:
-                if any(_place(tensor) == storage._cdata for tensor in given):
+                if any(_storage_address(tensor) == storage._cdata for tensor in inputs):
                     viewed += 1
                     continue
-                number, content = self._numbered(storage), _content(leaf)
+                number, content = self._number_storage(storage), _small_values(leaf)
             kind = leaf.dtype, leaf.device
             if kind not in self._kinds:
                 self._kinds.append(kind)
@@ -337,32 +337,32 @@ class Record(TorchDispatchMode):
         if viewed and results:
             return self.forget()
         results_in = "" if leaves is not result else "list" if isinstance(result, list) else "tuple"
-        self._entries.append((_operation(func, given), None if viewed else results, results_in))
+        self._entries.append((_operation_hash(func, inputs), None if viewed else results, results_in))
         self._position += 1
 
-    def _numbered(self, storage: torch.UntypedStorage, number: int | None = None) -> int:
+    def _number_storage(self, storage: torch.UntypedStorage, number: int | None = None) -> int:
         number = self._count if number is None else number
         self._count = max(self._count, number + 1)
-        self._own[storage._cdata], self._storages[number] = number, StorageWeakRef(storage)
+        self._numbers[storage._cdata], self._storages[number] = number, StorageWeakRef(storage)
         return number
 
-    def _storage(self, number: int) -> torch.UntypedStorage | None:
+    def _live_storage(self, number: int) -> torch.UntypedStorage | None:
         """The storage with this number, if a tensor still uses it."""
         found = self._storages.get(number)
         return None if found is None else torch.UntypedStorage._new_with_weak_ptr(found.cdata)
 
-    def _again(self, given: list[Tensor], kind: str, what: Any, content: bytes | None = None, *made: Any) -> Any:
+    def _rebuild(self, inputs: list[Tensor], kind: str, value: Any, content: bytes | None = None, *made: Any) -> Any:
         """One result, made again from what is written of it."""
         if kind == "value":
-            return what
-        if kind == "given":
-            tensor = given[what]
+            return value
+        if kind == "input":
+            tensor = inputs[value]
         else:
-            size, number, shape, strides, offset = made
-            (dtype, device), storage = self._kinds[number], self._storage(what)
+            size, kind_index, shape, strides, offset = made
+            (dtype, device), storage = self._kinds[kind_index], self._live_storage(value)
             if storage is None:
                 storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
-                self._empty.add(self._numbered(storage, what))
+                self._unfilled.add(self._number_storage(storage, value))
             tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
         if content is not None:
             values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -370,27 +370,27 @@ class Record(TorchDispatchMode):
             tensor.copy_(values)
         return tensor
 
-    def _fill(self) -> None:
+    def _fill_storages(self) -> None:
         """Fill the storages with their bytes, when the pass is where it was."""
-        for number, content in self._held.items():
-            if (storage := self._storage(number)) is not None:
+        for number, content in self._in_memory.items():
+            if (storage := self._live_storage(number)) is not None:
                 _bytes_of(storage).copy_(content)
         with self._path.open("rb") as file:
             for number, size in self._on_disk.items():
-                if (storage := self._storage(number)) is None:
+                if (storage := self._live_storage(number)) is None:
                     file.seek(size, os.SEEK_CUR)
                 else:
                     file.readinto(_bytes_of(storage).numpy().data)
-        self._empty -= {*self._held, *self._on_disk}
-        self._held = {}
+        self._unfilled -= {*self._in_memory, *self._on_disk}
+        self._in_memory = {}
 
     def write(self) -> None:
         """Write the operations and the bytes of live storages to disk (bytes of an accelerator to main memory)."""
-        if not self._plays:
+        if not self._is_usable:
             return
-        alive = {number: storage for number in self._storages if (storage := self._storage(number)) is not None}
+        alive = {number: storage for number in self._storages if (storage := self._live_storage(number)) is not None}
         self._on_disk = {number: s.nbytes() for number, s in alive.items() if s.device.type == "cpu"}
-        self._held = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in self._on_disk}
+        self._in_memory = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in self._on_disk}
         with self._path.open("wb") as file:
             for number in self._on_disk:
                 file.write(_bytes_of(alive[number]).numpy().data)
@@ -400,52 +400,52 @@ class Record(TorchDispatchMode):
 
     def read(self) -> None:
         """Read the operations, and begin the pass again."""
-        self._own, self._storages, self._empty = {}, {}, set()
+        self._numbers, self._storages, self._unfilled = {}, {}, set()
         with self._path.with_suffix(".operations").open("rb") as file:
             self._entries, self._count = pickle.load(file)  # written by this process, into its own folder
         self._position = 0
 
     def forget(self) -> None:
         """Drop the results: this pass cannot be written."""
-        self._entries, self._position, self._plays = [], 0, False
+        self._entries, self._position, self._is_usable = [], 0, False
 
-    def outlived(self) -> bool:
+    def has_live_tensors(self) -> bool:
         """Whether tensors of the pass are still alive, although its thread has ended."""
-        if not self._plays:
+        if not self._is_usable:
             return True
         if not all(storage.expired() for storage in self._storages.values()):
             gc.collect()  # frames may be in cycles
         alive = {number for number, storage in self._storages.items() if not storage.expired()}
-        if alive & self._empty:
+        if alive & self._unfilled:
             raise RuntimeError(
                 "the model keeps tensors of a forward pass and replaces them for other batches, so waiting batches "
                 "cannot be built again, and the model now holds tensors without values. Load the model anew, and "
                 f"give batches of one length, or at most {MOST_THREADS} batches and no resident_batches."
             )
         # These are hundreds of objects for each batch, which a batch that waits or has ended does not need.
-        self._entries, self._own, self._storages, self._empty = [], {}, {}, set()
+        self._entries, self._numbers, self._storages, self._unfilled = [], {}, {}, set()
         return bool(alive)
 
 
-def _operation(func: Any, given: list[Tensor]) -> int:
+def _operation_hash(func: Any, inputs: list[Tensor]) -> int:
     """A number that identifies an operation and the shapes of its arguments, within this process."""
-    return hash((id(func), *[tensor.shape for tensor in given]))
+    return hash((id(func), *[tensor.shape for tensor in inputs]))
 
 
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+def _argument_tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors among the arguments of an operation, and in lists among them."""
     found = []
-    for given in (*args, *kwargs.values()):
-        if isinstance(given, Tensor):
-            found.append(given)
-        elif isinstance(given, (list, tuple)):
-            found += [one for one in given if isinstance(one, Tensor)]
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += [one for one in argument if isinstance(one, Tensor)]
     return found
 
 
-def _content(tensor: Tensor) -> bytes | None:
+def _small_values(tensor: Tensor) -> bytes | None:
     """The bytes of a small tensor of integers or booleans, whose values Python code may read; else None."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or not 0 < tensor.numel() <= _FEW:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or not 0 < tensor.numel() <= _MAX_NUMEL:
         return None
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # an expanded tensor
         return None
@@ -453,7 +453,7 @@ def _content(tensor: Tensor) -> bytes | None:
     return _bytes_of(values.untyped_storage()).numpy().tobytes()
 
 
-def _place(tensor: Tensor) -> int:
+def _storage_address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 

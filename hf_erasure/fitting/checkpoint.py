@@ -31,9 +31,9 @@ MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
 # The key in the manifest for sites that the data did not reach, or did not label.
 _LEFT_OUT = "left_out"
-# The fields of a configuration that an eraser depends on; those of `_BESIDE` are written only where they are set.
+# The fields of a configuration that an eraser depends on; those of `_OPTIONAL` are written only where they are set.
 _FIELDS = ("labels", "concept_dim", "site", "method", "affine", "rank")
-_BESIDE = ("pair_rank", "environment_rank", "environments", "kept")
+_OPTIONAL = ("pair_rank", "environment_rank", "environments", "kept")
 # Moments are written so rarely that writing takes at most this share of the time.
 WRITING_SHARE = 0.1
 # The figures of a site's line of the report that are kept: the name in the report → the name in the file.
@@ -56,14 +56,14 @@ class FitCheckpoint:
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
-        self.seen = 0, ""  # How many batches of the present pass were read, and what identifies them.
+        self.read_so_far = 0, ""  # How many batches of the present pass were read, and what identifies them.
         self.identity: dict[str, Any] = {
             "sequential": sequential,
             "pool": pool,
             "sites": self.sites,
             RECORD: [f"{entry.get('kind')} {entry.get('name')}" for entry in active],
             **{name: getattr(config, name) for name in _FIELDS},
-            **{name: value for name in _BESIDE if (value := getattr(config, name))},
+            **{name: value for name in _OPTIONAL if (value := getattr(config, name))},
         }
         if processes > 1:
             self.identity["processes"] = processes
@@ -72,15 +72,15 @@ class FitCheckpoint:
         if not manifest.exists():
             write_text(manifest, json.dumps(self.identity))
             return
-        kept = json.loads(read_text(manifest))
-        left_out = kept.get(_LEFT_OUT, ())
-        if self.sites == [site for site in kept.get("sites", ()) if site not in left_out]:
-            self.sites = self.identity["sites"] = kept["sites"]
-        for name in [*self.identity, *(name for name in _BESIDE if name in kept)]:
+        saved = json.loads(read_text(manifest))
+        left_out = saved.get(_LEFT_OUT, ())
+        if self.sites == [site for site in saved.get("sites", ()) if site not in left_out]:
+            self.sites = self.identity["sites"] = saved["sites"]
+        for name in [*self.identity, *(name for name in _OPTIONAL if name in saved)]:
             value = self.identity.get(name)
-            if kept.get(name, [] if name == RECORD else None) != value:
+            if saved.get(name, [] if name == RECORD else None) != value:
                 raise ValueError(
-                    f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={kept.get(name)!r}, this one has "
+                    f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={saved.get(name)!r}, this one has "
                     f"{value!r}: give another folder, or delete that one."
                 )
 
@@ -156,36 +156,36 @@ class FitCheckpoint:
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
         return facts
 
-    def passing(self, source: Source, batches: Iterable[BatchLabels], processes: Processes) -> Iterator[BatchLabels]:
+    def unsaved(self, source: Source, batches: Iterable[BatchLabels], processes: Processes) -> Iterator[BatchLabels]:
         """Yield the batches of one pass that the saved moments do not hold yet, and save the moments on the way.
 
         The source must not have been read yet; the saved moments are loaded into it. Each of several processes saves
         the moments of its own share.
         """
-        own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
-        kept, digest, written, writing_took = self.load_moments(own, source), hashlib.sha256(), time.monotonic(), 0.0
-        done, self.seen = kept.get("batches", 0), (0, "")
+        name = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
+        facts, digest, written, writing_took = self.load_moments(name, source), hashlib.sha256(), time.monotonic(), 0.0
+        batches_before, self.read_so_far = facts.get("batches", 0), (0, "")
         for number, labels in enumerate(batches, 1):
-            add_to(digest, labels.batch)
-            self.seen = number, digest.hexdigest()
-            if number == done:
-                self.check_data(kept["data"], digest.hexdigest())
-            if number > done:
+            update_hash(digest, labels.batch)
+            self.read_so_far = number, digest.hexdigest()
+            if number == batches_before:
+                self.check_data(facts["data"], digest.hexdigest())
+            if number > batches_before:
                 yield labels  # its moments have been added when the next batch is asked for
                 started = time.monotonic()
                 if started - written >= writing_took / WRITING_SHARE:
-                    self.save_moments(own, source, *self.seen)
+                    self.save_moments(name, source, *self.read_so_far)
                     written = time.monotonic()
                     writing_took = written - started
-        if self.seen[0] < done:
-            self.check_data(kept["data"], self.seen[1])
-        self.save_moments(own, source, *self.seen)
+        if self.read_so_far[0] < batches_before:
+            self.check_data(facts["data"], self.read_so_far[1])
+        self.save_moments(name, source, *self.read_so_far)
 
     def save_sum(self, source: Source, processes: Processes) -> None:
         """Save the moments of all processes, as if one had gathered them; a continued fit reads those of each share."""
-        states = processes.gathered([self.seen])
+        states = processes.gathered([self.read_so_far])
         if processes.count > 1 and processes.is_main:
-            batches, data = sum(seen for seen, _ in states), together([data for _, data in states])
+            batches, data = sum(seen for seen, _ in states), joint_digest([data for _, data in states])
             self.save_moments(source.key, source, batches, data)
 
     def _prefix(self, visit: str) -> str:
@@ -204,20 +204,20 @@ class FitCheckpoint:
 
 def digest_of(batches: Sequence[BatchLabels]) -> str:
     """A hash of the tensors of batches, in order, which identifies them; empty without batches."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for labels in batches:
-        add_to(found, labels.batch)
-    return found.hexdigest() if batches else ""
+        update_hash(digest, labels.batch)
+    return digest.hexdigest() if batches else ""
 
 
-def add_to(found: Any, batch: Mapping[str, Any]) -> None:
+def update_hash(digest: Any, batch: Mapping[str, Any]) -> None:
     """Add the tensors of a batch to a hash of `hashlib`."""
     for name in sorted(batch):
         if isinstance(value := batch[name], Tensor):
-            found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def together(digests: list[str]) -> str:
+def joint_digest(digests: list[str]) -> str:
     """The digest of the batches of all processes: that of a single process, or a hash of the digests in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -258,7 +258,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
     with task.processes.agreeing("running over its batches"):
         batches = source.read(task.pool, task.layouts)
         if checkpoint is not None:
-            batches = checkpoint.passing(source, batches, task.processes)
+            batches = checkpoint.unsaved(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
         shown = tqdm(desc=what, unit=" batches", total=length_of(source.again), disable=not task.progress)
         with evaluating(task.runner.model), shown:

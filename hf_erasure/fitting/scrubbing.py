@@ -21,7 +21,7 @@ from hf_erasure.erasers import ConceptMoments, Eraser
 from hf_erasure.models.model import evaluating, on_cpu
 
 from .batch_threads import BatchThread, OutOfStep, batch_threads
-from .checkpoint import FitCheckpoint, digest_of, together
+from .checkpoint import FitCheckpoint, digest_of, joint_digest
 from .labels import BatchesOnDisk, BatchLabels, SiteStatistics, Source
 from .layouts import is_of_pairs, observed, pairs_of, site_of, visit_of
 from .report import SETTLED
@@ -55,14 +55,14 @@ class Scrubber:
     _batches: Sequence[BatchLabels] = field(default=(), init=False)
     _running: BatchThread = field(init=False)
     # Sites that the checkpoint had, and the digest of the batches that they were fitted on.
-    _kept: set[str] = field(default_factory=set, init=False)
-    _data: str = field(default="", init=False)
+    _restored: set[str] = field(default_factory=set, init=False)
+    _digest: str = field(default="", init=False)
     # Sites that the user did not name, and whose rows have no labels.
     _left_out: set[str] = field(default_factory=set, init=False)
     _one_by_one: bool = field(default=False, init=False)
     # Key of a source → its statistics of later visits as they are in this pass, and as the erasers assume them.
     _later: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
-    _taken: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
+    _assumed: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
 
     def fit(self) -> dict[str, SiteFit]:
         """Fit all sites, with one run of every module for each batch if the order of the model's calls allows it."""
@@ -77,22 +77,22 @@ class Scrubber:
             self._left_out = self.sources[0].uncovered - self.sources[0].covered
         self._one_by_one = task.runner.is_sharded
         if checkpoint is not None:
-            self._data = together(processes.gathered([digest_of(self._batches)]))
+            self._digest = joint_digest(processes.gathered([digest_of(self._batches)]))
             with processes.agreeing("reading the checkpoint"):
-                finished = checkpoint.load_sites(self._data) if processes.is_main else {}
+                finished = checkpoint.load_sites(self._digest) if processes.is_main else {}
                 self._one_by_one = self._one_by_one or checkpoint.one_site_a_pass
             kept, self._one_by_one = processes.from_one((finished, self._one_by_one))
             self.fits = {site: fit.along(task.layouts) for site, fit in kept.items()}
-            self._kept = set(self.fits)
+            self._restored = set(self.fits)
         shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
         with evaluating(task.runner.model), shown:
-            self._settle(shown)
+            self._fit_until_settled(shown)
         self.sources[0].check_reached(task.layers, self.fits, may_lack=task.config.has_default_targets)
         return self.fits
 
     # ---- passes over the data ----------------------------------------------------------------------------------------
 
-    def _settle(self, shown: tqdm) -> None:
+    def _fit_until_settled(self, shown: tqdm) -> None:
         """Fit all sites, and repeat it as long as erasers change what arrives at later visits of their modules.
 
         The erasers that leave least are kept, and their report lines say what they leave.
@@ -102,13 +102,13 @@ class Scrubber:
         config = self.task.config
         most = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
         for number in itertools.count(1):
-            self._pass(shown)
-            worst = self._note_what_is_left()
+            self._run_pass(shown)
+            worst = self._record_residuals()
             if worst < lowest:
                 best, lowest = dict(self.fits), worst
             left.append(worst)
             stuck = len(left) > PATIENCE and min(left) > min(left[:-PATIENCE]) / 2
-            if worst <= SETTLED or (stuck and columns.adds) or number == most:
+            if worst <= SETTLED or (stuck and columns.adds_residual) or number == most:
                 break
             if number == 1:
                 logger.warning(
@@ -118,13 +118,13 @@ class Scrubber:
                     most - 1,
                 )
             logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
-            self._taken = self.task.processes.from_one(columns.next(self._later, self.fits, stuck=stuck))
+            self._assumed = self.task.processes.from_one(columns.next(self._later, self.fits, stuck=stuck))
             left = left[:1] if stuck else left
             self.fits.clear()
-            self._kept.clear()
+            self._restored.clear()
         self.fits = best
 
-    def _pass(self, shown: tqdm) -> None:
+    def _run_pass(self, shown: tqdm) -> None:
         """Fit every site on its first visit and on the assumed later visits, and gather the real later visits.
 
         If this fails with the sites of a checkpoint, they are fitted again; otherwise one site is fitted per pass.
@@ -136,20 +136,20 @@ class Scrubber:
                 self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
                 break
             except OutOfStep as reason:
-                if not self._kept:
+                if not self._restored:
                     more = "%s So one site is fitted per pass: %d passes over the data instead of one."
                     logger.warning(more, reason, len(self.task.layers))
                     self._one_by_one = True
                     if self.checkpoint is not None and self.task.processes.is_main:
                         self.checkpoint.begin_one_site_a_pass()
             self.fits.clear()
-            self._kept.clear()
+            self._restored.clear()
             for source in self.sources:
                 source.moments.clear()
         for later in self._later.values():
             later.pool(self.task.processes)
 
-    def _note_what_is_left(self) -> float:
+    def _record_residuals(self) -> float:
         """Write what is left at later visits into the lines of the report; returns the largest value."""
         left: dict[str, list[float]] = {}
         labelled = [source for source in self.sources if source.concept]
@@ -158,7 +158,7 @@ class Scrubber:
                 if is_of_pairs(key):  # the guarantee is about the labelled rows
                     continue
                 own = source.strata.concept(moments)
-                share = left_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
+                share = residual_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
                 left.setdefault(site_of(key), []).append(float(share))
         for site, each in left.items():
             line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
@@ -221,11 +221,11 @@ class Scrubber:
         if site in self._left_out:
             return hidden
         visit = 1 + sum(site_of(key) == site for key in thread.visited)
-        if visit > 1 and site in self._kept:
+        if visit > 1 and site in self._restored:
             raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
-        if visit == 1 and site in self._kept:
+        if visit == 1 and site in self._restored:
             thread.visited.append(site)
-        elif visit == 1 and site in self.fits and site not in thread.passed:
+        elif visit == 1 and site in self.fits and site not in thread.past_stops:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(visit_of(site, visit), hidden)
@@ -238,33 +238,33 @@ class Scrubber:
         task, processes = self.task, self.task.processes
         order: dict[str, None] = {}
 
-        def note(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
+        def note_site(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
             order.setdefault(site)
             return hidden
 
         with processes.agreeing("running over its first batch"):
-            task.run_over(self._batches[:1], note)
+            task.run_over(self._batches[:1], note_site)
         visited = max(processes.gathered([list(order)]), key=len)
-        again = False
+        is_revisited = False
         for site in [*visited, *(site for site in task.layers if site not in visited)]:
             if site not in self.fits and site not in self._left_out:
-                again |= self._gather(site)
+                is_revisited |= self._gather_moments(site)
                 self._solve(site)
             shown.update()
-        if again or self._kept:
-            self._gather(None)
+        if is_revisited or self._restored:
+            self._gather_moments(None)
 
-    def _gather(self, chosen: str | None) -> bool:
+    def _gather_moments(self, chosen: str | None) -> bool:
         """Gather moments, with the erasers so far: at the first visit of a site, or with None at later visits of all.
 
         Returns:
             Whether a site was visited again.
         """
-        again = False
+        is_revisited = False
 
-        def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-            nonlocal again
-            again |= visit > 1
+        def add_activation(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
+            nonlocal is_revisited
+            is_revisited |= visit > 1
             is_due = visit > 1 and site in self.fits if chosen is None else visit == 1 and site == chosen
             if labels is not None and is_due:
                 statistics = labels.source if visit == 1 else self._later[labels.source.key]
@@ -272,8 +272,8 @@ class Scrubber:
             return self.fits[site].erase(hidden) if site in self.fits else hidden
 
         with self.task.processes.agreeing(f"running over its batches to {chosen or 'the end'!r}"):
-            self.task.run_over(self._batches, look)
-        return any(self.task.processes.gathered([again]))
+            self.task.run_over(self._batches, add_activation)
+        return any(self.task.processes.gathered([is_revisited]))
 
     # ---- one site ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class Scrubber:
 
         A site without moments is left out if the user did not name it.
         """
-        seen, keys = [], (site, pairs_of(site))
+        statistics, keys = [], (site, pairs_of(site))
         for source in self.sources:
             source.pool(self.task.processes, keys)
             if source.concept and self.task.config.has_default_targets and site not in source.moments:
@@ -292,13 +292,13 @@ class Scrubber:
                         other.moments.pop(key, None)
                 return
             source.check_reached([site])
-            taken = self._taken[source.key].moments if self._taken else {}
-            later = {key: moments for key, moments in taken.items() if site_of(key) == site}
+            assumed = self._assumed[source.key].moments if self._assumed else {}
+            later = {key: moments for key, moments in assumed.items() if site_of(key) == site}
             first = {key: source.moments.pop(key) for key in keys if key in source.moments}
-            seen.append(SiteStatistics(source.z_dim, first | later, source.dtypes, source.concept))
-        self.fits |= solve(self.task, [site], seen)
-        if self.checkpoint is not None and self.task.processes.is_main and not self._taken:
-            self.checkpoint.save_site(site, self.fits[site], self._data)
+            statistics.append(SiteStatistics(source.z_dim, first | later, source.dtypes, source.concept))
+        self.fits |= solve(self.task, [site], statistics)
+        if self.checkpoint is not None and self.task.processes.is_main and not self._assumed:
+            self.checkpoint.save_site(site, self.fits[site], self._digest)
 
 
 # ---- later visits ----------------------------------------------------------------------------------------------------
@@ -318,50 +318,50 @@ class Columns:
 
     # One entry for each pass: the columns that its erasers removed at later visits, flat, in units of `|x| |z|`. The
     # last entry is that of the next pass.
-    given: list[Tensor] = field(default_factory=list)
+    removed: list[Tensor] = field(default_factory=list)
     # One entry for each pass: the columns that its erasers should have removed. They are the columns that arrived, or
-    # with `adds` the columns that were removed plus what was left.
+    # with `adds_residual` the columns that were removed plus what was left.
     wanted: list[Tensor] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # The visits whose columns these are.
-    adds: bool = False  # Whether what is left is added.
-    # The first entry of `given`, and its entry of `wanted` with `adds`.
+    adds_residual: bool = False  # Whether what is left is added.
+    # The first entry of `removed`, and its entry of `wanted` with `adds_residual`.
     _first: list[Tensor] = field(default_factory=list)
 
     @on_cpu()
     def next(
-        self, seen: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
+        self, later: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
     ) -> dict[str, SiteStatistics]:
-        """The later visits that the erasers of the next pass assume, from the last pass (`seen`) and its erasers.
+        """The later visits that the erasers of the next pass assume, from the last pass (`later`) and its erasers.
 
         `stuck` begins again with the columns of the first pass, and adds what is left from there on.
         """
-        parts = [(of, key, m) for of, statistics in seen.items() for key, m in sorted(statistics.moments.items())]
-        labelled = [part for part in parts if seen[part[0]].z_dim]
+        parts = [(of, key, m) for of, statistics in later.items() for key, m in sorted(statistics.moments.items())]
+        labelled = [part for part in parts if later[part[0]].z_dim]
         keys = [f"{of}: {key}" for of, key, _ in labelled]
-        found = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
-        left = [(left_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
+        arrived = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
+        left = [(residual_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
         if keys != self.keys:
-            self.keys, self.given, self.wanted, self._first, mixed = keys, [], [], [], found
+            self.keys, self.removed, self.wanted, self._first, next_columns = keys, [], [], [], arrived
         else:
-            added = self.given[-1] + torch.cat(left)
-            self._first = self._first or [self.given[-1], added]
-            self.wanted.append(added if self.adds else found)
+            added = self.removed[-1] + torch.cat(left)
+            self._first = self._first or [self.removed[-1], added]
+            self.wanted.append(added if self.adds_residual else arrived)
             if stuck:
-                self.given, self.wanted, self.adds = self._first[:1], self._first[1:], True
-            self.given, self.wanted = self.given[-_MEMORY:], self.wanted[-_MEMORY:]
-            mixed = _mixed(self.given, self.wanted)
-        self.given.append(mixed)
-        columns = dict(zip(keys, mixed.split([part.numel() for part in left]), strict=True))
-        taken = {of: SiteStatistics(s.z_dim, concept=s.concept) for of, s in seen.items()}
+                self.removed, self.wanted, self.adds_residual = self._first[:1], self._first[1:], True
+            self.removed, self.wanted = self.removed[-_MEMORY:], self.wanted[-_MEMORY:]
+            next_columns = _anderson_step(self.removed, self.wanted)
+        self.removed.append(next_columns)
+        columns = dict(zip(keys, next_columns.split([part.numel() for part in left]), strict=True))
+        assumed = {of: SiteStatistics(s.z_dim, concept=s.concept) for of, s in later.items()}
         for of, key, m in parts:
-            if seen[of].z_dim:
+            if later[of].z_dim:
                 cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)
                 m = m.with_concept(m.mean_z, cross.to(m.mean_z), m.covariance_z)
-            taken[of].moments[key] = m
-        return taken
+            assumed[of].moments[key] = m
+        return assumed
 
 
-def left_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
+def residual_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
     """`(x_dim, z_dim)` cross-covariance with the concept that is left after an eraser."""
     cross = moments.cross_covariance
     return cross - eraser.left.to(cross) @ (eraser.right.to(cross) @ cross)
@@ -372,9 +372,9 @@ def scale_of(moments: ConceptMoments) -> float:
     return float((moments.variance_x.sum() * moments.covariance_z.trace()).sqrt()) or 1.0
 
 
-def _mixed(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def _anderson_step(removed: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """The next columns, by Anderson acceleration in its second form, without damping."""
-    change = [after - before for before, after in zip(given, wanted, strict=True)]
+    change = [after - before for before, after in zip(removed, wanted, strict=True)]
     if len(change) == 1:
         return wanted[-1]
     differences = torch.stack([after - before for before, after in itertools.pairwise(change)], 1)
