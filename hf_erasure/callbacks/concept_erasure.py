@@ -12,7 +12,7 @@ from transformers import TrainerState
 from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
-from hf_erasure.fitting.report import in_words
+from hf_erasure.fitting.report import rows_in_words
 from hf_erasure.fitting.sites import adapter_to_fit
 from hf_erasure.models.model import forked_rng
 
@@ -89,7 +89,7 @@ class ConceptErasureCallback(LoggingCallback):
         if self.eval_batches is not None:
             with forked_rng(model):
                 examples, fitted, environments = shared_rows(self.batches, self.eval_batches)
-            self.measured_on = in_words(examples, fitted, environments)
+            self.measured_on = rows_in_words(examples, fitted, environments)
             if fitted:
                 warn_user(
                     f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "

@@ -29,9 +29,9 @@ from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models.model import as_attribute, base_of, on_cpu
 
 from .checkpoint import FitCheckpoint
-from .fit import conclude, solved
+from .fit import finish_fit, solve_sites
 from .labels import SiteStatistics, Source
-from .report import in_words
+from .report import rows_in_words
 from .sites import SiteFit, known_readings, solve_site, task_for
 
 # The folder of the checkpoint of a fit, in the adapter's folder.
@@ -98,9 +98,9 @@ def combine_adapters(
             )
     elif background is not None or resident_batches is not None:
         raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
-    concepts, holder = _to_combine(model, names, into)
+    concepts, holder = _check_combinable(model, names, into)
     if batches is None:
-        config = _combined(holder, concepts, into, sticky)
+        config = _add_adapter(holder, concepts, into, sticky)
         if len(config.fitted_sites or ()) > 1:
             warnings.warn(
                 f"{into!r} was combined from erasers that were fitted while the other concepts were not erased "
@@ -111,21 +111,21 @@ def combine_adapters(
             )
         return config
     with undone_on_failure(holder, into, is_ours=True):
-        _combined(holder, concepts, into, sticky)
+        _add_adapter(holder, concepts, into, sticky)
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
-        given = {**batches, names[0]: first}
-        sources = [Source(c, given[name], f"batches[{name!r}]", batches[name]) for name, c in concepts.items()]
+        labelled = {**batches, names[0]: first}
+        sources = [Source(c, labelled[name], f"batches[{name!r}]", batches[name]) for name, c in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
-        made_of = task.config.provenance["combined_from"]
+        combined_from = task.config.provenance["combined_from"]
         # The concepts must not be erased while they are fitted: their own adapters are off, sticky or not.
         with ExitStack() as stack:
             for name in names:
                 for child in adapter_children(model, name):
                     stack.enter_context(child.without(name))
-            fits = solved(task, sources, background, sequential, resident_batches)
-            conclude(task, sources, fits)
-        task.config.provenance["combined_from"] = made_of
+            fits = solve_sites(task, sources, background, sequential, resident_batches)
+            finish_fit(task, sources, fits)
+        task.config.provenance["combined_from"] = combined_from
         task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
     return task.config
 
@@ -133,7 +133,7 @@ def combine_adapters(
 # ---- from the erasers of adapters ------------------------------------------------------------------------------------
 
 
-def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
+def _add_adapter(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
     """Add an adapter to the model that holds the others, with erasers combined from theirs; return its configuration.
 
     It is added in the way of this model. A warning that the combined adapters are switched off is not needed.
@@ -165,28 +165,28 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
     return attached
 
 
-def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, ConceptErasureConfig], Any]:
+def _check_combinable(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, ConceptErasureConfig], Any]:
     """Check that adapters can be combined, and return their configurations and the model that holds them."""
     if isinstance(names, str) or len(set(names)) < 2:
         raise ValueError(f"names={names!r}: give the names of at least two adapters, as in ['gender', 'pos'].")
     if len(set(names)) < len(names):
         raise ValueError(f"names={list(names)} has an adapter twice: give each once.")
-    found = [adapter_of(model, name, ConceptErasureConfig) for name in names]
-    holder = found[0].holder
-    if any(place.owner is not found[0].owner for place in found):
-        places = {place.name: as_attribute(place.path) for place in found}
+    adapters = [adapter_of(model, name, ConceptErasureConfig) for name in names]
+    holder = adapters[0].holder
+    if any(entry.owner is not adapters[0].owner for entry in adapters):
+        places = {entry.name: as_attribute(entry.path) for entry in adapters}
         raise ValueError(f"The adapters are on different models, {places}: combine those of one.")
     if into in holder.peft_config:
         raise ValueError(f"into={into!r} is the name of an adapter that is there already: choose another name.")
-    for place in found:
-        if not place.config.fitted:
-            raise ValueError(f"Adapter {place.name!r} was never fitted. {place.config.remedy}")
-        if place.config.dial is not None:
+    for entry in adapters:
+        if not entry.config.fitted:
+            raise ValueError(f"Adapter {entry.name!r} was never fitted. {entry.config.remedy}")
+        if entry.config.dial is not None:
             raise ValueError(
-                f"Adapter {place.name!r} has strength={place.config.strength:g} and target={place.config.target!r}: "
+                f"Adapter {entry.name!r} has strength={entry.config.strength:g} and target={entry.config.target!r}: "
                 "what is combined has strength=1 and no target. Call set_strength of the combined one afterwards."
             )
-    configs = {place.name: place.config for place in found}
+    configs = {entry.name: entry.config for entry in adapters}
     for field, remedy in (
         ("site", "only erasers at the same side of a module act on the same activations"),
         ("affine", "fit all of them with the same"),
@@ -234,23 +234,23 @@ def _combined_sites(
 
 def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, list[list]] | None:
     """The weights at the sites of all adapters; modules that share an eraser in one must share it in the others."""
-    found: dict[str, list[list]] = {}
+    combined: dict[str, list[list]] = {}
     groups: dict[str, str] = {}
     for config in configs.values():
         for site, weights in (config.weights or {}).items():
             same = all(groups.setdefault(module, site) == site for module, *_ in weights)
-            if not same or found.setdefault(site, weights) != weights:
+            if not same or combined.setdefault(site, weights) != weights:
                 raise ValueError(
                     f"The adapters share the eraser at {site!r} among different modules: fit all of them with the same "
                     "target_modules and exclude_modules."
                 )
-    if found and any(config.weights is None for config in configs.values()):
-        told = {name: "names" if config.weights is None else "a word" for name, config in configs.items()}
+    if combined and any(config.weights is None for config in configs.values()):
+        form = {name: "names" if config.weights is None else "a word" for name, config in configs.items()}
         raise ValueError(
-            f"The adapters were added with {told} for target_modules: fit all of them with the same word, 'readers' or "
+            f"The adapters were added with {form} for target_modules: fit all of them with the same word, 'readers' or "
             "'writers', or with names."
         )
-    return found or None
+    return combined or None
 
 
 def _combined_config(
@@ -261,9 +261,9 @@ def _combined_config(
     methods = {config.method for config in configs.values()}
     combined, sizes = {}, dict[str, Any]()
     for name, config in configs.items():
-        told = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
-        kept = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
-        combined[name] = told | kept
+        settings = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
+        provenance = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
+        combined[name] = settings | provenance
         sizes = (config.fitted_sites or {}) | sizes
     return ConceptErasureConfig(
         task_type=first.task_type,
@@ -314,11 +314,11 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     Raises:
         ValueError: If a folder has no moments, or the two fits are not of the same adapter and base.
     """
-    config, added = _fitted_in_one_pass(one), _fitted_in_one_pass(other)
-    _check_same(config, added)
+    config, other_config = _fitted_in_one_pass(one), _fitted_in_one_pass(other)
+    _check_same(config, other_config)
     known = Provenance.of(config)
     sites = list(config.fitted_sites or {})
-    stores = [
+    checkpoints = [
         FitCheckpoint(
             Path(folder) / FIT_FOLDER,
             config,
@@ -329,12 +329,12 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         )
         for folder in (one, other, output)
     ]
-    labelled, background = _sum(stores, Source(config)), _sum(stores, Source(None, key="background"))
+    labelled, background = _add_up(checkpoints, Source(config)), _add_up(checkpoints, Source(None, key="background"))
     if not labelled.moments:
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
-    seen = [labelled, background] if background.moments else [labelled]
+    sources = [labelled, background] if background.moments else [labelled]
     weights = load_file(Path(one) / WEIGHTS)
-    before, config.fitted_sites = config.fitted_sites or {}, {}
+    old_sites, config.fitted_sites = config.fitted_sites or {}, {}
     fits: dict[str, SiteFit] = {}
     for site in sites:
         # A name ends like this, and begins with the path of the model that the adapter was saved from.
@@ -342,20 +342,20 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
         kept, had_mean = weights[keys["left"]], bool(weights[keys["bias"]].any())
         is_affine = had_mean if config.affine is None else config.affine
-        fits[keys["left"]] = fit = solve_site(site, seen, config, is_linear=not is_affine)
+        fits[keys["left"]] = fit = solve_site(site, sources, config, is_linear=not is_affine)
         for key, value in zip(keys.values(), fit.eraser.parts(kept.device, fit.dtype), strict=True):
             weights[key] = value.contiguous()
-        config.fitted_sites[site] = before[site] | {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
+        config.fitted_sites[site] = old_sites[site] | {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
     config.readings, rows = known_readings(config, fits.values())
     for left, fit in fits.items():
         if fit.readings is not None:
             known = fit.readings[rows].to(weights[left])
             weights[f"{left.removesuffix('left')}readings"] = known.contiguous()
     for count in ("examples", "tokens"):
-        config.provenance[count] += added.provenance[count]
+        config.provenance[count] += other_config.provenance[count]
     # The figures of the first fit alone are not figures of the sum.
     examples = config.provenance["examples"]
-    config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": in_words(examples, examples)}
+    config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": rows_in_words(examples, examples)}
     config.provenance.pop(RECIPE, None)
     with staged(Path(output)) as content:
         config.save_pretrained(str(content))
@@ -396,18 +396,18 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         )
 
 
-def _sum(stores: list[FitCheckpoint], whole: Source) -> Source:
+def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:
     """The sum of the moments that the first two stores hold of a source; it is also written to the third."""
-    batches, parts = 0, [whole, SiteStatistics(whole.z_dim, concept=whole.concept)]
-    for store, part in zip(stores, parts, strict=False):
-        kept = store.load_moments(whole.key, part)
-        batches += kept.get("batches", 0)
-        whole.examples += kept.get("examples", 0)
-        whole.tokens += kept.get("tokens", 0)
-    if whole.moments.keys() != parts[1].moments.keys():
-        raise ValueError(f"Only one of the two fits has {whole.key} moments: fit both with the same kind of data.")
+    batches, parts = 0, [source, SiteStatistics(source.z_dim, concept=source.concept)]
+    for checkpoint, part in zip(checkpoints, parts, strict=False):
+        facts = checkpoint.load_moments(source.key, part)
+        batches += facts.get("batches", 0)
+        source.examples += facts.get("examples", 0)
+        source.tokens += facts.get("tokens", 0)
+    if source.moments.keys() != parts[1].moments.keys():
+        raise ValueError(f"Only one of the two fits has {source.key} moments: fit both with the same kind of data.")
     for site, moments in parts[1].moments.items():
-        whole.moments[site].merge(moments)
-    if whole.moments:
-        stores[-1].save_moments(whole.key, whole, batches, "merged")
-    return whole
+        source.moments[site].merge(moments)
+    if source.moments:
+        checkpoints[-1].save_moments(source.key, source, batches, "merged")
+    return source

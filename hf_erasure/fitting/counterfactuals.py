@@ -42,8 +42,8 @@ class Counterfactuals:
             own, text, other = label or 0, row[self.text_column], row[str(self.column)]
             is_same = isinstance(text, str | list) and isinstance(other, str | list) and other == text  # not of images
             return [] if other is None or is_same else [(other, own, 1 - own)]
-        given = row[self.text_column]
-        text, classes = given if isinstance(given, str) else " ".join(given), self.classes or ()
+        original = row[self.text_column]
+        text, classes = original if isinstance(original, str) else " ".join(original), self.classes or ()
         if label is None:
             most = Counter(word.label for word in self.words.found_in(text)).most_common(2)
             if not most or (len(most) > 1 and most[0][1] == most[1][1]):
@@ -53,7 +53,7 @@ class Counterfactuals:
         for toward, name in enumerate(classes):
             other = self.words.exchanged(text, classes[label], name) if toward != label else None
             if other is not None and other != text:
-                made.append((other if isinstance(given, str) else other.split(" "), label, toward))
+                made.append((other if isinstance(original, str) else other.split(" "), label, toward))
         return made
 
 

@@ -119,12 +119,12 @@ class CounterpartWords:
                 for other, counterpart in zip(classes, words, strict=True):
                     if other != label and counterpart not in others.setdefault(other, []):
                         others[other].append(counterpart)
-        self._known: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {
+        self._forms: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {
             word: (label, others, str) for word, (label, others) in table.items()
         }
         for word, (label, others) in table.items():
             for form, spell in spellings(word).items():
-                self._known.setdefault(form, (label, others, spell))
+                self._forms.setdefault(form, (label, others, spell))
         self.table, self._pattern = table, whole_words(table)
 
     @classmethod
@@ -170,8 +170,8 @@ class CounterpartWords:
         """Where words of the table stand in a text, in their order."""
         found = []
         for match in self._pattern.finditer(text):
-            if match.group() in self._known:
-                label, others, spell = self._known[match.group()]
+            if match.group() in self._forms:
+                label, others, spell = self._forms[match.group()]
                 spelled = {other: [spell(word) for word in words] for other, words in others.items()}
                 found.append(Occurrence(match.start(), match.end(), label, spelled))
         return found
@@ -181,16 +181,16 @@ class CounterpartWords:
         toward, parts, end = {one: other, other: one}, [], 0
         for word in self.found_in(text):
             if word.label in toward:
-                parts += [text[end : word.start], _fitting(word.others[toward[word.label]], text[word.end :])]
+                parts += [text[end : word.start], _choose_word(word.others[toward[word.label]], text[word.end :])]
                 end = word.end
         return "".join([*parts, text[end:]]) if parts else None
 
 
-def _fitting(choices: list[str], behind: str) -> str:
+def _choose_word(choices: list[str], text_after: str) -> str:
     """The counterpart that fits the text which follows it."""
     chosen = _BEFORE_A_NOUN.get(frozenset(choice.lower() for choice in choices))
     if chosen is None:
         return choices[0]
-    following = _NEXT_WORD.match(behind)
+    following = _NEXT_WORD.match(text_after)
     wanted = chosen[0] if following and following.group(1).lower() not in _NO_NOUN else chosen[1]
     return next(choice for choice in choices if choice.lower() == wanted)

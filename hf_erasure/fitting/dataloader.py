@@ -135,7 +135,7 @@ def concept_dataloader(
         if name is not None:
             require_column(first, name, argument)
             ids = NumberedColumn.of(dataset, name, argument)
-            collate.beside["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
+            collate.id_columns["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
             columns.append(name)
     # Unused columns are not read, unless a transform writes columns on the fly and may need any of them.
     transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
@@ -164,7 +164,7 @@ class ConceptCollator:
     origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` returns it.
     counterfactuals: Counterfactuals | None = None  # Makes the counterfactuals of a row.
     # Key in the batch → the column of further ids: of environments, and of what is kept.
-    beside: dict[str, NumberedColumn] = field(default_factory=dict)
+    id_columns: dict[str, NumberedColumn] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -175,7 +175,7 @@ class ConceptCollator:
 
     def names(self, of: str) -> list[str] | None:
         """The names behind further ids, in the order of the ids; `None` for batches without these ids."""
-        return list(self.beside[of].names) if of in self.beside else None
+        return list(self.id_columns[of].names) if of in self.id_columns else None
 
     def check_labels(self, wanted: Sequence[str] | None) -> None:
         """Raise a `ValueError` if an adapter, whose labels are `wanted`, numbers its classes differently."""
@@ -201,7 +201,7 @@ class ConceptCollator:
             batch, owners = self.encode(rows)
             if self.read_labels is not None:
                 batch["concept_labels"] = self.read_labels(rows, owners)
-        return batch | {name: column(rows) for name, column in self.beside.items()}
+        return batch | {name: column(rows) for name, column in self.id_columns.items()}
 
     def _with_counterfactuals(
         self, rows: Sequence[Row], counterfactuals: Counterfactuals
@@ -211,17 +211,17 @@ class ConceptCollator:
         If the rows have labels, the counterfactuals have none; if not, the classes of the pairs are the labels of both.
         """
         labels = None if self.read_labels is None else self.read_labels(rows, []).tolist()
-        every, pairs, classes = list(rows), [-1] * len(rows), [IGNORED] * len(rows)
+        all_rows, pairs, classes = list(rows), [-1] * len(rows), [IGNORED] * len(rows)
         for place, row in enumerate(rows):
             for text, own, other in counterfactuals.of(row, None if labels is None else labels[place]):
-                every.append({**row, self.encode.columns[0]: text})
+                all_rows.append({**row, self.encode.columns[0]: text})
                 pairs.append(place)
                 classes[place] = own
                 classes.append(other)
-        batch, _ = self.encode(every, pairs)
-        known = classes if labels is None else labels + [IGNORED] * (len(every) - len(rows))
-        told = {"concept_labels": known, "concept_pairs": pairs, "concept_pair_labels": classes}
-        return every, batch | {name: torch.tensor(ids) for name, ids in told.items()}
+        batch, _ = self.encode(all_rows, pairs)
+        known = classes if labels is None else labels + [IGNORED] * (len(all_rows) - len(rows))
+        id_lists = {"concept_labels": known, "concept_pairs": pairs, "concept_pair_labels": classes}
+        return all_rows, batch | {name: torch.tensor(ids) for name, ids in id_lists.items()}
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class _LabelReader:
             return self._values(values)
         if self.form == "tokens":
             counts = [len(plain(row[self.encode.columns[0]])) for row in rows]
-            return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
+            return torch.tensor([self._token_classes(*row) for row in zip(values, owners, counts, strict=True)])
         ids = [self._class_id(value) for value in values]
         if IGNORED in ids:
             raise ValueError(
@@ -257,7 +257,7 @@ class _LabelReader:
             )
         return torch.tensor(ids)
 
-    def _token_ids(self, values: Any, owners: list[int | None], count: int) -> list[int]:
+    def _token_classes(self, values: Any, owners: list[int | None], count: int) -> list[int]:
         if not isinstance(values, list) or len(values) != count:
             found = f"{len(values)} labels" if isinstance(values, list) else f"the label {values!r}"
             raise ValueError(

@@ -28,7 +28,7 @@ from hf_erasure.models.model import class_name, evaluating
 
 from .checkpoint import FitCheckpoint
 from .dataloader import ConceptCollator
-from .heldout import RowsSeen, measure
+from .heldout import RowSet, measure
 from .labels import BatchLabels, Source, length_of
 from .layouts import site_of, visit_of
 from .report import ErasureReport
@@ -103,10 +103,10 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_what_is_off(model, adapter_name)
-    checkpoint, rows = None, None if eval_batches is None else RowsSeen()
+    checkpoint, rows = None, None if eval_batches is None else RowSet()
     with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
         if checkpoint_dir is not None:
-            with task.processes.agreeing("opening checkpoint_dir"):
+            with task.processes.fail_together("opening checkpoint_dir"):
                 checkpoint = FitCheckpoint(
                     checkpoint_dir,
                     task.config,
@@ -116,10 +116,10 @@ def fit_concept_erasure(
                     processes=task.processes.count,
                     active=active_beside(model, task.name),
                 )
-        source = Source(task.config, labelled if rows is None else rows.watching(labelled), given=batches)
-        fits = solved(task, [source], background, sequential, resident_batches, checkpoint)
+        source = Source(task.config, labelled if rows is None else rows.adding(labelled), original=batches)
+        fits = solve_sites(task, [source], background, sequential, resident_batches, checkpoint)
         left_out = [site for site in task.layers if site not in fits]
-        report = conclude(task, [source], fits, eval_batches, rows)
+        report = finish_fit(task, [source], fits, eval_batches, rows)
         if left_out and checkpoint is not None and task.processes.is_main:
             checkpoint.leave_out(left_out)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
@@ -158,7 +158,7 @@ def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, in
         raise
 
 
-def solved(
+def solve_sites(
     task: FitTask,
     labelled: list[Source],
     background: Iterable[Any] | None,
@@ -174,7 +174,7 @@ def solved(
         )
     if task.config.affine is None:
         own = sites_without_room(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
-        task.linear = task.processes.from_one(own)
+        task.linear = task.processes.broadcast(own)
     elif not task.config.affine:
         task.linear = task.layers.keys()
     sources = list(labelled)
@@ -184,9 +184,9 @@ def solved(
         return Scrubber(task, sources, resident_batches, checkpoint).fit()
     fits: dict[str, SiteFit] = {}
     reached: dict[str, set[str]] = {source.key: set() for source in sources}
-    for sites in _groups(task, sources, checkpoint):
+    for sites in _site_groups(task, sources, checkpoint):
         for source in sources:
-            _gather(task, source, checkpoint, sites)
+            _gather_moments(task, source, checkpoint, sites)
             reached[source.key] |= source.moments.keys()
             sites = [site for site in sites if site in source.moments]
         fits |= solve(task, sites, sources)
@@ -202,16 +202,16 @@ def solved(
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
 
 # Texts (or environments) are far fewer than features where there is less than one of them for this many features.
-_FAR = 2
+_FEATURES_PER_TEXT = 2
 # The most bytes of float64 sums that a pass holds. The weights of a model with so many wide sites take more.
 MOST_BYTES = 1 << 31
 
 
-def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | None) -> list[list[str]]:
+def _site_groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | None) -> list[list[str]]:
     """The sites, in groups whose sums are held at once: one group where the batches or a checkpoint allow one pass."""
     processes = task.processes
-    with processes.agreeing("looking at its batches"):
-        own = task.layouts.widths, all(source.again is not None for source in sources)
+    with processes.fail_together("looking at its batches"):
+        own = task.layouts.widths, all(source.rereadable is not None for source in sources)
     every = processes.gathered([own])
     widths = {key: width for found, _ in every for key, width in found.items()}
     # The sums of a site are little more than half of a float64 matrix, for each kind of batches.
@@ -220,7 +220,7 @@ def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | No
         sizes[site_of(key)] += 8 * PackedGram.size_of(width) * len(sources)
     if sum(sizes.values()) <= MOST_BYTES:
         return [list(task.layers)]
-    if checkpoint is not None or not all(again for _, again in every):
+    if checkpoint is not None or not all(is_rereadable for _, is_rereadable in every):
         logger.warning(
             "The sums of %d sites take %.1f GB, and all are held in memory: to hold %.1f GB and take several passes, "
             "give a list or a DataLoader instead of an iterator, and leave checkpoint_dir out.",
@@ -238,36 +238,36 @@ def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | No
     return groups
 
 
-def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sites: Collection[str]) -> None:
+def _gather_moments(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sites: Collection[str]) -> None:
     """Run the model over the batches of a source, with the adapter left out, and collect the moments at some sites.
 
     Every process runs over its own batches, and all processes end with the moments of all batches. Batches that are
     already in the moments of a checkpoint are skipped.
     """
-    seen = source.examples
-    if seen and source.again is not None:  # not the first pass
-        source.batches, source.examples, source.tokens, source.pairs = source.again, 0, 0, 0
+    earlier = source.examples
+    if earlier and source.rereadable is not None:  # not the first pass
+        source.batches, source.examples, source.tokens, source.pairs = source.rereadable, 0, 0, 0
 
-    def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
+    def add_activation(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
         if labels is None or site not in sites:
             return hidden
         if labels.covers(site) or not task.config.has_default_targets:
             source.add(visit_of(site, visit), labels, hidden)
         return hidden
 
-    with task.processes.agreeing("running over its batches"):
+    with task.processes.fail_together("running over its batches"):
         batches = source.read(task.pool, task.layouts)
         if checkpoint is not None:
             batches = checkpoint.unsaved(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
-        shown = tqdm(desc=what, unit=" batches", total=length_of(source.again), disable=not task.progress)
+        shown = tqdm(desc=what, unit=" batches", total=length_of(source.rereadable), disable=not task.progress)
         with evaluating(task.runner.model), shown:
-            task.run_over(batches, look, lambda labels: shown.update())
+            task.run_over(batches, add_activation, lambda labels: shown.update())
     source.pool(task.processes)
     source.pool_counts(task.processes)
-    if seen and source.examples != seen:
+    if earlier and source.examples != earlier:
         raise ValueError(
-            f"{source.title} gave {seen} examples in one pass over them and {source.examples} in the next: with so "
+            f"{source.title} gave {earlier} examples in one pass over them and {source.examples} in the next: with so "
             "many wide sites they are read several times. Give a list, or a data set that gives the same rows again."
         )
     if checkpoint is not None:
@@ -277,12 +277,12 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
 # ---- after the solution ----------------------------------------------------------------------------------------------
 
 
-def conclude(
+def finish_fit(
     task: FitTask,
     labelled: list[Source],
     fits: dict[str, SiteFit],
     eval_batches: Iterable[Any] | None = None,
-    rows: RowsSeen | None = None,
+    rows: RowSet | None = None,
 ) -> ErasureReport:
     """Measure the erasers on held-out batches, put them in place, and record the fit in the configuration.
 
@@ -319,12 +319,12 @@ def conclude(
         counterfactuals=sum(source.pairs for source in labelled),
         environments=None if config.environment_rank is None else len(config.environments or ()),
     )
-    _record(task, fits, report)
+    _record_fit(task, fits, report)
     if left_out:
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.shortfall:
         warnings.warn(report.shortfall, stacklevel=3)
-    if report.outlook and _FAR * report.groups < max(line.width or 0 for line in lines):
+    if report.outlook and _FEATURES_PER_TEXT * report.groups < max(line.width or 0 for line in lines):
         logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()
@@ -346,26 +346,26 @@ def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[st
     task.config.target_modules = exactly(list(task.config.fitted_modules), task.owner)
     unlabelled = [site for site in layers if site in uncovered]
     unreached = [site for site in layers if site not in uncovered]
-    told = [f"the batches do not reach {unreached}"] if unreached else []
-    told += [f"concept_labels label tokens, which are not the rows of {unlabelled}"] if unlabelled else []
+    why = [f"the batches do not reach {unreached}"] if unreached else []
+    why += [f"concept_labels label tokens, which are not the rows of {unlabelled}"] if unlabelled else []
     warnings.warn(
-        f"{task.name!r} leaves out {len(layers)} sites that were not named, and does not act there: {'; '.join(told)}.",
+        f"{task.name!r} leaves out {len(layers)} sites that were not named, and does not act there: {'; '.join(why)}.",
         stacklevel=4,
     )
 
 
-def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
+def _record_fit(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
     """Write the sites and the provenance of a fit into its configuration."""
     config = task.config
     config.fitted_sites = {site: task.layers[site].size_of(task.name) for site in fits}
     config.fitted = True
     for site in fits:
         task.layers[site].erasures[task.name].dial = config.dial
-    told = ("examples", "tokens", "pool", "reader", "leakage", "leakage_intervals", "measured_on")
+    figures = ("examples", "tokens", "pool", "reader", "leakage", "leakage_intervals", "measured_on")
     config.provenance = {
         "hf_erasure_version": __version__,
         "base_class": class_name(task.owner),
-        **{name: getattr(report, name) for name in told},
+        **{name: getattr(report, name) for name in figures},
         **{name: left for name in ("residuals", "unsettled", "counterfactuals") if (left := getattr(report, name))},
         "fingerprint": fingerprint(task.owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),

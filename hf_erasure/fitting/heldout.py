@@ -33,19 +33,19 @@ _MOST_PAIRS = 1 << 16
 # The inputs that hold the content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
 # In a batch without any of `_INPUTS`, the inputs that are not content, such as labels, or that follow from padding.
-_BESIDES = ("labels", "token_type_ids", "position_ids", "cache_position")
+_NOT_CONTENT = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
 @dataclasses.dataclass
-class Watched:
+class ObservedBatches:
     """Held-out batches, and a function that is called while they are measured.
 
-    `look(erased, site, activation, selection)` is called at each visit of a site and at the last hidden states, without
-    the erasure and with it; the activation is aligned with the labels.
+    `observer(erased, site, activation, selection)` is called at each visit of a site and at the last hidden states,
+    without the erasure and with it; the activation is aligned with the labels.
     """
 
     batches: Iterable[Any]
-    look: Callable[[bool, str, Tensor, Selection], None]
+    observer: Callable[[bool, str, Tensor, Selection], None]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
@@ -56,7 +56,7 @@ def measure(
     batches: Iterable[Any],
     erase: Callable[[str, Tensor], Tensor],
     known: Iterable[SiteReport] = (),
-    fitted_on: RowsSeen | None = None,
+    fitted_on: RowSet | None = None,
 ) -> tuple[list[SiteReport], int, int, int | None]:
     """Measure leakage and movement on held-out batches, at every site and at the last hidden states.
 
@@ -74,41 +74,41 @@ def measure(
         One line for each site, and one for each visit of a site with several; the number of sequences; how many of
         these were fitted on; and the number of their environments, None where the batches name none.
     """
-    measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
-    if isinstance(batches, Watched):
-        measurement.look, batches = batches.look, batches.batches
+    measurement, processes, measured_rows = _Measurement(task, erase), task.processes, RowSet()
+    if isinstance(batches, ObservedBatches):
+        measurement.observer, batches = batches.observer, batches.batches
     source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
     what = f"measuring {task.name}"
     with (
-        processes.agreeing("measuring its batches"),
+        processes.fail_together("measuring its batches"),
         evaluating(task.runner.model),
         tqdm(desc=what, unit=" batches", total=length_of(batches), disable=not task.progress) as shown,
     ):
-        for labels, counts in task.in_step(source.read(task.pool, task.layouts)):
+        for labels, counts in task.batches_to_run(source.read(task.pool, task.layouts)):
             if not counts:  # only keeps this process in step with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)
                 continue
-            measurement.look_at(labels)
+            measurement.measure_batch(labels)
             shown.update()
             hashes = hashes_of(labels.batch)
             hashes = hashes if labels.pairs is None else hashes[labels.pairs.is_text.numpy()]
-            own.add(hashes)
+            measured_rows.add(hashes)
             fitted += 0 if fitted_on is None else fitted_on.count(hashes)
     measurement.pool(processes)
     examples, fitted = (sum(processes.gathered([count])) for count in (source.examples, fitted))
     if not examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    own.pool(processes)
+    measured_rows.pool(processes)
     if fitted:
         warnings.warn(
             f"{fitted} of the {examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
             "figures are on fitted rows, and say little about others. Give rows that are not in batches.",
             stacklevel=4,
         )
-    groups = measurement.environments or range(len(own.hashes) or examples)
+    groups = measurement.environments or range(len(measured_rows.hashes) or examples)
     return measurement.lines(known, len(groups), examples), examples, fitted, len(measurement.environments) or None
 
 
@@ -148,11 +148,11 @@ class _Measurement:
         self._movements: dict[tuple[str, int, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
         # For each pair of environments, which one is in the first half; the same in every process.
-        self._coins = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         self.environments: set[int] = set()  # The ids of the environments that were seen.
-        self.look: Callable[[bool, str, Tensor, Selection], None] | None = None
+        self.observer: Callable[[bool, str, Tensor, Selection], None] | None = None
 
-    def look_at(self, labels: BatchLabels) -> None:
+    def measure_batch(self, labels: BatchLabels) -> None:
         """Run the model over a batch without and with the erasure."""
         task, runner = self._task, self._task.runner
         finals = {name: m for name, m in runner.final_states().items() if labels.covers(runner.side_of(name))}
@@ -160,14 +160,14 @@ class _Measurement:
         called: Counter[tuple[bool, str]] = Counter()
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
         # random, since rows often alternate between the classes.
-        drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
+        half_of = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
         if (environments := labels.environments) is not None:
             self.environments |= set(environments.tolist())
-            drawn = self._coins[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
+            half_of = self._draws[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
         if labels.pairs is not None:  # a text and its counterfactual are in one half
-            drawn = torch.where(labels.pairs.is_text, drawn, drawn[labels.pairs.text_of.clamp_min(0)])
+            half_of = torch.where(labels.pairs.is_text, half_of, half_of[labels.pairs.text_of.clamp_min(0)])
 
-        def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
+        def observe(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
             where = runner.side_of(site) if site in finals else visit_of(site, called[erased, site])
             before = None
@@ -179,24 +179,24 @@ class _Measurement:
             elif erased:
                 before, hidden = now, self._erase(site, hidden)
                 now, _ = labels.select(hidden, where)
-            if self.look is not None:
-                self.look(erased, site, now, selection)
+            if self.observer is not None:
+                self.observer(erased, site, now, selection)
             # A forward pass has one last hidden state, so it is always the first visit.
-            self._add(site, 1 if site in finals else called[erased, site], drawn, selection, now, before)
+            self._add_activation(site, 1 if site in finals else called[erased, site], half_of, selection, now, before)
             return hidden
 
         for erased in (False, True):
-            with observed(task.layers, task.name, functools.partial(see, erased), finals):
+            with observed(task.layers, task.name, functools.partial(observe, erased), finals):
                 runner(labels.batch)
 
     @on_cpu()
-    def _add(
-        self, site: str, visit: int, drawn: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
+    def _add_activation(
+        self, site: str, visit: int, half_of: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
         """Add the activation of one visit, aligned with the labels; `before` is its value before an erasure."""
         guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
         for half in (0, 1):
-            of_half = rows.counted & (drawn == half).unsqueeze(1).to(now.device)
+            of_half = rows.counted & (half_of == half).unsqueeze(1).to(now.device)
             statistics = self._halves[before is not None, half, visit]
             statistics.update(site, guarded, dataclasses.replace(rows, counted=of_half))
         if before is not None:
@@ -234,7 +234,7 @@ class _Measurement:
             if not calls:
                 lines.append(line)
                 continue
-            whole = self._measured(line, calls, groups)
+            whole = self._measured_line(line, calls, groups)
             if whole.correlation_before is None or whole.correlation_after is None:
                 of = f" in {groups} environments" if self.environments else ""
                 raise ValueError(
@@ -245,27 +245,27 @@ class _Measurement:
             lines.append(whole)
             for visit in calls if len(calls) > 1 else ():
                 of_visit = SiteReport(site, visit, width=line.width, rank=line.rank)
-                lines.append(self._measured(of_visit, [visit], groups))
+                lines.append(self._measured_line(of_visit, [visit], groups))
         return lines
 
-    def _measured(self, line: SiteReport, visits: list[int], groups: int) -> SiteReport:
+    def _measured_line(self, line: SiteReport, visits: list[int], groups: int) -> SiteReport:
         """The line with the figures of its site, over some of its visits together.
 
         It has no leakage where one half of the sequences lacks a class.
         """
         figures: dict[str, Any] = {}
         for erased, name in ((False, "before"), (True, "after")):
-            halves = [self._half(erased, half, line.site, visits) for half in (0, 1)]
+            halves = [self._half_moments(erased, half, line.site, visits) for half in (0, 1)]
             if all(half.rows and bool(half.covariance_z.diagonal().max() > 0) for half in halves):
                 correlation = cross_validated_correlation(*halves)
                 figures[f"correlation_{name}"] = max(0.0, correlation)
                 figures[f"interval_{name}"] = correlation_interval(correlation, groups)
         for labelled, name in ((True, "change_labelled"), (False, "change_ignored")):
             keys = ((line.site, visit, labelled) for visit in visits)
-            figures[name] = _relative([self._movements[key] for key in keys if key in self._movements])
+            figures[name] = _relative_change([self._movements[key] for key in keys if key in self._movements])
         return dataclasses.replace(line, **figures)
 
-    def _half(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments:
+    def _half_moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments:
         """The moments of one half of the sequences over some visits of a site."""
         found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
         there = [moments for moments in found if moments is not None]
@@ -275,7 +275,7 @@ class _Measurement:
         return together
 
 
-def _relative(moved: Sequence[Tensor]) -> float | None:
+def _relative_change(moved: Sequence[Tensor]) -> float | None:
     """The change `sqrt(E|x' − x|² / E|x − E x|²)` over all rows of such sums; None without rows."""
     if not moved:
         return None
@@ -288,14 +288,14 @@ def _relative(moved: Sequence[Tensor]) -> float | None:
 # ---- rows that are recognised ----------------------------------------------------------------------------------------
 
 
-class RowsSeen:
+class RowSet:
     """A set of rows, regardless of their order, their padding and how often each was seen."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
         self._known = np.empty(0, np.uint64)
 
-    def watching(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def adding(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the same batches, and add the rows of each."""
         for batch in batches:
             self.add(hashes_of(batch))
@@ -326,7 +326,7 @@ def hashes_of(batch: Any) -> np.ndarray:
     inputs = {
         name: value.detach().cpu()
         for name, value in (sorted(inputs_of(batch).items()) if isinstance(batch, Mapping) else ())
-        if isinstance(value, Tensor) and value.dim() and name not in _BESIDES
+        if isinstance(value, Tensor) and value.dim() and name not in _NOT_CONTENT
         if not name.endswith("mask") and not name.startswith("decoder_")
     }
     if not inputs:
@@ -356,7 +356,7 @@ def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int
         How many texts `others` have, how many of these are also in `batches`, and the number of their environments,
         None where the batches name none.
     """
-    processes, seen, examples, shared, environments = Processes(), RowsSeen(), 0, 0, set[int]()
+    processes, seen, examples, shared, environments = Processes(), RowSet(), 0, 0, set[int]()
     for batch in batches:
         seen.add(hashes_of(batch))
     seen.pool(processes)

@@ -141,7 +141,7 @@ class Source(SiteStatistics):
         concept: The concept whose labels are read; None for a background, which decides on mean and covariance alone.
         batches: Dicts of model inputs, plus `concept_labels` with a concept.
         key: The name of these batches in messages and in the checkpoint of a fit.
-        given: The object that the batches came from, by default `batches`.
+        original: The object that the batches came from, by default `batches`.
         is_fitted: Whether environments, and classes of what is kept, are distinguished, as in fitting.
     """
 
@@ -150,7 +150,7 @@ class Source(SiteStatistics):
         concept: ConceptErasureConfig | None,
         batches: Iterable[Any] = (),
         key: str = "labelled",
-        given: Iterable[Any] | None = None,
+        original: Iterable[Any] | None = None,
         *,
         is_fitted: bool = True,
     ) -> None:
@@ -158,9 +158,9 @@ class Source(SiteStatistics):
         if concept is not None:
             self.z_dim = self.strata.size if is_fitted else concept.z_dim
         self.batches, self.key, self.is_fitted = batches, key, is_fitted
-        given = batches if given is None else given
+        original = batches if original is None else original
         # The batches for another pass; None if they can be read only once.
-        self.again = None if isinstance(given, Iterator) else given
+        self.rereadable = None if isinstance(original, Iterator) else original
         self.title = "batches" if key == "labelled" else key
         self.examples = self.tokens = 0  # Sequences that were read, and their positions without padding.
         self.pairs, self.is_paired = 0, False  # How many counterfactuals were read, and whether there should be some.
@@ -209,12 +209,12 @@ class Source(SiteStatistics):
         self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (4, 5))
 
     def check_reached(
-        self, sites: Collection[str], found: Container[str] | None = None, *, may_lack: bool = False
+        self, sites: Collection[str], reached: Container[str] | None = None, *, may_lack: bool = False
     ) -> list[str]:
-        """Check that batches were read, and that every site is in `found`, by default the sites with moments.
+        """Check that batches were read, and that every site is in `reached`, by default the sites with moments.
 
         Returns:
-            The sites that are in `found`: all of them, unless `may_lack` allows that some are not.
+            The sites that are in `reached`: all of them, unless `may_lack` allows that some are not.
         """
         if not self.examples:
             raise ValueError(
@@ -226,7 +226,7 @@ class Source(SiteStatistics):
                 "table, or the batches were made without them. Give concept_dataloader(…, counterfactual_column=…), or "
                 "another table, counterfactual_words=…, or pair_rank=0."
             )
-        absent = [site for site in sites if site not in (self.moments if found is None else found)]
+        absent = [site for site in sites if site not in (self.moments if reached is None else reached)]
         if absent and len(absent) == len(sites) and self.uncovered.issuperset(sites):
             raise ValueError(
                 f"concept_labels label tokens, and at none of the sites, such as {absent[0]!r}, are the rows those of "
@@ -277,7 +277,7 @@ class BatchLabels:
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
-            self._check(self._labels, source.concept.z_dim)
+            self._check_labels(self._labels, source.concept.z_dim)
             if "concept_pairs" in batch:
                 if not self._by_class or self._by_token:
                     raise ValueError(
@@ -376,8 +376,8 @@ class BatchLabels:
         compared = None
         if self.pairs:
             compared = self.pairs.compared(real, of_tokens, side, self._pool, where)
-        every = (counted, real, z, weight, compared)
-        return Selection(*(None if t is None else t.to(device) for t in every))  # type: ignore[arg-type]
+        tensors = (counted, real, z, weight, compared)
+        return Selection(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
     @property
     def environments(self) -> Tensor | None:
@@ -385,7 +385,7 @@ class BatchLabels:
         name = "concept_environments"
         return ids_in(self.batch, name, self.rows) if name in self.batch else None
 
-    def _check(self, labels: Tensor, z_dim: int) -> None:
+    def _check_labels(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
         if self._by_class and (labels.is_floating_point() or labels.dim() not in (1, 2)):
             raise ValueError(
@@ -427,18 +427,18 @@ class BatchesOnDisk(Sequence[BatchLabels]):
     def __init__(self, batches: Iterable[BatchLabels]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
         # What batches share, which stays in memory: source, pool and axes.
-        self._kept: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
+        self._shared: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
         # The batch that was read last: a thread that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
-            torch.save((labels.batch, labels._frames), self._path(len(self._kept)))
-            self._kept.append((labels.source, labels._pool, labels._axes))
+            torch.save((labels.batch, labels._frames), self._path(len(self._shared)))
+            self._shared.append((labels.source, labels._pool, labels._axes))
 
     def _path(self, index: int) -> Path:
         return Path(self._folder.name) / str(index)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._shared)
 
     def __getitem__(self, which: Any) -> Any:
         if isinstance(which, slice):
@@ -447,7 +447,7 @@ class BatchesOnDisk(Sequence[BatchLabels]):
             raise IndexError(which)
         if self._last is None or self._last[0] != which:
             batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
-            source, pool, axes = self._kept[which]
+            source, pool, axes = self._shared[which]
             self._last = which, BatchLabels(batch, source, pool, axes, frames)
         return self._last[1]
 

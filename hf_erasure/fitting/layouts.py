@@ -82,7 +82,7 @@ class Layouts:
         if form not in self._known:
             few = inputs_of(few_rows(batch) or {})
             with evaluating(self.runner.model), forked_rng(self.runner.model):
-                self._known[form] = self._found(few) if few else {}
+                self._known[form] = self._find_axes(few) if few else {}
         return self._known[form]
 
     def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -99,7 +99,7 @@ class Layouts:
         """The modules that return a last hidden state, by a name that tells the side of the state."""
         return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
 
-    def along(self, site: str) -> tuple[int, int]:
+    def site_axes(self, site: str) -> tuple[int, int]:
         """The axes of the features and of the examples of a site, which are the same for batches of any form."""
         every = (item for known in self._known.values() for item in known.items())
         seen = [axes for key, axes in every if isinstance(axes, Axes) and site_of(key) == site]
@@ -111,7 +111,7 @@ class Layouts:
             )
         return found.pop() if found else (-1, 0)
 
-    def _found(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
+    def _find_axes(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
         """Find the axes that `of` returns, from runs over a few rows, over these rows twice, and with other lengths."""
         rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
         try:
@@ -122,7 +122,7 @@ class Layouts:
             twice = self._summaries(mirrored, first, rows)
             # Texts are cut at the first place where the model still runs.
             *places, last = (with_lengths(few, now, other, place) for place in PLACES)
-            cut = (self._tried(batch) for batch in places if now.by_side)
+            cut = (self._try_pass(batch) for batch in places if now.by_side)
             changed = next((one for one in cut if one is not None), None)
             changed = self._summaries(last) if changed is None else changed
             passes = Passes(rows, now, other, first, twice, changed)
@@ -148,11 +148,11 @@ class Layouts:
             site = site_of(key)
             side = self.layers[site].erasures[self.name].side if site in self.layers else "output"
 
-            def told() -> set[int]:
+            def feature_axes() -> set[int]:
                 graph = recorded()
                 return set() if graph is None else graph.features_at(modules[site], side)
 
-            return passes.axes_of(key, modules[site], told)
+            return passes.axes_of(key, modules[site], feature_axes)
 
         found = {key: axes_at(key) for key in first}
         axes_of_sites = ((key, axes) for key, axes in found.items() if site_of(key) in self.layers)
@@ -162,14 +162,14 @@ class Layouts:
         # A model may pad texts to multiples of a length; longer texts show this.
         for size in sorted({size for key, axes in found.items() for size in passes.padded_sizes(key, axes)}):
             longer = with_lengths(few, now, replace(now, by_side={**now.by_side, "": 2 * size}))
-            if (seen := self._tried(longer)) is not None:
+            if (seen := self._try_pass(longer)) is not None:
                 passes.longer[2 * size] = seen
         if passes.longer:
             found |= {key: axes_at(key) for key, axes in found.items() if isinstance(axes, ValueError)}
-        found |= self._placed(few, passes, _loose(found))
-        return found | self._uneven(few, passes, _loose(found))
+        found |= self._token_axes(few, passes, _loose(found))
+        return found | self._uneven_errors(few, passes, _loose(found))
 
-    def _placed(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
+    def _token_axes(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
         """The axes of activations in which only some of the rows belong to tokens."""
         given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.by_side else None
         if given is None:
@@ -180,19 +180,19 @@ class Layouts:
             seen = []
             for one in batches:
                 torch.manual_seed(0)  # for models that draw the order of their patches
-                seen.append(self._seen(one, lambda key, hidden: hidden if key in loose else None))
+                seen.append(self._run_pass(one, lambda key, hidden: hidden if key in loose else None))
             places = {key: differs_at(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
         except Exception as error:
             logger.debug("Texts with other tokens cannot be run: %s", error)
         return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
 
-    def _uneven(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
+    def _uneven_errors(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
         """The errors for activations that cannot be labelled: how many rows an example has depends on its content."""
         sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
         changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
         found = {}
         for row in range(passes.rows) if changing else ():
-            if (alone := self._tried(rows_of(few, passes.rows, [row]))) is None:
+            if (alone := self._try_pass(rows_of(few, passes.rows, [row]))) is None:
                 break
             for key in changing:
                 now = passes.sizes(key, loose[key], alone)
@@ -208,9 +208,9 @@ class Layouts:
         self, batch: Mapping[str, Any], single: dict[str, Summary] | None = None, rows: int = 0
     ) -> dict[str, Summary]:
         """A summary of every activation in one pass; for mirrored rows, `single` has those of the rows alone."""
-        return self._seen(batch, lambda key, hidden: Summary.of(hidden.detach(), (single or {}).get(key), rows))
+        return self._run_pass(batch, lambda key, hidden: Summary.of(hidden.detach(), (single or {}).get(key), rows))
 
-    def _tried(self, batch: Mapping[str, Any]) -> dict[str, Summary] | None:
+    def _try_pass(self, batch: Mapping[str, Any]) -> dict[str, Summary] | None:
         """The result of `_summaries`, or None where the model cannot be run on the batch."""
         try:
             return self._summaries(batch)
@@ -218,19 +218,19 @@ class Layouts:
             logger.debug("Rows that would show what the axes are cannot be run: %s", error)
             return None
 
-    def _seen(self, batch: Mapping[str, Any], kept_of: Callable[[str, Tensor], T | None]) -> dict[str, T]:
-        """Run one pass; return what `kept_of` gives for every visit of a site and every last hidden state."""
+    def _run_pass(self, batch: Mapping[str, Any], summarise: Callable[[str, Tensor], T | None]) -> dict[str, T]:
+        """Run one pass; return what `summarise` gives for every visit of a site and every last hidden state."""
         found, visits = dict[str, T](), Counter[str]()
 
-        def see(name: str, hidden: Tensor) -> Tensor:
+        def observe(name: str, hidden: Tensor) -> Tensor:
             visits[name] += 1
             key = visit_of(name, visits[name])
             # An activation without rows shows nothing, and nothing in it is labelled.
-            if hidden.numel() and (kept := kept_of(key, hidden)) is not None:
-                found[key] = kept
+            if hidden.numel() and (summary := summarise(key, hidden)) is not None:
+                found[key] = summary
             return hidden
 
-        with observed(self.layers, self.name, see, self._finals, needs_finals=False):
+        with observed(self.layers, self.name, observe, self._finals, needs_finals=False):
             self.runner(dict(batch))
         return found
 
@@ -253,14 +253,14 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
     if not inputs or not len(inputs[0]):
         return None
     rows = len(inputs[0])
-    told = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
+    labelled = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
     if any(len(value) != rows for value in inputs):
-        return told
+        return labelled
     mask = tensors.get("attention_mask", torch.ones(rows, 1, device="cpu"))
     lengths = mask.flatten(1).sum(1)
     order = sorted(range(rows), key=lambda row: -int(lengths[row]))
     chosen = sorted({order[0], order[-1]})
-    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in told.items()}
+    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in labelled.items()}
     lists = {name: value for name, value in inputs_of(batch).items() if isinstance(value, list) and len(value) == rows}
     return few | {name: [value[row] for row in chosen] for name, value in lists.items()}
 
@@ -287,7 +287,7 @@ def observed(
     none raises an error if `needs_finals`.
     """
 
-    def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    def hook(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         try:
             state = last_hidden_state(output)
         except ValueError:
@@ -297,7 +297,7 @@ def observed(
         observer(name, state)
 
     before = {path: layer.observers.get(adapter_name) for path, layer in layers.items()}
-    handles = [module.register_forward_hook(functools.partial(at, name)) for name, module in (finals or {}).items()]
+    handles = [module.register_forward_hook(functools.partial(hook, name)) for name, module in (finals or {}).items()]
     try:
         for path, layer in layers.items():
             layer.observers[adapter_name] = functools.partial(observer, path)

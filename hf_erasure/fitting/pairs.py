@@ -14,7 +14,7 @@ from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 
 # The keys of a batch that describe its pairs of texts and counterfactuals.
-_OF_PAIRS = ("concept_pairs", "concept_pair_labels", "concept_words")
+_PAIR_KEYS = ("concept_pairs", "concept_pair_labels", "concept_words")
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Pairs:
         counts = torch.bincount(places, minlength=rows * numbers)
         means = (sums / counts.clamp_min(1)[:, None]).view(rows, numbers, *activation.shape[2:])
         texts, others = self.texts.to(compared.device), self.others.to(compared.device)
-        there = counts.view(rows, numbers) > 0
-        both = there[texts] & there[others]
+        is_present = counts.view(rows, numbers) > 0
+        both = is_present[texts] & is_present[others]
         found = (means[texts] - means[others])[both]
         classes = one_hot(self.labels.clamp_min(0), self.classes).to(compared.device)
         z = (classes[texts] - classes[others]).double()[:, None].expand(-1, numbers, -1)[both]
@@ -123,12 +123,12 @@ def ids_in(batch: Mapping[str, Any], name: str, rows: int, count: int | None = N
     Raises:
         ValueError: The rows do not have one id each, or an id is out of range.
     """
-    given = batch.get(name)
-    ids = torch.as_tensor([] if given is None else given, device="cpu")
+    values = batch.get(name)
+    ids = torch.as_tensor([] if values is None else values, device="cpu")
     if ids.shape != (rows,) or ids.is_floating_point():
         raise ValueError(
             f"{name} must hold one id for each of the {rows} rows, as concept_dataloader makes them; got "
-            f"{'nothing' if given is None else f'{ids.dtype} of shape {tuple(ids.shape)}'}."
+            f"{'nothing' if values is None else f'{ids.dtype} of shape {tuple(ids.shape)}'}."
         )
     if count is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise ValueError(f"{name} hold ids from {int(ids.min())} to {int(ids.max())}: they must be 0 to {count - 1}.")
@@ -142,8 +142,8 @@ def without_counterfactuals(batch: Any) -> Any:
     texts = torch.as_tensor(batch["concept_pairs"], device="cpu") < 0
     if bool((torch.as_tensor(batch["concept_labels"], device="cpu")[~texts] != IGNORED).any()):
         return batch  # the batch has only the labels of its pairs
-    told = {name: value for name, value in batch.items() if name not in _OF_PAIRS}
+    remaining = {name: value for name, value in batch.items() if name not in _PAIR_KEYS}
     return {
         name: value[texts] if isinstance(value, Tensor) and value.dim() and len(value) == len(texts) else value
-        for name, value in told.items()
+        for name, value in remaining.items()
     }

@@ -48,7 +48,7 @@ class Processes:
         """The items of this process: every `count`-th one, beginning at the index `rank`."""
         return list(items[self.rank :: self.count])
 
-    def in_step(self, groups: Iterable[Sequence[T]]) -> list[list[T]]:
+    def step_rows(self, groups: Iterable[Sequence[T]]) -> list[list[T]]:
         """Cut groups of items that may share a step, such as batches of one class, into one row for each step.
 
         A row has one item for each process; the last row of a group may be shorter.
@@ -66,14 +66,14 @@ class Processes:
         """
         source, spare = iter(items), None
         while True:
-            with self.agreeing("reading its batches"):
+            with self.fail_together("reading its batches"):
                 item = next(source, None)
             spare = item if item is not None else spare
             states = self.gathered([(item is not None, spare is not None)])
             if not any(more for more, _ in states):
                 return
             if not all(has for _, has in states):
-                lent = self.from_one(spare, next(rank for rank, (_, has) in enumerate(states) if has))
+                lent = self.broadcast(spare, next(rank for rank, (_, has) in enumerate(states) if has))
                 spare = lent if spare is None else spare
             yield (spare if item is None else item), item is not None  # type: ignore[misc]
 
@@ -92,7 +92,7 @@ class Processes:
         """The items of all processes, in an order that is the same in each."""
         return gather_object(items) if self.count > 1 else items
 
-    def from_one(self, item: T, rank: int = 0) -> T:
+    def broadcast(self, item: T, rank: int = 0) -> T:
         """Return the item of one process, in all processes."""
         if self.count == 1:
             return item
@@ -105,7 +105,7 @@ class Processes:
         self._state.wait_for_everyone()
 
     @contextmanager
-    def agreeing(self, doing: str) -> Iterator[None]:
+    def fail_together(self, doing: str) -> Iterator[None]:
         """Run each process's own work, and stop all if one fails, since the others would wait for it without end.
 
         Raises:

@@ -25,15 +25,15 @@ else:
 SETTLED = 1e-5
 # Colours of the lines and bars of pictures.
 BEFORE, AFTER = "#b3541e", "#1f5f8b"
-_HEAD = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
+_COLUMNS = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
 GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
 
 FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}
 MALE = {"male", "m", "masc", "masculine", "man", "men", "boy", "boys", "he"}
-_BEYOND = {"neutral", "nonbinary", "non-binary", "diverse", "other", "unknown", "they"}
+_OTHERS = {"neutral", "nonbinary", "non-binary", "diverse", "other", "unknown", "they"}
 # The universal parts of speech.
-_TAGS = {"adj", "adp", "adv", "aux", "cconj", "det", "intj", "noun", "num", "part", "pron", "propn", "punct", "sconj"}
-_TAGS |= {"sym", "verb", "x"}
+_UPOS = {"adj", "adp", "adv", "aux", "cconj", "det", "intj", "noun", "num", "part", "pron", "propn", "punct", "sconj"}
+_UPOS |= {"sym", "verb", "x"}
 _NAMES = {
     GENDER: {"gender", "genders", "sex", "pronoun", "pronouns"},
     POS: {"pos", "upos", "part of speech", "parts of speech", "word class", "word classes"},
@@ -157,16 +157,16 @@ class ErasureReport:
     def to_markdown(self) -> str:
         """The table of sites in Markdown."""
         lines = ["| " + " | ".join(row) + " |" for row in self._table()]
-        return "\n".join([lines[0], "|---" + "|---:" * (len(_HEAD) - 1) + "|", *lines[1:]])
+        return "\n".join([lines[0], "|---" + "|---:" * (len(_COLUMNS) - 1) + "|", *lines[1:]])
 
     def to_latex(self) -> str:
         """The table of sites as a LaTeX `tabular`, for the package `booktabs`."""
         rows = [" & ".join(re.sub(r"([_%&#$])", r"\\\1", cell) for cell in row) + r" \\" for row in self._table()]
         body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
-        return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}", *body, r"\end{tabular}"])
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(_COLUMNS) - 1)}}}", *body, r"\end{tabular}"])
 
     def _table(self) -> list[Sequence[str]]:
-        return [_HEAD, *map(_cells, self.sites)]
+        return [_COLUMNS, *map(_table_row, self.sites)]
 
     @property
     def _has_visits(self) -> bool:
@@ -278,8 +278,8 @@ class ErasureReport:
     def measured_on(self) -> str:
         """The rows that the figures are on, in words: held out or fitted, and in how many environments, if named."""
         if not self.eval_examples:
-            return in_words(self.examples, self.examples)
-        return in_words(self.eval_examples, self.eval_fitted, self.eval_environments)
+            return rows_in_words(self.examples, self.examples)
+        return rows_in_words(self.eval_examples, self.eval_fitted, self.eval_environments)
 
     def __repr__(self) -> str:
         table = self._table()
@@ -368,7 +368,7 @@ def _accuracy(correlation: float) -> float:
     return NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
 
 
-def _cells(line: SiteReport) -> tuple[str, ...]:
+def _table_row(line: SiteReport) -> tuple[str, ...]:
     def number(value: Any, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -386,7 +386,7 @@ def _cells(line: SiteReport) -> tuple[str, ...]:
     )
 
 
-def in_words(examples: int, fitted: int, environments: int | None = None) -> str:
+def rows_in_words(examples: int, fitted: int, environments: int | None = None) -> str:
     """The rows that figures are on, to follow "on": how many, how many were fitted on, and in how many environments."""
     of = f" in {environments} environments" if environments else ""
     if not fitted:
@@ -435,9 +435,9 @@ def concept_of_config(config: Any) -> str | None:
             return concept
     classes = getattr(config, "classes", None) or getattr(config, "labels", None) or []
     labels = [str(label).strip().lower() for label in classes]
-    if FEMALE.intersection(labels) and MALE.intersection(labels) and (FEMALE | MALE | _BEYOND).issuperset(labels):
+    if FEMALE.intersection(labels) and MALE.intersection(labels) and (FEMALE | MALE | _OTHERS).issuperset(labels):
         return GENDER
-    if len(labels) > 1 and _TAGS.issuperset(labels):
+    if len(labels) > 1 and _UPOS.issuperset(labels):
         return POS
     return None if name is None else str(name)
 

@@ -67,7 +67,7 @@ class Scrubber:
     def fit(self) -> dict[str, SiteFit]:
         """Fit all sites, with one run of every module for each batch if the order of the model's calls allows it."""
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
-        with processes.agreeing("reading its batches"):
+        with processes.fail_together("reading its batches"):
             read = (labels for source in self.sources for labels in source.read(task.pool, task.layouts))
             self._batches = list(read) if self.resident_batches is None else BatchesOnDisk(read)
         for source in self.sources:
@@ -78,11 +78,11 @@ class Scrubber:
         self._one_by_one = task.runner.is_sharded
         if checkpoint is not None:
             self._digest = joint_digest(processes.gathered([digest_of(self._batches)]))
-            with processes.agreeing("reading the checkpoint"):
+            with processes.fail_together("reading the checkpoint"):
                 finished = checkpoint.load_sites(self._digest) if processes.is_main else {}
                 self._one_by_one = self._one_by_one or checkpoint.one_site_a_pass
-            kept, self._one_by_one = processes.from_one((finished, self._one_by_one))
-            self.fits = {site: fit.along(task.layouts) for site, fit in kept.items()}
+            kept, self._one_by_one = processes.broadcast((finished, self._one_by_one))
+            self.fits = {site: fit.with_axes(task.layouts) for site, fit in kept.items()}
             self._restored = set(self.fits)
         shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
         with evaluating(task.runner.model), shown:
@@ -118,7 +118,7 @@ class Scrubber:
                     most - 1,
                 )
             logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
-            self._assumed = self.task.processes.from_one(columns.next(self._later, self.fits, stuck=stuck))
+            self._assumed = self.task.processes.broadcast(columns.next(self._later, self.fits, stuck=stuck))
             left = left[:1] if stuck else left
             self.fits.clear()
             self._restored.clear()
@@ -179,7 +179,7 @@ class Scrubber:
             waiting = threads
             while True:
                 refusal = None
-                with task.processes.agreeing("running over its batches"):
+                with task.processes.fail_together("running over its batches"):
                     try:
                         # In turn forwards and backwards, so that batches whose tensors are in memory go first. The
                         # direction depends on the site alone: sums are the same to the bit for any number of resident
@@ -242,7 +242,7 @@ class Scrubber:
             order.setdefault(site)
             return hidden
 
-        with processes.agreeing("running over its first batch"):
+        with processes.fail_together("running over its first batch"):
             task.run_over(self._batches[:1], note_site)
         visited = max(processes.gathered([list(order)]), key=len)
         is_revisited = False
@@ -271,7 +271,7 @@ class Scrubber:
                 statistics.add(visit_of(site, visit), labels, hidden)
             return self.fits[site].erase(hidden) if site in self.fits else hidden
 
-        with self.task.processes.agreeing(f"running over its batches to {chosen or 'the end'!r}"):
+        with self.task.processes.fail_together(f"running over its batches to {chosen or 'the end'!r}"):
             self.task.run_over(self._batches, add_activation)
         return any(self.task.processes.gathered([is_revisited]))
 

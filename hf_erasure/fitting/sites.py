@@ -32,7 +32,7 @@ from .processes import Processes
 from .report import SiteReport
 
 # A head that reads every token by itself also reads the tokens of these two pools.
-_POSITIONS = ("cls", "last")
+_POSITION_POOLS = ("cls", "last")
 # Rounding in float32 statistics may give a constant activation this much variance, as a share of its mean square.
 _ROUNDING = 1e-12
 
@@ -51,9 +51,9 @@ class FitTask:
     reader: str  # What the model's head reads, in words.
     processes: Processes  # The processes that share the data.
     progress: bool = False  # Whether this process shows progress bars.
-    linear: Collection[str] = ()  # The sites whose erasers have no affine part; `solved` sets them.
+    linear: Collection[str] = ()  # The sites whose erasers have no affine part; `solve_sites` sets them.
 
-    def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
+    def batches_to_run(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
         """The batches to run the model on, each with whether it counts.
 
         Every forward pass of a sharded model needs all processes, so processes with fewer batches repeat one.
@@ -76,12 +76,12 @@ class FitTask:
         running: list[BatchLabels | None] = [None]
         visits: Counter[str] = Counter()
 
-        def see(site: str, hidden: Tensor) -> Tensor:
+        def observe(site: str, hidden: Tensor) -> Tensor:
             visits[site] += 1
             return observer(running[0], site, visits[site], hidden)
 
-        with observed(self.layers, self.name, see):
-            for labels, counts in self.in_step(batches):
+        with observed(self.layers, self.name, observe):
+            for labels, counts in self.batches_to_run(batches):
                 running[0] = labels if counts else None
                 visits.clear()
                 self.runner(labels.batch)
@@ -107,7 +107,7 @@ def task_for(
     check_pool(pool)
     found, layers = adapter_to_fit(model, name)
     config, runner, processes = found.config, Runner(model, layers.values()), Processes()
-    with processes.agreeing("reading its batches"):
+    with processes.fail_together("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
     layouts = Layouts(runner, layers, name)
@@ -166,7 +166,7 @@ def pool_for(
             )
         alike = ": all tokens count alike" if reading.pool is None else ""
         return reading.pool or "tokens", reading.text + alike
-    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITION_POOLS)
     remedy, beside = "", "" if reading.pool is None else f" (pool={reading.pool!r})"
     if reading.pool is not None and not is_read:
         remedy = f"Leave pool out, or give pool={reading.pool!r}."
@@ -201,9 +201,9 @@ class SiteFit:
         readings = None if self.readings is None else self.readings.cpu()
         return dataclasses.replace(self, eraser=self.eraser.to("cpu"), shares=self.shares.cpu(), readings=readings)
 
-    def along(self, layouts: Layouts) -> SiteFit:
+    def with_axes(self, layouts: Layouts) -> SiteFit:
         """Return the fit with the axes that the features and the examples have at its site."""
-        axis, examples = layouts.along(self.line.site)
+        axis, examples = layouts.site_axes(self.line.site)
         return dataclasses.replace(self, axis=axis, examples=examples)
 
     def erase(self, hidden: Tensor) -> Tensor:
@@ -218,12 +218,12 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
     rows show what should not be disturbed.
     """
     processes = task.processes
-    with processes.agreeing("solving for its sites"):
+    with processes.fail_together("solving for its sites"):
         mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
     # Processes exchange tensors in main memory.
     own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
-    return {site: solved[site].along(task.layouts) for site in sites}
+    return {site: solved[site].with_axes(task.layouts) for site in sites}
 
 
 @on_cpu()
@@ -233,13 +233,13 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     For a module that is called several times the columns of all visits are erased, each taken about the means of its
     visit. If no linear map keeps the mean, and the user did not ask for a linear one, the affine map is taken instead.
     """
-    every = {key for statistics in seen for key in statistics.moments}
+    all_keys = {key for statistics in seen for key in statistics.moments}
     keys = (visit_of(site, number) for number in itertools.count(1))
-    visits = list(itertools.takewhile(every.__contains__, keys))
+    visits = list(itertools.takewhile(all_keys.__contains__, keys))
     sources = [statistics for statistics in seen if statistics.z_dim]
-    told = [(s.strata, s.moments[key]) for s in sources for key in visits if key in s.moments]
-    labelled = [strata.concept(moments) for strata, moments in told]
-    kept = [columns for strata, moments in told if (columns := strata.kept_columns(moments)) is not None]
+    in_strata = [(s.strata, s.moments[key]) for s in sources for key in visits if key in s.moments]
+    labelled = [strata.concept(moments) for strata, moments in in_strata]
+    kept = [columns for strata, moments in in_strata if (columns := strata.kept_columns(moments)) is not None]
     of_background = [s.moments[key] for s in seen if not s.z_dim for key in visits if key in s.moments]
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
@@ -258,7 +258,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
-            beside = _beside(sources, visits)
+            beside = _extra_columns(sources, visits)
             shared = torch.cat(kept, 1) if kept else None
             solving = partial(moments.eraser, method, rank=rank, background=background, beside=beside, kept=shared)
             try:
@@ -283,12 +283,12 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         change_labelled=spread.change(eraser) if acts else 0.0,
     )
     dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
-    has_one = sum(bool(statistics.z_dim) for statistics in seen) == 1
-    readings = _readings(eraser, labelled, config) if has_one else None
+    is_single = sum(bool(statistics.z_dim) for statistics in seen) == 1
+    readings = _readings(eraser, labelled, config) if is_single else None
     return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
 
 
-def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
+def _extra_columns(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
     """The columns of pairs and of environments that are erased too, each with its number of directions (None: all)."""
     found: list[tuple[Tensor, int | None]] = []
     for statistics in sources:

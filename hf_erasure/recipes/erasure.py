@@ -23,7 +23,7 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
-from hf_erasure.fitting.heldout import Watched
+from hf_erasure.fitting.heldout import ObservedBatches
 from hf_erasure.fitting.labels import BatchLabels, Selection, Source, length_of
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
@@ -206,7 +206,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=held_out if seen is None else Watched(held_out, seen),
+        eval_batches=held_out if seen is None else ObservedBatches(held_out, seen),
         background=background,
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,

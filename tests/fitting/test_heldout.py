@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
-from hf_erasure.fitting.heldout import RowsSeen, hashes_of
+from hf_erasure.fitting.heldout import RowSet, hashes_of
 from hf_erasure.fitting.report import ErasureReport
 from tests.small_models import ARCHITECTURES, LABELS, small_batches
 
@@ -77,7 +77,7 @@ def test_one_text_beside_other_images_is_another_row() -> None:
     numbered = {"input_ids": ids, "idx": torch.arange(4)}  # what else a batch holds does not make other rows
     assert len(set(hashes_of(numbered).tolist())) == 1
     patches = {"input_ids": ids, "pixel_values": torch.arange(12.0).reshape(6, 2)}  # of all images, in one list
-    rows = RowsSeen()
+    rows = RowSet()
     rows.add(hashes_of(patches))
     assert rows.count(hashes_of(patches)) == 4
     assert rows.count(hashes_of(patches | {"pixel_values": torch.zeros(6, 2)})) == 0
@@ -104,7 +104,7 @@ def test_plot_verification_and_saved_adapter_say_so(tmp_path: Path) -> None:
 
 
 def test_a_hash_a_row_is_all_that_is_kept() -> None:
-    seen = RowsSeen()
+    seen = RowSet()
     for _ in range(40):
         seen.add(np.arange(10_000, dtype=np.uint64))
     assert seen.hashes.nbytes == 80_000 and sum(part.nbytes for part in seen._parts) < 2 << 20

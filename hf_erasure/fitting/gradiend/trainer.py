@@ -23,7 +23,7 @@ from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.adapters.loading.fingerprint import active_beside
-from hf_erasure.fitting.report import in_words
+from hf_erasure.fitting.report import rows_in_words
 from hf_erasure.models.heads import check_next_word, task_of
 from hf_erasure.models.model import bare_model, datasets, pandas
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
@@ -353,7 +353,7 @@ class GradiendTrainer:
                 "on fitted rows, and say little about others. Give pairs that were not trained on.",
                 stacklevel=3,
             )
-        return in_words(len(dataset), fitted)
+        return rows_in_words(len(dataset), fitted)
 
     def scorer(
         self, eval_dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None

@@ -128,7 +128,7 @@ class Training:
         starts = []
         for number, (pair, seed) in enumerate(itertools.product(pairs, seeds)):
             if closed:
-                steps = a_pass = len(self.processes.in_step(self._sides(pair, args.per_device_train_batch_size)))
+                steps = a_pass = len(self.processes.step_rows(self._sides(pair, args.per_device_train_batch_size)))
             else:
                 a_pass = sum(map(len, self._sides(pair, args.per_device_train_batch_size * self.processes.count)))
                 steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
@@ -184,7 +184,7 @@ class Training:
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
         sides = self._sides(start.pair, self.args.per_device_train_batch_size)
-        for step, row in enumerate(self.processes.in_step(sides)):
+        for step, row in enumerate(self.processes.step_rows(sides)):
             if step < facts["step"]:
                 continue
             for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not have one for all
