@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.files import read_tensors, read_text, write_tensors, write_text
+from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.erasers import Eraser
 
 from .labels import BatchLabels, SiteStatistics, Source
@@ -31,6 +33,8 @@ MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
 # The key in the manifest for sites that the data did not reach, or did not label.
 _LEFT_OUT = "left_out"
+# The key for digests of samples of the model's weights, by their names.
+_WEIGHTS = "weights"
 # The fields of a configuration that an eraser depends on; those of `_OPTIONAL` are written only where they are set.
 _FIELDS = ("labels", "concept_dim", "site", "method", "affine", "rank")
 _OPTIONAL = ("pair_rank", "environment_rank", "environments", "kept")
@@ -41,7 +45,10 @@ _FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled":
 
 
 class FitCheckpoint:
-    """The folder of one fit, created if it is missing; `active` are the other adapters that act, as in `RECORD`."""
+    """The folder of one fit, created if it is missing; `active` are the other adapters that act, as in `RECORD`.
+
+    `samples` of the model's weights are as in the fingerprint of an adapter; without them any weights will do.
+    """
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class FitCheckpoint:
         sequential: bool,
         processes: int = 1,
         active: Iterable[dict[str, Any]] = (),
+        samples: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
@@ -69,7 +77,9 @@ class FitCheckpoint:
             self.identity["processes"] = processes
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / MANIFEST
+        weights = {name: digest_of_data(sample) for name, sample in samples.items()}
         if not manifest.exists():
+            self.identity[_WEIGHTS] = weights
             write_text(manifest, json.dumps(self.identity))
             return
         saved = json.loads(read_text(manifest))
@@ -83,6 +93,13 @@ class FitCheckpoint:
                     f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={saved.get(name)!r}, this one has "
                     f"{value!r}: give another folder, or delete that one."
                 )
+        known = saved.get(_WEIGHTS, {})
+        if other := [name for name, digest in weights.items() if known.get(name, digest) != digest]:
+            raise ValueError(
+                f"checkpoint_dir={str(self.folder)!r} holds a fit of a model with another {other[0]!r}: give another "
+                "folder, or delete that one."
+            )
+        self.identity[_WEIGHTS] = {**known, **weights}
 
     def leave_out(self, sites: Iterable[str]) -> None:
         """Record the sites that were taken off the adapter, so that the adapter without them still fits this folder."""

@@ -107,6 +107,7 @@ def fit_concept_erasure(
     with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
         if checkpoint_dir is not None:
             with task.processes.fail_together("opening checkpoint_dir"):
+                active = active_beside(model, task.name)
                 checkpoint = FitCheckpoint(
                     checkpoint_dir,
                     task.config,
@@ -114,7 +115,8 @@ def fit_concept_erasure(
                     pool=task.pool,
                     sequential=sequential,
                     processes=task.processes.count,
-                    active=active_beside(model, task.name),
+                    active=active,
+                    samples=fingerprint(task.owner, list(task.layers)) | {x["name"]: x["sample"] for x in active},
                 )
         source = Source(task.config, labelled if rows is None else rows.adding(labelled), original=batches)
         fits = solve_sites(task, [source], background, sequential, resident_batches, checkpoint)

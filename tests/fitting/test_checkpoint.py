@@ -142,6 +142,17 @@ def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
         fit(with_adapter(), batches, tmp_path, pool="mean")
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_another_model_is_refused_by_a_weight_that_differs(sequential: bool, tmp_path: Path) -> None:
+    """Its activations are others, and the erasers of the first would be put into it."""
+    batches, trained = small_batches("bert", 2), with_adapter()
+    fit(with_adapter(), batches, tmp_path, sequential=sequential)
+    with torch.no_grad():
+        trained.encoder.layer[1].output.LayerNorm.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"of a model with another 'encoder\.layer\.1\.output\.LayerNorm\.weight'"):
+        fit(trained, batches, tmp_path, sequential=sequential)
+
+
 def fit_slowly(sequential: bool, folder: Path, result: Path) -> None:
     """In a process of its own, which has time to be killed."""
     model = with_adapter()
@@ -157,6 +168,11 @@ def test_a_fit_beside_other_adapters_is_another_one(tmp_path: Path) -> None:
     model.add_adapter(LoraConfig(target_modules=["value"], init_lora_weights=False), adapter_name="lora")
     model.set_adapter(["lora", "no_gender"])
     fit(model, batches, tmp_path)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.encoder.layer[0].attention.self.value.lora_B["lora"].weight.mul_(2)
+    with pytest.raises(ValueError, match="of a model with another 'lora'"):
+        fit(trained, batches, tmp_path)
     model.set_adapter("no_gender")
     with pytest.raises(ValueError, match=r"a fit with active_adapters=\['LORA adapter lora'\], this one has \[\]"):
         fit(model, batches, tmp_path)
