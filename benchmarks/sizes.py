@@ -157,7 +157,7 @@ def expected(step: str, widths: list[int], plain: float, state: float, count: in
     a batch that is not resident.
     """
     largest = max(widths, default=0)
-    # An update, or a solve: packed float32 products and centred rows, or one float64 matrix besides the sums.
+    # An update, or a solve: packed float32 products and centred rows, or one float64 matrix in addition to the sums.
     working = 2 * packed(largest) + 8 * largest**2 / 2**20
     if step == "one pass":
         return plain + min(sum(map(packed, widths)), 2048 + packed(largest)) + working

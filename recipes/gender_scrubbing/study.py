@@ -66,8 +66,8 @@ class Settings:
         seeds: One split for each.
         test_share: Share of names, of prompts and of stories that is only measured on.
         background_stories: Unlabelled stories for mean and covariance.
-        story_tokens: So many tokens of each story are read.
-        batch_size: Texts a batch.
+        story_tokens: How many tokens of each story are read, at most.
+        batch_size: Texts in a batch.
         positions: Which tokens of a prompt are labelled: `"all"`, from the end of the `"name"` on, or the `"last"`.
         pronouns: The token whose probability is compared, by its gender.
         sample: A beginning that is continued under every fit of the first seed.

@@ -43,7 +43,7 @@ RENAMED = {
     "output.dense": "ffn.lin2",
     "output.LayerNorm": "output_layer_norm",
 }
-# Sentences that the models learn from, besides the prompts of the choice material. None of them is reported on.
+# Sentences that the models learn from, in addition to the prompts of the choice material. None of them is reported on.
 LESSONS = [
     "{name} was sick. Then {pronoun} went to bed.",
     "{name} cried because {pronoun} wanted to go home.",

@@ -244,7 +244,7 @@ class Outcome:
     """One skew under one seed.
 
     Attributes:
-        seed: Of the split.
+        seed: The seed of the split.
         skew: A key of `SKEWS`.
         figures: `"original"`, `"biased"` or a way of balancing → figure → value, on the test part.
         chosen: Way of balancing → the edit, and its cost on the choice part.

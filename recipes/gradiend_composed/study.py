@@ -171,7 +171,7 @@ class Outcome:
 
     Attributes:
         model: Its name.
-        seed: Of the split.
+        seed: The seed of the split.
         figures: Way → figure → value.
         chosen: Feature factor, learning rate and cost on the choice stories of GRADIEND's edit.
         active: Way → adapters that were active, and were checked to change the output.

@@ -48,11 +48,11 @@ class Settings:
     Attributes:
         model: A Hub id or a folder of a causal language model.
         fit: A treebank (CoNLL-U) to fit on.
-        test: One to measure on.
-        other: Another kind of text file, to measure what the erasure costs there; its lines count as sentences.
+        test: A treebank to measure on.
+        other: A file with another kind of text, on which the cost is measured; its lines count as sentences.
         output: Where table and figure go.
         max_tokens: Longer sentences are left out.
-        batch_size: Sentences a batch.
+        batch_size: Sentences in a batch.
         probe_tokens: How many tokens of each treebank are probed.
         seed: The seed of the random subspaces, and of the tokens that are probed.
     """
