@@ -284,7 +284,7 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
         parts += [
             "## Sentences: environments",
             f"The demo's sentences, {templates[0].fitted} to fit on and {templates[0].held_out} of other templates, "
-            f"occupations and names to measure on, with the encoder {templates[0].encoder}; every norm is erased. A "
+            f"occupations and names to measure on, with the encoder `{templates[0].encoder}`; every norm is erased. A "
             "split by random rows has sentences of one template on both sides. The *control label* (gender exchanged "
             "in a random half of the templates) says how much a probe gains from that. *Field*: a fresh probe for one "
             "of eight fields, judged on held-out occupations.",
