@@ -152,9 +152,11 @@ class Loader:
         with naming_the_model(self.path):
             self._config = AutoConfig.from_pretrained(self.path)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        own = next(filter(None, map(model_class, self._config.architectures or [])), AutoModel)
+        own = next(
+            filter(None, (model_class(name, self._config) for name in self._config.architectures or [])), AutoModel
+        )
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
-        others = filter(None, (model_class(Provenance.of(adapter.config).base_class) for adapter in ours))
+        others = filter(None, (model_class(Provenance.of(adapter.config).base_class, self._config) for adapter in ours))
         # The class in which the model is loaded.
         self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._lacking(kind, ours)), own)
         notes = []

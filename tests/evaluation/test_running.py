@@ -242,6 +242,13 @@ def test_strength_multiplies_the_learning_rate(story: str, adapters: tuple[Path,
         assert torch.equal(twice(**inputs).logits, by_hand.eval()(**inputs).logits)
 
 
+def test_an_adapter_of_another_model_type_is_refused_by_name(assets: Path, adapters: tuple[Path, Path]) -> None:
+    found = read_adapters([str(adapters[0])])
+    loader = Loader(str(assets / "models" / "stories260k"), found)
+    with pytest.raises(ValueError, match="which this LlamaForCausalLM does not have"):
+        loader.load(entries_of(found)[-1])
+
+
 def test_an_adapter_of_the_backbone_works_beside_one_of_the_whole_model(
     story: str, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:

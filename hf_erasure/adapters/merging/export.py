@@ -317,9 +317,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     names = [*(plain.architectures or []), Provenance.of(config).base_class]
     chosen: Any = AutoModel
     # The names come from files, so only classes of models in transformers are allowed.
-    for candidate in filter(None, map(model_class, names)):
-        if not isinstance(plain, candidate.config_class or object):  # the adapter is of a model of another type
-            continue
+    for candidate in filter(None, (model_class(name, plain) for name in names)):
         with torch.device("meta"):
             has_sites = renaming(candidate(plain), config.fitted_modules) is not None
         if has_sites:
@@ -359,11 +357,11 @@ def save_merged(
     return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
 
 
-def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
-    """The class of a model that transformers has under this name; None if it has no such model."""
+def model_class(name: str, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel] | None:
+    """The class of a model that transformers has under this name, if it takes such a configuration; None else."""
     found = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else None
+    return found if is_model and isinstance(config, getattr(found, "config_class", None) or ()) else None
 
 
 # ---- for sentence-transformers ---------------------------------------------------------------------------------------
