@@ -725,11 +725,6 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(assets: Path, tmp_path: Path)
     assert result.exit_code == 2
     assert "Error: The erasure at 'model.norm' cannot be merged" in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "merged").exists()
-    other = [str(assets / "models" / "story-mlm"), str(tmp_path / "adapter"), str(tmp_path / "merged")]
-    for command in ("merge", "export-lora"):
-        result = CliRunner().invoke(app, [command, *other])
-        assert result.exit_code == 2, result.exception
-        assert "which this BertModel does not have" in result.stderr
     lora = peft.get_peft_model(
         hf.AutoModelForCausalLM.from_pretrained(source), peft.LoraConfig(target_modules=["q_proj"])
     )
