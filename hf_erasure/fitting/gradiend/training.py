@@ -31,6 +31,8 @@ from .pairs import Pair, PairSet, Signed
 ESTIMATORS = ("closed_form", "trained")
 # Correlation and loss during training are those of this many latest steps.
 WINDOW = 100
+# About how many values of each weight tell a model from another one when training is resumed.
+SAMPLES = 64
 # The seed of an epoch's order is seed · APART + epoch. A prime far above any number of epochs keeps two seeds apart.
 APART = 1_000_003
 # How many pairs of each class are read again to calibrate an encoder: enough for two means.
@@ -155,6 +157,8 @@ class Training:
         """The facts that must be the same when training is resumed from a checkpoint."""
         args, dataset = self.args, self.train.dataset
         blocks = [(name, list(parameter.shape)) for name, parameter in self.reader.parameters.items()]
+        flat = [parameter.detach().flatten() for parameter in self.reader.parameters.values()]
+        values = [weight[:: max(1, weight.numel() // SAMPLES)].tolist() for weight in flat]
         columns = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
         rows = hashlib.sha256()
         for row in dataset.select_columns(columns):
@@ -163,6 +167,7 @@ class Training:
             "estimator": args.estimator,
             "source": self.source,
             "targeted weights": hashlib.sha256(repr(blocks).encode()).hexdigest(),
+            "values of the targeted weights": hashlib.sha256(repr(values).encode()).hexdigest(),
             "train_dataset": rows.hexdigest(),
             "per_device_train_batch_size": args.per_device_train_batch_size,
         }

@@ -597,6 +597,19 @@ def test_resuming_with_other_settings_names_the_one_that_differs(changed: dict[s
     assert not trainer.config.fitted
 
 
+@pytest.mark.parametrize("estimator", ["closed_form", "trained"])
+def test_resuming_with_another_model_of_the_same_shapes_is_refused(estimator: str, tmp_path: Path):
+    """What was learned from the gradients of the first would become a feature of the second."""
+    options = {**TRAINED, "estimator": estimator}
+    with pytest.raises(InterruptedError):
+        trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(5)], **options).train()
+    other = adapted("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="is of another training: its values of the targeted weights"):
+        trainer_of(other, "llama", tmp_path, **options).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path):
     with pytest.raises(InterruptedError):
