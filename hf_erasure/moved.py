@@ -46,15 +46,15 @@ class _MovedModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
             for place in MOVED[self.__name__.removeprefix(f"{_PACKAGE}.")]:
-                found = getattr(import_module(f"{_PACKAGE}.{place}"), name, None)
-                if found is not None:
+                value = getattr(import_module(f"{_PACKAGE}.{place}"), name, None)
+                if value is not None:
                     warnings.warn(
                         f"{self.__name__}.{name} has moved: from {_PACKAGE}.{place} import {name}. The old path works "
                         "in this release, but not in the next.",
                         DeprecationWarning,
                         stacklevel=2,
                     )
-                    return found
+                    return value
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

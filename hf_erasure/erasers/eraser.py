@@ -491,16 +491,16 @@ def constrained_eraser(
     if not directions.shape[1]:
         return Eraser(left, right, bias)
     basis, whitened = (left, directions) if factor is None else (factor.whiten(left), factor.whiten(directions))
-    beside, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
+    kept_basis, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
     count = int((strength > _SPANNED * strength[0]).sum())
-    beside, directions = beside[:, :count], directions @ mixing[:count].T / strength[:count]
+    kept_basis, directions = kept_basis[:, :count], directions @ mixing[:count].T / strength[:count]
     for _ in range(2):  # the second time removes what rounding left of the basis
-        beside = beside - basis @ (basis.T @ beside)
+        kept_basis = kept_basis - basis @ (basis.T @ kept_basis)
     # The sines of the angles between the held directions and the erased span: the new singular values of right · left
     # in the whitened space, and the new readings are longer by one over them. Their squares are shares of variance, and
     # are rounded like one. Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`:
     # to 7e-10 for float64 and 2e-4 for float32 rows, whose squares lie below `variance_floor`.
-    own, sines, _ = torch.linalg.svd(beside, full_matrices=False)
+    own, sines, _ = torch.linalg.svd(kept_basis, full_matrices=False)
     share = float(sines.square().min())
     if share <= variance_floor(spread.resolution) and len(constraints) > (kept is not None):
         raise MeanIsErased(

@@ -372,8 +372,8 @@ class ConceptMoments:
         """
         _check_options(method, rounds, rank, shrinkage, background_weight, beside)
         self.check_concept()
-        sums, own = self._statistics()[0], self.spread()
-        if not bool((own.variance > 0).any()):
+        sums, labelled = self._statistics()[0], self.spread()
+        if not bool((labelled.variance > 0).any()):
             raise ValueError(
                 f"x is constant over all {sums.rows} rows: no feature varies, so there is nothing to erase. Check that "
                 "the activations come from the right module."
@@ -384,12 +384,12 @@ class ConceptMoments:
                 "with fewer rows than features most of it is chance. Give more rows.",
                 stacklevel=4,  # past the two decorators above
             )
-        columns = concept_columns(own)
-        beside = [(independent(more.to(columns), own), most) for more, most in beside]
-        spread, factor = own, None
+        columns = concept_columns(labelled)
+        beside = [(independent(more.to(columns), labelled), most) for more, most in beside]
+        spread, factor = labelled, None
         if background is not None:
             self._check_background(background)
-            spread = own.with_background(background.spread(), background_weight)
+            spread = labelled.with_background(background.spread(), background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
@@ -400,10 +400,10 @@ class ConceptMoments:
                     "needs covariances only."
                 )
             shares = sums.mean_z * (sums.counts > 0)
-            left, right = mean_projection_factors(columns, own.cross, shares, rank)
+            left, right = mean_projection_factors(columns, labelled.cross, shares, rank)
         elif method == "inlp":
-            limit, ridged = check_rounds(rounds, rank), ridge_factor(own, shrinkage)
-            left, right = inlp_factors(columns, ridged, limit, rank, significance(own.resolution))
+            limit, ridged = check_rounds(rounds, rank), ridge_factor(labelled, shrinkage)
+            left, right = inlp_factors(columns, ridged, limit, rank, significance(labelled.resolution))
         else:
             factor = factorise(spread, shrinkage)
             left, right = leace_factors(columns, factor, rank, beside, spread.resolution)

@@ -276,8 +276,8 @@ class FeatureNeuron:
             ValueError: If an entry is missing, unknown, has another shape or is not finite, or the activations differ.
                 Nothing is changed then.
         """
-        own = self._state_views()
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        tensors = self._state_views()
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_state(state, shapes | {"gram": (1, 1), "cross": (1,), "settings": (6,), "steps": ()})
         *settings, activation = state["settings"].tolist()
         if ACTIVATIONS[int(activation)] != self.activation:
@@ -285,7 +285,7 @@ class FeatureNeuron:
                 f"The state is of a neuron with activation {ACTIVATIONS[int(activation)]!r}, but this neuron has "
                 f"{self.activation!r}: make one with the activation of the state."
             )
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
         self._square, self._cross = float(state["gram"]), float(state["cross"])
         self.lr, *betas, self.eps, self.weight_decay = settings

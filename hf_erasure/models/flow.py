@@ -102,30 +102,30 @@ class NormFinder(TorchDispatchMode):
         hidden = next(floats_of((args, kwargs)), None)
         if hidden is None:
             return
-        known = self._traces.get(hidden, _NO_TRACE)
-        is_direct = known.output_of is None or not known.is_rearranged
-        is_inside = known.was_in_block or name.startswith(self._block_prefixes)
+        trace = self._traces.get(hidden, _NO_TRACE)
+        is_direct = trace.output_of is None or not trace.is_rearranged
+        is_inside = trace.was_in_block or name.startswith(self._block_prefixes)
         # The hidden state of sounds is empty where a batch has none (Higgs Audio).
         if id(module) in self._norms and hidden.numel() and is_direct and is_inside:
             features = {p.numel() for p in module.parameters(recurse=False)} or {hidden.shape[-1]}
-            if features & set(known.sizes):
+            if features & set(trace.sizes):
                 self._input_norms.add(name)
                 # The earlier norm of a state that is normalised twice, or the norm whose sum with a branch is taken.
-                self._found_norms |= {norm for norm in (known.output_of, known.summed_norm) if norm is not None}
+                self._found_norms |= {norm for norm in (trace.output_of, trace.summed_norm) if norm is not None}
         if id(module) in self._blocks:
             for given in floats_of((args, kwargs)):  # reversible blocks take two hidden states
                 if given.shape == hidden.shape:
-                    known = self._traces.get(given, _NO_TRACE)
+                    trace = self._traces.get(given, _NO_TRACE)
                     self._hidden_sizes.add(tuple(given.shape))
-                    if known.output_of in self._input_norms:
-                        self._found_norms.add(str(known.output_of))
-                    self._traces[given] = Trace(known.sizes or tuple(given.shape), was_in_block=True)
-        known = self._traces.get(hidden, _NO_TRACE)
-        is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden_sizes
+                    if trace.output_of in self._input_norms:
+                        self._found_norms.add(str(trace.output_of))
+                    self._traces[given] = Trace(trace.sizes or tuple(given.shape), was_in_block=True)
+        trace = self._traces.get(hidden, _NO_TRACE)
+        is_whole = trace.output_of is not None and not trace.is_rearranged and tuple(hidden.shape) in self._hidden_sizes
         # Norms over batches in branches of convolutions do not count.
-        kind = type(self._model.get_submodule(known.output_of or "")).__name__.lower()
+        kind = type(self._model.get_submodule(trace.output_of or "")).__name__.lower()
         if id(module) in self._inner_modules and is_whole and "batchnorm" not in kind:
-            self._found_norms.add(str(known.output_of))
+            self._found_norms.add(str(trace.output_of))
 
     def _after_call(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if not name or isinstance(module, PreTrainedModel):
@@ -158,48 +158,48 @@ class NormFinder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = list(floats_of((args, kwargs)))
-        known = [(tensor, trace) for tensor in given if (trace := self._traces.get(tensor)) is not None]
-        if known:
+        inputs = list(floats_of((args, kwargs)))
+        traced = [(tensor, trace) for tensor in inputs if (trace := self._traces.get(tensor)) is not None]
+        if traced:
             name = func.overloadpacket.__name__
             if name == "convolution" and args[8] > 1 and args[8] == args[0].shape[1]:
                 name = "view"  # a convolution of each channel by itself moves positions, not features
-            trace = self._trace_after(name, given, known)
+            trace = self._trace_after(name, inputs, traced)
             for made in floats_of(output):
                 self._traces[made] = trace
         return output
 
-    def _trace_after(self, operation: str, given: list[Tensor], known: list[tuple[Tensor, Trace]]) -> Trace:
-        norms = frozenset().union(*(trace.norms for _, trace in known))
-        hidden = next((trace for _, trace in known if trace.sizes), None)
-        if operation in _SUMS and len(given) > 1:
-            ends = {trace.output_of for _, trace in known} - {None}
-            of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._input_norms)
+    def _trace_after(self, operation: str, inputs: list[Tensor], traced: list[tuple[Tensor, Trace]]) -> Trace:
+        norms = frozenset().union(*(trace.norms for _, trace in traced))
+        hidden = next((trace for _, trace in traced if trace.sizes), None)
+        if operation in _SUMS and len(inputs) > 1:
+            ends = {trace.output_of for _, trace in traced} - {None}
+            of_block = bool(self._running) and self._running[-1] and len(traced) > 1 and bool(norms & self._input_norms)
             if hidden is not None or len(ends) > 1 or of_block:
                 # The sum of the outputs of two norms, of a branch and of its bypass, begins another hidden state. So
                 # does a sum of the outputs of a block's parts that the block itself makes (Hiera).
-                return self._trace_of_sum(known, hidden or Trace(tuple(known[0][0].shape), was_in_block=True))
-            if ends and len(known) > 1:
+                return self._trace_of_sum(traced, hidden or Trace(tuple(traced[0][0].shape), was_in_block=True))
+            if ends and len(traced) > 1:
                 # So does the sum of one norm's output and a branch if it is normalised, which shows later (MobileBERT).
-                return Trace(tuple(known[0][0].shape), norms, was_in_block=True, summed_norm=ends.pop())
-        if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(known) > 1:
+                return Trace(tuple(traced[0][0].shape), norms, was_in_block=True, summed_norm=ends.pop())
+        if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(traced) > 1:
             return hidden  # streams that are mixed by computed weights
-        if operation.startswith("_scaled_dot_product") and len(given) > 2:
-            streams = self._traces.get(given[2], _NO_TRACE)
-            if streams.sizes and given[2].dim() > len(streams.sizes):
+        if operation.startswith("_scaled_dot_product") and len(inputs) > 2:
+            streams = self._traces.get(inputs[2], _NO_TRACE)
+            if streams.sizes and inputs[2].dim() > len(streams.sizes):
                 return Trace(streams.sizes, was_in_block=True)  # attention mixes streams side by side, after a norm
-        largest = max(given, key=Tensor.numel)
-        scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
+        largest = max(inputs, key=Tensor.numel)
+        scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in inputs)
         if operation in REARRANGING or scaled:
-            first = self._traces.get(largest, _NO_TRACE) if scaled else known[0][1]
+            first = self._traces.get(largest, _NO_TRACE) if scaled else traced[0][1]
             first = first if scaled else hidden or first
             return replace(first, norms=norms, is_rearranged=True)
         return Trace(norms=norms)
 
-    def _trace_of_sum(self, known: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
+    def _trace_of_sum(self, traced: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
         """Return the trace of a sum with the hidden state, and keep the norms that its other terms came from."""
-        was_in_block = any(trace.was_in_block for _, trace in known if trace.sizes) or hidden.was_in_block
-        for _, trace in known if was_in_block else ():
+        was_in_block = any(trace.was_in_block for _, trace in traced if trace.sizes) or hidden.was_in_block
+        for _, trace in traced if was_in_block else ():
             if trace.output_of is not None:
                 self._found_norms.add(trace.output_of)
             if not trace.sizes:

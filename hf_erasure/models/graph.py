@@ -254,14 +254,14 @@ class Graph(TorchDispatchMode):
         axes = [axis for axis, size in enumerate(value.shape) if size in sizes]
         return {axis for axis in axes if whole_axis(_pattern(value, axis), node) in node.features}
 
-    def _passed_features(self, name: str, args: tuple, tensor: Tensor, value: _Value, made: Tensor) -> set[int]:
+    def _passed_features(self, name: str, args: tuple, tensor: Tensor, value: _Value, result: Tensor) -> set[int]:
         """The axes of a tensor's features in a result that is made of it, and of others, entry by entry."""
         axes = self._features_in(value)
         if name == "stack":
-            at = (args[1] if len(args) > 1 else 0) % made.dim()
+            at = (args[1] if len(args) > 1 else 0) % result.dim()
             return {axis + (axis >= at) for axis in axes}
-        kept = {axis for axis in axes if name == "cat" or made.shape[axis - tensor.dim()] == tensor.shape[axis]}
-        return {axis + made.dim() - tensor.dim() for axis in kept}
+        kept = {axis for axis in axes if name == "cat" or result.shape[axis - tensor.dim()] == tensor.shape[axis]}
+        return {axis + result.dim() - tensor.dim() for axis in kept}
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
@@ -406,94 +406,94 @@ class Graph(TorchDispatchMode):
         return output
 
     def _result_node(
-        self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, made: Tensor
+        self, func: Any, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], values: dict, result: Tensor
     ) -> tuple[Node, Any]:
-        nodes = [values[id(t)].node for t in given]
+        nodes = [values[id(t)].node for t in inputs]
         terms = [node for node in dict.fromkeys(nodes) if not node.is_zero]
         if name in _PRODUCTS or name == "convolution":
-            if (product := self._product_node(name, args, values, made)) is not None:
+            if (product := self._product_node(name, args, values, result)) is not None:
                 return product, None
             if name == "convolution":  # its weight is computed, such as a standardised one
-                return self._node("opaque", name, terms, made.shape, features={1}), None
+                return self._node("opaque", name, terms, result.shape, features={1}), None
             if name == "bmm" and self._weight_view(args[0]) is None and self._weight_view(args[1]) is None:
-                return self._node("mixed", name, nodes[::-1], made.shape), None
+                return self._node("mixed", name, nodes[::-1], result.shape), None
         if name in _NORMS and nodes[0].kind != "constant":
-            axis = 1 if name in ("native_batch_norm", "native_group_norm") else made.dim() - 1
-            return self._node("norm", name, nodes[:1], made.shape, features={axis}), None
-        adds_nothing = name in _SUMS and len(given) == 1 and isinstance(args[1], (int, float)) and not args[1]
-        if adds_nothing and made.shape == given[0].shape:
-            return terms[0], values[id(given[0])].entries
-        if name in _SUMS and len(given) > 1:
-            if len(terms) == 1 and nodes.count(terms[0]) == 1 and made.shape == given[nodes.index(terms[0])].shape:
-                return terms[0], values[id(given[nodes.index(terms[0])])].entries
-            return self._node("sum", name, nodes, made.shape), None
+            axis = 1 if name in ("native_batch_norm", "native_group_norm") else result.dim() - 1
+            return self._node("norm", name, nodes[:1], result.shape, features={axis}), None
+        adds_nothing = name in _SUMS and len(inputs) == 1 and isinstance(args[1], (int, float)) and not args[1]
+        if adds_nothing and result.shape == inputs[0].shape:
+            return terms[0], values[id(inputs[0])].entries
+        if name in _SUMS and len(inputs) > 1:
+            if len(terms) == 1 and nodes.count(terms[0]) == 1 and result.shape == inputs[nodes.index(terms[0])].shape:
+                return terms[0], values[id(inputs[nodes.index(terms[0])])].entries
+            return self._node("sum", name, nodes, result.shape), None
         if name in _ROUTED_SUMS:
-            return self._node("sum", name, terms, made.shape), None
+            return self._node("sum", name, terms, result.shape), None
         if name in _SCALINGS:
-            return self._scaled_node(name, given, values, made)
+            return self._scaled_node(name, inputs, values, result)
         if name in REARRANGING:
-            return self._rearranged_node(func, name, args, kwargs, terms, values, made)
+            return self._rearranged_node(func, name, args, kwargs, terms, values, result)
         activations = [node for node in terms if node.kind not in ("constant", "parameter")]
         is_pointwise = name in _POINTWISE and len(activations) == 1
-        return self._node("pointwise" if is_pointwise else "opaque", name, terms, made.shape), None
+        return self._node("pointwise" if is_pointwise else "opaque", name, terms, result.shape), None
 
-    def _product_node(self, name: str, args: tuple, values: dict, made: Tensor) -> Node | None:
+    def _product_node(self, name: str, args: tuple, values: dict, result: Tensor) -> Node | None:
         """The node of a product with a weight, or of a convolution of each channel by itself; None for others."""
         if name == "convolution":
             factor, view, axis, out = args[0], self._weight_view(args[1]), 1, 1
             if args[8] > 1:
                 is_featurewise = args[8] == args[0].shape[1] == args[1].shape[0]
                 nodes = [value.node for value in values.values()]
-                return self._node("featurewise", name, nodes, made.shape) if is_featurewise else None
+                return self._node("featurewise", name, nodes, result.shape) if is_featurewise else None
             in_axis, out_axis = (0, 1) if args[6] else (1, 0)
         else:
             first, second, in_axis, out_axis = _PRODUCTS[name]
             factor, view = args[first], self._weight_view(args[second])
-            axis, out = factor.dim() - 1, made.dim() - 1
+            axis, out = factor.dim() - 1, result.dim() - 1
             if view is None:  # the weight comes first
                 factor, view = args[second], self._weight_view(args[first])
                 axis, out, in_axis, out_axis = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
         if view is None or view.axes is None or id(factor) not in values:
             return None
         ends: list[int | None] = []
-        for end, size in ((in_axis, factor.shape[axis]), (out_axis, made.shape[out])):
+        for end, size in ((in_axis, factor.shape[axis]), (out_axis, result.shape[out])):
             at = view.axes[end]  # counts if the whole axis is there
             ends.append(at if at is not None and view.parameter.shape[at] == size else None)
         product = self._product(view, ends[0], ends[1], _pattern(values[id(factor)], axis, factor))
-        return self._node("map", name, [values[id(factor)].node], made.shape, product, {out})
+        return self._node("map", name, [values[id(factor)].node], result.shape, product, {out})
 
-    def _scaled_node(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
-        if len(given) == 1:
-            return values[id(given[0])].node, values[id(given[0])].entries
-        if given[0] is given[1]:
-            return self._node("opaque", name, [values[id(given[0])].node], made.shape), None
-        for tensor, other in (given, given[::-1]):
+    def _scaled_node(self, name: str, inputs: list[Tensor], values: dict, result: Tensor) -> tuple[Node, Any]:
+        if len(inputs) == 1:
+            return values[id(inputs[0])].node, values[id(inputs[0])].entries
+        if inputs[0] is inputs[1]:
+            return self._node("opaque", name, [values[id(inputs[0])].node], result.shape), None
+        for tensor, other in (inputs, inputs[::-1]):
             value, by = values[id(tensor)], values[id(other)].node
-            if tensor.shape == made.shape and other.numel() == 1:
+            if tensor.shape == result.shape and other.numel() == 1:
                 return value.node, value.entries
-            sizes = (*[1] * (made.dim() - other.dim()), *other.shape)
+            sizes = (*[1] * (result.dim() - other.dim()), *other.shape)
             is_fixed = by.kind in ("constant", "parameter")
             # A parameter may have a number for each feature, on any axis.
-            is_row = tensor.shape[-1:] == made.shape[-1:] and sizes[-1] == 1 and by.kind != "parameter"
-            is_pixel = made.dim() == 4 and tensor.shape == made.shape and sizes[1] == 1 and not is_fixed
+            is_row = tensor.shape[-1:] == result.shape[-1:] and sizes[-1] == 1 and by.kind != "parameter"
+            is_pixel = result.dim() == 4 and tensor.shape == result.shape and sizes[1] == 1 and not is_fixed
             kind = "scaled" if is_row or is_pixel else "featurewise" if is_fixed else ""
             if kind and value.node.kind not in ("constant", "parameter"):
-                return self._node(kind, name, [value.node, by], made.shape), None
-        return self._node("opaque", name, [values[id(t)].node for t in given], made.shape), None
+                return self._node(kind, name, [value.node, by], result.shape), None
+        return self._node("opaque", name, [values[id(t)].node for t in inputs], result.shape), None
 
     def _rearranged_node(
-        self, func: Any, name: str, args: tuple, kwargs: dict, terms: list[Node], values: dict, made: Tensor
+        self, func: Any, name: str, args: tuple, kwargs: dict, terms: list[Node], values: dict, result: Tensor
     ) -> tuple[Node, Any]:
         if name == "copy_":  # the former content does not count
             value = values[id(args[1])] if isinstance(args[1], Tensor) and id(args[1]) in values else None
-            if value is not None and args[1].shape == made.shape:
+            if value is not None and args[1].shape == result.shape:
                 return value.node, value.entries
         if name in ("zero_", "fill_"):
-            node = self._node("constant", name, (), made.shape)
+            node = self._node("constant", name, (), result.shape)
             node.is_zero = name == "zero_" or not args[1]
             return node, None
         if len(terms) != 1:
-            return self._node("join", name, terms, made.shape), None
+            return self._node("join", name, terms, result.shape), None
         if name.startswith(("masked_fill", "neg")):
             return terms[0], next(v.entries for v in values.values() if v.node is terms[0])
 
@@ -509,7 +509,7 @@ class Graph(TorchDispatchMode):
             moved = tree_map(lambda part: places.get(id(part), part), (args, other))
             return terms[0], func(*moved[0], **moved[1])
         except (RuntimeError, TypeError, NotImplementedError):
-            return self._node("join", name, terms, made.shape), None
+            return self._node("join", name, terms, result.shape), None
 
 
 # ---- where entries are -----------------------------------------------------------------------------------------------
@@ -558,15 +558,15 @@ def whole_axis(pattern: tuple[int, ...] | None, node: Node) -> int | None:
 
 
 def _axes_after(
-    name: str, args: tuple, kwargs: dict[str, Any], axes: tuple[int | None, ...], made: Tensor
+    name: str, args: tuple, kwargs: dict[str, Any], axes: tuple[int | None, ...], result: Tensor
 ) -> tuple[int | None, ...] | None:
     """For each axis of a tensor after an operation its axis of the parameter; None if that cannot be told."""
-    given, rest = args[0], args[1:]
+    tensor, rest = args[0], args[1:]
     count = len(axes)
     if name in ("alias", "clone", "detach", "_to_copy", "lift_fresh", "slice", "split", "split_with_sizes", "chunk"):
         return axes
     if name == "expand":
-        return (*[None] * (made.dim() - count), *axes)
+        return (*[None] * (result.dim() - count), *axes)
     if name == "t":
         return axes[::-1]
     if name == "transpose":
@@ -583,11 +583,11 @@ def _axes_after(
         return (*axes[:axis], None, *axes[axis:])
     if name == "index_select":
         return axes
-    if name == "index" and made.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
-        return (*[None] * (made.dim() - count + 1), *axes[1:])
+    if name == "index" and result.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
+        return (*[None] * (result.dim() - count + 1), *axes[1:])
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze"):
         # An axis is kept if its length, and the number of entries behind it, stay the same.
-        old, new = ([(n, math.prod(x.shape[at + 1 :])) for at, n in enumerate(x.shape)] for x in (given, made))
+        old, new = ([(n, math.prod(x.shape[at + 1 :])) for at, n in enumerate(x.shape)] for x in (tensor, result))
         known = {place: axis for place, axis in zip(old, axes, strict=True) if place[0] > 1}
         return tuple(known.get(place) for place in new)
     return None

@@ -168,7 +168,7 @@ def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[
     return found
 
 
-def with_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
+def with_lengths(batch: Mapping[str, Any], lengths: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
     """The rows of a batch with fewer positions, or with some of them repeated, so that they have the lengths `wanted`.
 
     Positions are cut out at `place`, one of `PLACES`: some models need the first and the last token, others need the
@@ -176,12 +176,12 @@ def with_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place:
     """
     found = dict(batch)
     for name, value in batch.items():
-        side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.by_side) else ""
-        is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.by_side.get(side)
+        side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in lengths.by_side) else ""
+        is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == lengths.by_side.get(side)
         # Images and sounds are floats, and their channels or samples are not cut.
         floats = ("mask", "embeds", "_values", *([] if "input_ids" in batch else ["_features"]))
         if is_of_tokens and (not value.is_floating_point() or name.endswith(floats)):
-            missing = wanted.by_side[side] - now.by_side[side]
+            missing = wanted.by_side[side] - lengths.by_side[side]
             kept = value[:, :1] if place == "second" else value[:, :0]
             rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]
             longer = torch.cat([value] * (1 + -(-missing // value.shape[1])), 1)[:, : wanted.by_side[side]]

@@ -200,15 +200,15 @@ class LanguageScorer:
         step = max(1, room // 2) if stride is None else whole("stride", stride)
         if room < 1 or step > most:
             raise ValueError(f"stride={step} in a window of {longest} tokens: write at most {most}.")
-        done = first
+        scored_end = first
         while True:
             end = min(begin + room, last)
-            scored = list(range(done, end))
+            scored = list(range(scored_end, end))
             shift = len(lead) - begin
             yield [*lead, *encoding.ids[begin:end], *trail], [p + shift for p in scored], scored
             if end == last:
                 return
-            done, begin = end, begin + step
+            scored_end, begin = end, begin + step
 
 
 def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:

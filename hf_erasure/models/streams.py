@@ -118,35 +118,35 @@ class _Streams:
         other_uses: dict[Node, set[str]] = {}
         unguarded: list[str] = []
         for node in self._graph.nodes:
-            for taken in node.parents if node.kind not in _PER_FEATURE | _SUMS else ():
-                if taken not in self._readable:
+            for source in node.parents if node.kind not in _PER_FEATURE | _SUMS else ():
+                if source not in self._readable:
                     continue
                 product = node.product
-                if product is None or (reason := self._why_not_read(taken, node, product)) == _MIXES:
-                    other_uses.setdefault(taken, set()).add(node.operation)
+                if product is None or (reason := self._why_not_read(source, node, product)) == _MIXES:
+                    other_uses.setdefault(source, set()).add(node.operation)
                 elif reason:
                     unguarded.append(reason)
                 else:
                     weight = Weight(product.owner, product.parameter, int(product.in_axis or 0))
                     sizes = self._graph.calls[product.call].input_size
-                    if math.prod(sizes) != math.prod(taken.shape) and self._is_expert(product.owner, taken):
-                        sizes = next((key[2] for key in found if key[:2] == (taken, product.pattern)), ())
-                    found.setdefault((taken, product.pattern, sizes), {}).setdefault(weight, product.call)
+                    if math.prod(sizes) != math.prod(source.shape) and self._is_expert(product.owner, source):
+                        sizes = next((key[2] for key in found if key[:2] == (source, product.pattern)), ())
+                    found.setdefault((source, product.pattern, sizes), {}).setdefault(weight, product.call)
         groups: list[tuple[dict[Weight, int], set[str]]] = []
-        for (taken, *_), weights in found.items():
+        for (source, *_), weights in found.items():
             names = {weight.module for weight in weights}
             joined = [group for group in groups if any(weight.module in names for weight in group[0])]
             groups = [group for group in groups if group not in joined]
             merged = {weight: at for group in joined for weight, at in group[0].items()}
-            groups.append((weights | merged, set().union(other_uses.get(taken, ()), *(group[1] for group in joined))))
+            groups.append((weights | merged, set().union(other_uses.get(source, ()), *(group[1] for group in joined))))
         groups.sort(key=lambda group: min(group[0].values()))
-        made = []
+        result = []
         for weights, operations in groups:
             group = Group(sorted(weights, key=weights.__getitem__))
             group += dict.fromkeys(o for o in sibling_experts(self._model, self._graph, group) if o not in group)
             group.other_uses = tuple(sorted(operations))
-            made.append(group)
-        unguarded += self._blocks_not_run(weight for group in made for weight in group)
+            result.append(group)
+        unguarded += self._blocks_not_run(weight for group in result for weight in group)
         if unguarded:
             more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
             warnings.warn(
@@ -154,21 +154,21 @@ class _Streams:
                 f"{more}, so nothing is erased there.",
                 stacklevel=3,
             )
-        return made
+        return result
 
-    def _why_not_read(self, taken: Node, node: Node, product: Product) -> str | None:
+    def _why_not_read(self, source: Node, node: Node, product: Product) -> str | None:
         """Why a map is not a reader of a tensor; None if its module takes the tensor first, and only for the map."""
         if product.pattern is None or product.in_axis is None:
             return _MIXES
         along = product.pattern[0]
-        if taken.width and along >= 0 and taken.shape[along] != taken.width:  # such as from positions to positions
+        if source.width and along >= 0 and source.shape[along] != source.width:  # such as from positions to positions
             return _MIXES
         if product.call < 0:
             return f"the weight {product.parameter!r} takes it, and its module is not called"
         first = self._graph.calls[product.call].inputs
-        inside = [other for other in self._results_of[taken] if product.call in other.calls]
+        inside = [other for other in self._results_of[source] if product.call in other.calls]
         own = all(other.product is not None and other.product.owner == product.owner for other in inside)
-        if first[:1] == (taken,) and taken not in first[1:] and own:
+        if first[:1] == (source,) and source not in first[1:] and own:
             return None
         return f"the module {product.owner!r}, whose {product.parameter!r} takes it, takes it in other ways too"
 
@@ -184,10 +184,10 @@ class _Streams:
                 if not is_seen and any(p.dim() > 1 for p in self._model.get_submodule(child).parameters()):
                     yield f"the small pass that finds it does not run {child!r}"
 
-    def _is_expert(self, module: str, taken: Node) -> bool:
+    def _is_expert(self, module: str, source: Node) -> bool:
         """Whether a module is in a list whose other modules take rows of the same tensor, or are not called at all."""
         return any(
-            child not in self._graph.called or any(call.inputs[:1] == (taken,) for call in self._graph.called[child])
+            child not in self._graph.called or any(call.inputs[:1] == (source,) for call in self._graph.called[child])
             for child, _ in siblings(self._model, module)
         )
 
@@ -222,16 +222,16 @@ class _Streams:
         return list(found)
 
     def _why_not_written(self, node: Node, ends: list[Node]) -> str | None:
-        product, what = node.product, node.operation
+        product, operation = node.product, node.operation
         if node.kind == "constant":
             return None if node.is_zero else "something that no weight makes is added to it, such as fixed positions"
         if node.kind == "norm":
-            return f"the output of the norm {what!r} is the stream or is added to it"
+            return f"the output of the norm {operation!r} is the stream or is added to it"
         owners = {end.product.owner for end in ends if end.kind == "map" and end.product is not None} - {""}
         if node.kind == "parameter" and (product is None or product.owner not in owners):  # not the bias of a map
-            return f"the parameter {what!r} is added to it"
+            return f"the parameter {operation!r} is added to it"
         if product is None:
-            return f"what `{what}` gives is added to it, which is not a linear map"
+            return f"what `{operation}` gives is added to it, which is not a linear map"
         if product.out_axis is None:
             return f"a part of the weight {product.parameter!r} makes what is added to it"
         if product.call < 0:
