@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from hf_erasure.adapters import edited
 from hf_erasure.adapters.common.config import RECIPE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
-from hf_erasure.fitting.gradiend.gradients import EncodedValues, together
+from hf_erasure.fitting.gradiend.gradients import EncodedValues, joint_metrics
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.selection import Point, Selection, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
@@ -112,7 +112,7 @@ class GradiendRun:
         if not self.trainer.config.keep_encoder:
             return []
         values = self.trainer.encode(self.data.test, self.data.neutral["test"])
-        figures = together(values)
+        figures = joint_metrics(values)
         names = [name for name in ("cor", "acc", "cor_enc", "acc_enc") if name in figures]
         rows = {"mean of pairs": figures} if len(values) > 1 else {}
         rows |= {"/".join(part.pair): part.metrics() for part in values}

@@ -35,7 +35,7 @@ FEATURES, FEATURE_FILE = "features", "start-{}.safetensors"
 
 
 @dataclass(frozen=True)
-class Fitted:
+class PairFit:
     """The fitted feature of a pair; class 0 encodes to +1."""
 
     pair: Pair  # The two classes.
@@ -46,7 +46,7 @@ class Fitted:
     seed: int  # The seed of its start.
 
     @property
-    def rank(self) -> float:
+    def score(self) -> float:
         """The absolute correlation, by which starts are compared; an undefined one is below all others."""
         return -1.0 if math.isnan(self.correlation) else abs(self.correlation)
 
@@ -67,7 +67,7 @@ class Progress:
     Attributes:
         state: The state, as Trainer has it.
         control: The actions that the callbacks ask for.
-        kept: Pair → the number of the best start so far, and its feature: three vectors of the size of the targeted
+        best: Pair → the number of the best start so far, and its feature: three vectors of the size of the targeted
             weights.
     """
 
@@ -85,7 +85,7 @@ class Progress:
         is_main = processes.is_main
         self.state = TrainerState(is_local_process_zero=is_main, is_world_process_zero=is_main)
         self.control = TrainerControl()
-        self.kept: dict[Pair, tuple[int, Fitted]] = {}
+        self.best: dict[Pair, tuple[int, PairFit]] = {}
         self._identity: dict[str, Any] = {}
 
     @contextmanager
@@ -119,7 +119,7 @@ class Progress:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / FEATURES).mkdir(parents=True)
             write_tensors(unfinished / STATE, state, {"facts": {**facts, "identity": self._identity}, "plain": {}})
-            for start, fitted in self.kept.values():
+            for start, fitted in self.best.values():
                 _write_feature(unfinished / FEATURES / FEATURE_FILE.format(f"{start:03}"), fitted)
             self.state.save_to_json(str(unfinished / TRAINER_STATE))
             shutil.rmtree(final, ignore_errors=True)
@@ -152,8 +152,8 @@ class Progress:
         for name in (STATE, TRAINER_STATE):
             if not (folder / name).exists():
                 raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
-        kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
+        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        self.state.log_history, self.state.global_step = saved["log_history"], saved["global_step"]
         try:
             state, content = read_tensors(folder / STATE)
         except SafetensorError as error:
@@ -171,13 +171,13 @@ class Progress:
             self.keep(start, _read_feature(path, pairs[start]))
         return state, content["facts"]
 
-    def keep(self, start: int, fitted: Fitted) -> None:
+    def keep(self, start: int, fitted: PairFit) -> None:
         """Keep a start's feature if it is the best of its pair so far."""
-        if fitted.pair not in self.kept or fitted.rank > self.kept[fitted.pair][1].rank:
-            self.kept[fitted.pair] = start, fitted
+        if fitted.pair not in self.best or fitted.score > self.best[fitted.pair][1].score:
+            self.best[fitted.pair] = start, fitted
 
 
-def _write_feature(path: Path, fitted: Fitted) -> None:
+def _write_feature(path: Path, fitted: PairFit) -> None:
     encoder, decoder = fitted.feature.encoder, fitted.feature.decoder
     tensors = {f"encoder.{name}": value for name, value in encoder.weight.items()}
     tensors |= {f"weight.{name}": value for name, value in decoder.weight.items()}
@@ -192,7 +192,7 @@ def _write_feature(path: Path, fitted: Fitted) -> None:
     write_tensors(path, tensors, facts)
 
 
-def _read_feature(path: Path, pair: Pair) -> Fitted:
+def _read_feature(path: Path, pair: Pair) -> PairFit:
     tensors, facts = read_tensors(path)
     shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
     parts = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")}
@@ -201,4 +201,4 @@ def _read_feature(path: Path, pair: Pair) -> Fitted:
         FeatureDecoder(parts["weight"], parts["bias"], dict.fromkeys(shapes), dict(shapes)),
     )
     correlation = math.nan if facts["correlation"] is None else facts["correlation"]
-    return Fitted(pair, feature, correlation, facts["steps"], facts["seed"])
+    return PairFit(pair, feature, correlation, facts["steps"], facts["seed"])

@@ -93,20 +93,20 @@ def compare_features(
     """
     if not 0 < top <= 1:
         raise ValueError(f"top={top}: give a share of the weights above 0 and up to 1.")
-    found = {
+    features = {
         name if len(trainer.pairs) == 1 else f"{name}: {'/'.join(pair)}": (trainer, pair, feature.decoder)
         for name, trainer in trainers.items()
         for pair, feature in zip(trainer.pairs, features_of(trainer.model, trainer.adapter_name), strict=True)
     }
-    if len(found) < 2:
-        raise ValueError(f"There are {len(found)} features to compare: give trainers of at least two.")
-    decoders = [decoder for *_, decoder in found.values()]
-    for name, decoder in zip(found, decoders, strict=True):
+    if len(features) < 2:
+        raise ValueError(f"There are {len(features)} features to compare: give trainers of at least two.")
+    decoders = [decoder for *_, decoder in features.values()]
+    for name, decoder in zip(features, decoders, strict=True):
         if decoder.shapes != decoders[0].shapes:
             raise ValueError(
-                f"{name!r} and {next(iter(found))!r} target different weights: fit both on the same target_modules."
+                f"{name!r} and {next(iter(features))!r} target different weights: fit both on the same target_modules."
             )
-    marked = [_largest(decoder, top) for decoder in decoders]
+    masks = [_largest(decoder, top) for decoder in decoders]
     count = len(decoders)
     products, shared = torch.zeros(2, count, count, dtype=torch.float64, device="cpu")
     for block in decoders[0].shapes:
@@ -114,14 +114,14 @@ def compare_features(
         for i in range(count):
             for j in range(i, count):
                 (at, values), (other_at, other_values) = entries[i], entries[j]
-                here, there = _common(at, other_at)
+                here, there = _common_positions(at, other_at)
                 products[i, j] += float(values[here].double() @ other_values[there].double())
-                shared[i, j] += int((marked[i][block][here] & marked[j][block][there]).sum())
+                shared[i, j] += int((masks[i][block][here] & masks[j][block][there]).sum())
     lengths, kept = products.diagonal().sqrt(), shared.diagonal()
     cosine, overlap = products / torch.outer(lengths, lengths), shared / kept[:, None].minimum(kept).clamp_min(1)
     cosine, overlap = (table.triu() + table.triu(1).T for table in (cosine, overlap))
-    read = _readings(list(found.values())) if reading else None
-    return FeatureComparison(list(found), cosine, overlap, top, read)
+    correlations = _reading_correlations(list(features.values())) if reading else None
+    return FeatureComparison(list(features), cosine, overlap, top, correlations)
 
 
 def _entries(decoder: FeatureDecoder, block: str) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _entries(decoder: FeatureDecoder, block: str) -> tuple[Tensor, Tensor]:
     return (torch.arange(len(values), device="cpu") if at is None else at.long().cpu()), values
 
 
-def _common(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _common_positions(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """The indices, in each of two sorted lists, of the positions that are in both."""
     if not len(at) or not len(other):
         return at[:0], at[:0]
@@ -148,12 +148,12 @@ def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
     return {name: mask.cpu() for name, mask in found.items()}
 
 
-def _readings(found: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder]]) -> Tensor:
+def _reading_correlations(features: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder]]) -> Tensor:
     rows = []
-    for trainer, pair, _ in found:
+    for trainer, pair, _ in features:
         encode = trainer.encoders()[pair]
         with reading_the_base(trainer.model, trainer.adapter_name, trainer.task) as reader:
-            read = ((other.pairs_to_read().signed(1, own), own) for other, own, _ in found)
-            values = [encode_all(reader, trainer.config.source, encode, *each, Processes()) for each in read]
+            pair_batches = ((other.pairs_to_read().signed(1, own), own) for other, own, _ in features)
+            values = [encode_all(reader, trainer.config.source, encode, *each, Processes()) for each in pair_batches]
             rows.append([one.metrics()["cor"] for one in values])
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

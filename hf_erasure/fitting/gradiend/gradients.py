@@ -98,32 +98,32 @@ class GradientReader(SlotReader):
         the loss does not reach are added as zeros, after the others. After an error the estimator drops the batch. The
         errors are those of `gradients`.
         """
-        alone = source == "difference"
+        is_difference = source == "difference"
         kept: Blocks = {}
         squares: dict[str, float] = {}
 
-        def look(name: str, block: Tensor) -> None:
+        def add_square(name: str, block: Tensor) -> None:
             squares[name] = sum_of_squares(block.reshape(-1))
             if not low_memory:
                 kept[name] = block
 
-        def take(name: str, block: Tensor) -> None:
+        def add_block(name: str, block: Tensor) -> None:
             estimator.add_source(name, block, norm, sign)
-            if alone:
+            if is_difference:
                 estimator.add_target(name, block, sign)
 
         try:
             with self._reading():
-                losses = self._losses(batch, (source,) if alone else (source, "difference"))
+                losses = self._losses(batch, (source,) if is_difference else (source, "difference"))
                 loss = losses.pop(source)
-                self._stream(loss, look, last=alone and not low_memory)
+                self._stream(loss, add_square, last=is_difference and not low_memory)
                 require_finite(squares, "source gradient")
                 norm = math.sqrt(sum(squares.values()))
                 if low_memory:
-                    self._stream(loss, take, last=alone)
+                    self._stream(loss, add_block, last=is_difference)
                 for name in list(kept):
-                    take(name, kept.pop(name))
-                if not alone:
+                    add_block(name, kept.pop(name))
+                if not is_difference:
                     del loss
                     self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
                 estimator.end_batch(sign)
@@ -165,15 +165,15 @@ class GradientReader(SlotReader):
                 )
         return losses
 
-    def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
-        """Run one backward pass that calls `take` with each block when it is complete, and frees it."""
+    def _stream(self, loss: Tensor, on_block: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
+        """Run one backward pass that calls `on_block` with each block when it is complete, and frees it."""
         waiting = dict(self.parameters)
 
         def hook(name: str, parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
                 del waiting[name]
-                take(name, gradient)
+                on_block(name, gradient)
 
         handles = [p.register_post_accumulate_grad_hook(partial(hook, name)) for name, p in self.parameters.items()]
         try:
@@ -186,7 +186,7 @@ class GradientReader(SlotReader):
             for handle in handles:
                 handle.remove()
         for name, parameter in waiting.items():
-            take(name, torch.zeros_like(parameter))
+            on_block(name, torch.zeros_like(parameter))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -253,13 +253,13 @@ class EncodedValues:
 
         `acc` is the balanced accuracy of the sign; `acc_enc` is that of three classes separated at ±0.5.
         """
-        featured = self.labels != 0
-        values, labels = self.values[featured], self.labels[featured]
+        has_feature = self.labels != 0
+        values, labels = self.values[has_feature], self.labels[has_feature]
         found = {"cor": pearson(values, labels), "acc": balanced_accuracy(values.sign(), labels)}
-        if bool((~featured).any()):
-            decided = (self.values > THRESHOLD).double() - (self.values < -THRESHOLD).double()
+        if bool((~has_feature).any()):
+            predicted = (self.values > THRESHOLD).double() - (self.values < -THRESHOLD).double()
             found["cor_enc"] = pearson(self.values, self.labels)
-            found["acc_enc"] = balanced_accuracy(decided, self.labels)
+            found["acc_enc"] = balanced_accuracy(predicted, self.labels)
         return found
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -268,7 +268,7 @@ class EncodedValues:
         return pandas.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 
 
-def together(parts: Sequence[EncodedValues]) -> dict[str, float]:
+def joint_metrics(parts: Sequence[EncodedValues]) -> dict[str, float]:
     """The metrics of one pair; for several pairs, the means of the metrics, and each with the pair in its name."""
     if len(parts) == 1:
         return parts[0].metrics()
@@ -287,9 +287,9 @@ def pearson(values: Tensor, labels: Tensor) -> float:
     return float(x @ y / (x.norm() * y.norm()))
 
 
-def balanced_accuracy(decided: Tensor, labels: Tensor) -> float:
+def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """The mean over classes of the share of each class that was recognised."""
-    shares = [float((decided[labels == label] == label).double().mean()) for label in labels.unique()]
+    shares = [float((predicted[labels == label] == label).double().mean()) for label in labels.unique()]
     return sum(shares) / len(shares)
 
 

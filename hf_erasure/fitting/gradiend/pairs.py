@@ -52,7 +52,7 @@ class PairSet:
     ) -> None:
         self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
         self.origin = origin_of(dataset, "the columns factual, counterfactual and label")
-        pairs = _read(dataset, self.classes)
+        pairs = _read_rows(dataset, self.classes)
         _check_classes(pairs, self.classes)
         # For each class its factual and counterfactual words, each once.
         self.words: list[dict[str, None]] = [{} for _ in self.classes]
@@ -60,7 +60,7 @@ class PairSet:
         for label, word in standing + [(pair.other, pair.counterfactual) for pair in pairs]:
             self.words[label][word] = None
         self.rows: list[EncodedRow] = []
-        for row in _encoded(pairs, tokenizer, self.layout, config):
+        for row in _encode_rows(pairs, tokenizer, self.layout, config):
             if isinstance(row, PairError):
                 raise row
             self.rows.append(row)
@@ -154,8 +154,8 @@ def usable_rows(
             that are left have fewer than two classes.
     """
     layout, names = Layout.of(tokenizer, task, config), list(classes)
-    pairs = _read(dataset, names)
-    found = list(_encoded(pairs, tokenizer, layout, config))
+    pairs = _read_rows(dataset, names)
+    found = list(_encode_rows(pairs, tokenizer, layout, config))
     kept = [pair for pair, row in zip(pairs, found, strict=True) if not isinstance(row, PairError)]
     faults = [row for row in found if isinstance(row, PairError)]
     if not kept:
@@ -197,11 +197,11 @@ class _Pair:
     other: int
 
 
-def _fault(row: int, text: Any, what: str) -> PairError:
-    return PairError(f"row {row} ({shortened(str(text))}): {what}")
+def _fault(row: int, text: Any, problem: str) -> PairError:
+    return PairError(f"row {row} ({shortened(str(text))}): {problem}")
 
 
-def _read(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
+def _read_rows(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise PairError(f"classes must name two classes or more, each once; got {classes}")
     columns = ["text", "factual", "counterfactual", "label"]
@@ -252,38 +252,38 @@ def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
         raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {', '.join(map(repr, needed))}")
 
 
-def _encoded(
+def _encode_rows(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: Any
 ) -> Iterator[EncodedRow | PairError]:
     """Every encoded row, or the error that says what is wrong with it; `usable_rows` leaves out rows with errors."""
     limit = longest_input(tokenizer, config)
     if layout.task == "classification":
-        rows = _with_labels(pairs, tokenizer, config)
+        rows = _label_rows(pairs, tokenizer, config)
     else:
-        rows = _with_words(pairs, tokenizer, layout)
+        rows = _word_rows(pairs, tokenizer, layout)
     for pair, row in zip(pairs, rows, strict=True):
         if isinstance(row, str):
             yield _fault(pair.row, pair.text, row)
             continue
         length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
         if limit is not None and length > limit:
-            what = f"it has {length} tokens, and the model takes {limit}; shorten its text"
-            yield _fault(pair.row, pair.text, what)
+            problem = f"it has {length} tokens, and the model takes {limit}; shorten its text"
+            yield _fault(pair.row, pair.text, problem)
         else:
             yield row
 
 
-def _with_words(
+def _word_rows(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> Iterator[EncodedRow | str]:
     """Rows for a language model, tokenised all at once; or in place of a row, words that say what is wrong with it."""
-    mask, is_causal, nowhere = tokenizer.mask_token, layout.task == "causal", Placed([], [], [])
+    mask, is_causal, not_aligned = tokenizer.mask_token, layout.task == "causal", Placed([], [], [])
     # The tokenizer's mask token may stand for the slot.
     texts = [pair.text if SLOT in pair.text or mask is None else pair.text.replace(mask, SLOT) for pair in pairs]
     before = [text.partition(SLOT)[0] for text in texts]
     after = ["" if is_causal else text.partition(SLOT)[2] for text in texts]
     right_words, wrong_words = (
-        [placed or nowhere for placed in place_words(tokenizer, before, words, after)]
+        [placed or not_aligned for placed in place_words(tokenizer, before, words, after)]
         for words in ([pair.factual for pair in pairs], [pair.counterfactual for pair in pairs])
     )
     lead, trail = special_ends(tokenizer)
@@ -323,7 +323,7 @@ def _fault_of_words(
     return None
 
 
-def _with_labels(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> Iterator[EncodedRow | str]:
+def _label_rows(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> Iterator[EncodedRow | str]:
     """Rows for a classifier; or in place of a row, words that say what is wrong with it."""
     ids = getattr(config, "label2id", None)
     if not ids:

@@ -33,11 +33,11 @@ Goal = Callable[[Tensor], Tensor]  # (texts, classes) probabilities → (texts,)
 def goals_of(classes: Sequence[str]) -> dict[str, Goal]:
     """The goals that are defined for these classes, which are the columns of `p`; some need exactly two classes."""
     goals: dict[str, Goal] = {"balance": lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)}
-    goals |= {name: _prefers(index) for index, name in enumerate(classes)}
+    goals |= {name: _goal_of_class(index) for index, name in enumerate(classes)}
     if len(classes) == 2:
         goals.setdefault("bpi", lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1))
     for name, index in zip(("fpi", "mpi"), female_and_male(classes) or (), strict=False):
-        goals.setdefault(name, _prefers(index))
+        goals.setdefault(name, _goal_of_class(index))
     return goals
 
 
@@ -52,7 +52,7 @@ def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
     return goals[name]
 
 
-def _prefers(index: int) -> Goal:
+def _goal_of_class(index: int) -> Goal:
     return lambda p: (1 - p.index_fill(1, torch.tensor(index, device=p.device), 0.0).amax(1)) * p[:, index]
 
 
@@ -72,22 +72,22 @@ def class_probabilities(
     Raises:
         PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
     """
-    every = all_words(words)
+    distinct_words = all_words(words)
     if pairs.layout.task == "classification":
-        tokens = [[config.label2id[word]] for word in every]
+        tokens = [[config.label2id[word]] for word in distinct_words]
     else:
-        tokens = word_tokens(tokenizer, every)
-    of_word = {word: tuple(own) for word, own in zip(every, tokens, strict=True)}
-    of_class = [{of_word[word] for word in own} for own in words.values()]
-    owners = {word: [i for i, own in enumerate(of_class) if of_word[word] in own] for word in every}
-    several = [word for word in every if len(owners[word]) > 1]
+        tokens = word_tokens(tokenizer, distinct_words)
+    tokens_of = {word: tuple(own) for word, own in zip(distinct_words, tokens, strict=True)}
+    of_class = [{tokens_of[word] for word in own} for own in words.values()]
+    owners = {word: [i for i, own in enumerate(of_class) if tokens_of[word] in own] for word in distinct_words}
+    shared_words = [word for word in distinct_words if len(owners[word]) > 1]
     batches = pairs.slots(batch_size)
-    if several:
-        names = [pairs.classes[i] for i in owners[several[0]]]
-        said = f"{several[0]!r} is a word of {' and '.join(map(repr, names))}"
-        warnings.warn(f"{said}: each text is scored by the words that its rows give to each class.", stacklevel=4)
+    if shared_words:
+        names = [pairs.classes[i] for i in owners[shared_words[0]]]
+        reason = f"{shared_words[0]!r} is a word of {' and '.join(map(repr, names))}"
+        warnings.warn(f"{reason}: each text is scored by the words that its rows give to each class.", stacklevel=4)
         readings = pairs.readings()
-        _check_readings(readings, pairs.classes, said)
+        _check_readings(readings, pairs.classes, reason)
         texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
     else:
         texts, by_text = torch.arange(sum(map(len, batches))), [of_class]
@@ -105,13 +105,13 @@ def class_probabilities(
     return probabilities
 
 
-def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) -> None:
+def _check_readings(readings: list[Reading], classes: Sequence[str], reason: str) -> None:
     for text, words in readings:
         for name, own in zip(classes, words, strict=True):
             if not own or any(own & other for other in words if other is not own):
                 lacks = f"give {'two classes the same word' if own else f'no word of {name!r}'}"
                 raise PairError(
-                    f"{said}, so each text is scored by the words that its own rows give to each class, and those of "
+                    f"{reason}, so each text is scored by the words that its own rows give to each class, and those of "
                     f"text {text} {lacks}; add rows with its other words, or use words of one class only"
                 )
 
@@ -235,7 +235,7 @@ class Scorer:
     language_modelling: Callable[[], dict[str, Any]]
     # Whether cost is measured in accuracy (for masked models, unless their accuracy is 0) or in loss.
     masked: bool
-    _base: list[Tensor] = field(default_factory=list, init=False)  # `by_text` of the model without an edit.
+    _base_by_text: list[Tensor] = field(default_factory=list, init=False)  # `by_text` of the model without an edit.
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
         """Score the model as it is now, with the given edit; cost is relative to `base` (None: this is the base)."""
@@ -243,12 +243,12 @@ class Scorer:
         loss, lms = lm["loss"], lm["lms"]
         cost, upper, by_text = 0.0, None, lm.get("by_text")
         if base is None:
-            self._base[:] = [] if by_text is None else [by_text]
+            self._base_by_text[:] = [] if by_text is None else [by_text]
         else:
             by_hits = self.masked and base.lms > 0
             cost = 1 - lms / base.lms if by_hits else loss / base.loss - 1
-            if by_text is not None and self._base:
-                upper = cost + _margin(by_text[:, int(by_hits)], self._base[0][:, int(by_hits)])
+            if by_text is not None and self._base_by_text:
+                upper = cost + _margin(by_text[:, int(by_hits)], self._base_by_text[0][:, int(by_hits)])
         return Point(
             pair,
             feature_factor,

@@ -31,8 +31,8 @@ from hf_erasure.models.slots import SlotReader
 
 from ..processes import Processes
 from .adapter import GradiendAdapter
-from .checkpoints import Fitted, Progress
-from .gradients import Encode, EncodedValues, encode_all, reading_the_base, together
+from .checkpoints import PairFit, Progress
+from .gradients import Encode, EncodedValues, encode_all, joint_metrics, reading_the_base
 from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,
@@ -102,7 +102,7 @@ class GradiendTrainer:
         self.task = task_of(model)
         if self.task == "causal":
             check_next_word(model)
-        self.fitted: list[Fitted] = []
+        self.fitted: list[PairFit] = []
         self.starts: list[dict[str, Any]] = []  # Pair, seed, best absolute correlation and steps of each start.
         self.classes = self._classes()
         self._tokenised: dict[int, PairSet] = {}
@@ -142,7 +142,7 @@ class GradiendTrainer:
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
         warn_of_what_is_off(self.model, self.adapter_name)
-        again, pairs = self.config.fitted, self._pair_set(self.train_dataset)
+        was_fitted, pairs = self.config.fitted, self._pair_set(self.train_dataset)
         evaluation = next(map(self._pair_set, self._eval_sets().values()), None)
         progress = Progress(self.model, self.args, self.callbacks, self.processing_class, self._processes)
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
@@ -156,7 +156,7 @@ class GradiendTrainer:
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
             self.starts = training.results
             self._fill_adapter(training)
-        if again:  # the strength was chosen for the features that the adapter held before
+        if was_fitted:  # the strength was chosen for the features that the adapter held before
             steer(self.model, self.adapter_name, learning_rate=0.0)
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
@@ -214,8 +214,8 @@ class GradiendTrainer:
             raise ValueError("GradiendTrainer has no eval_dataset: give one to evaluate(), of pairs not trained on.")
         results: dict[str, float] = {}
         for name, dataset in sets.items():
-            figures = together(self.encode(dataset, neutral_dataset))
-            self._figures_on(dataset)
+            figures = joint_metrics(self.encode(dataset, neutral_dataset))
+            self._measured_on(dataset)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             results |= {f"{prefix}_{key}": value for key, value in figures.items()}
             if len(sets) == 1:
@@ -335,11 +335,11 @@ class GradiendTrainer:
                 "or the base in float32, keeps more.",
                 stacklevel=2,
             )
-        measured_on = self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
+        measured_on = self._measured_on(next(iter(self._eval_sets(eval_dataset).values())))
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
 
-    def _figures_on(self, dataset: datasets.Dataset) -> str:
+    def _measured_on(self, dataset: datasets.Dataset) -> str:
         """The rows that figures on a set of pairs are on, in words; warns if some of the pairs were trained on."""
         measured, learned = (
             [] if rows is None else list(zip(rows["text"], rows["factual"], rows["counterfactual"], strict=True))
@@ -373,11 +373,11 @@ class GradiendTrainer:
             seed=self.args.seed, mask_draws=self.args.mask_draws,
         )  # fmt: skip
 
-        def scored() -> dict[str, Any]:
+        def score_language() -> dict[str, Any]:
             by_text = language.by_text()
             return {**language.figures_of(by_text), "by_text": by_text}
 
-        return Scorer(self.classes, lambda: probabilities(reader), scored, masked=self.task == "masked")
+        return Scorer(self.classes, lambda: probabilities(reader), score_language, masked=self.task == "masked")
 
     # ---- files and data sets ----------------------------------------------------------------------------------------
 

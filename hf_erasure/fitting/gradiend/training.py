@@ -24,7 +24,7 @@ from hf_erasure.gradiend.features import ACTIVATIONS
 from hf_erasure.models.slots import PairBatch
 
 from ..processes import Processes, share_the_cpu
-from .checkpoints import Fitted, Progress
+from .checkpoints import PairFit, Progress
 from .gradients import Encode, GradientReader, encode_all, pearson
 from .pairs import Pair, PairSet, Signed
 
@@ -33,10 +33,10 @@ ESTIMATORS = ("closed_form", "trained")
 WINDOW = 100
 # About how many values of each weight tell a model from another one when training is resumed.
 SAMPLES = 64
-# The seed of an epoch's order is seed · APART + epoch. A prime far above any number of epochs keeps two seeds apart.
-APART = 1_000_003
+# The seed of an epoch's order is seed · SEED_STRIDE + epoch. A prime above any number of epochs keeps two seeds apart.
+SEED_STRIDE = 1_000_003
 # How many pairs of each class are read again to calibrate an encoder: enough for two means.
-ENOUGH = 24
+PAIRS_READ = 24
 
 
 @dataclass
@@ -118,31 +118,31 @@ class Training:
     progress: Progress
     # The losses of the latest steps; and the encoded values and signs of these steps.
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    recent_values: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     results: list[dict[str, Any]] = field(default_factory=list)  # Pair, seed, correlation and steps of each start.
     # The number and epoch of the start whose batches are drawn at present, and these batches.
-    _epoch: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
+    _epoch_batches: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
-    def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[Fitted]:
+    def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[PairFit]:
         """Estimate every pair's feature; the best start of each is kept."""
         args, closed = self.args, self.args.estimator == "closed_form"
         seeds = [args.seed + i for i in range(1 if closed else args.seeds)]
         starts = []
         for number, (pair, seed) in enumerate(itertools.product(pairs, seeds)):
             if closed:
-                steps = a_pass = len(self.processes.step_rows(self._sides(pair, args.per_device_train_batch_size)))
+                steps = a_pass = len(self.processes.step_rows(self._by_class(pair, args.per_device_train_batch_size)))
             else:
-                a_pass = sum(map(len, self._sides(pair, args.per_device_train_batch_size * self.processes.count)))
+                a_pass = sum(map(len, self._by_class(pair, args.per_device_train_batch_size * self.processes.count)))
                 steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
             starts.append(Start(number, pair, seed, a_pass, steps))
         state, facts = self.progress.resume(resume_from, self._identity(), [start.pair for start in starts])
-        run = self._closed_form if closed else self._trained
+        run = self._run_closed_form if closed else self._run_trained
         with self.progress.running(sum(start.steps for start in starts)):
             for start in starts[facts["start"] :]:
                 run(start, state, facts)
                 state, facts = {}, {"step": 0}
         self.processes.wait()
-        found = [self.progress.kept[pair][1] for pair in pairs]
+        found = [self.progress.best[pair][1] for pair in pairs]
         for best in found:
             if not closed and not abs(best.correlation) >= args.convergence:
                 warnings.warn(
@@ -163,7 +163,7 @@ class Training:
         rows = hashlib.sha256()
         for row in dataset.select_columns(columns):
             rows.update(repr(sorted(row.items())).encode())
-        same: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "estimator": args.estimator,
             "source": self.source,
             "targeted weights": hashlib.sha256(repr(blocks).encode()).hexdigest(),
@@ -173,22 +173,22 @@ class Training:
         }
         if args.estimator == "trained":
             names = ("seed", "seeds", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-            same |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
-        return same
+            identity |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
+        return identity
 
-    def _sides(self, pair: Pair, size: int, seed: int | None = None) -> list[list[Signed]]:
+    def _by_class(self, pair: Pair, size: int, seed: int | None = None) -> list[list[Signed]]:
         """The batches of a pair's class 0 and of its class 1."""
         signed = self.train.signed(size, pair, seed)
         return [[entry for entry in signed if entry[1] == sign] for sign in (1, -1)]
 
     # ---- closed form ------------------------------------------------------------------------------------------------
 
-    def _closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _run_closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         # A saved state is the sum over all processes: the main process continues with it, the others start from zero.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
-        sides = self._sides(start.pair, self.args.per_device_train_batch_size)
+        sides = self._by_class(start.pair, self.args.per_device_train_batch_size)
         for step, row in enumerate(self.processes.step_rows(sides)):
             if step < facts["step"]:
                 continue
@@ -205,15 +205,15 @@ class Training:
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         feature = estimator.feature(consume=True)
         if self.args.per_device_train_batch_size > 1:
-            (high,), (low,) = self._class_means([feature.encoder], map(_singly, sides))
+            (high,), (low,) = self._class_means([feature.encoder], map(_single_rows, sides))
             if high > low:  # a positive scale cannot correct classes with the wrong sign
                 feature = replace(feature, encoder=feature.encoder.centred(high, low))
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
-        self.progress.keep(start.number, Fitted(start.pair, feature, correlation, start.steps, start.seed))
-        self._note(start, abs(correlation), start.steps)
+        self.progress.keep(start.number, PairFit(start.pair, feature, correlation, start.steps, start.seed))
+        self._add_result(start, abs(correlation), start.steps)
 
-    def _note(self, start: Start, correlation: float, steps: int) -> None:
+    def _add_result(self, start: Start, correlation: float, steps: int) -> None:
         found = {"seed": start.seed, "correlation": correlation, "steps": steps}
         self.results.append({"pair": "/".join(start.pair), **found})
 
@@ -224,14 +224,14 @@ class Training:
         linear = [replace(encoder, scale=1.0, activation="identity") for encoder in encoders]
         means = []
         for side in sides:
-            gradients = (self.reader.gradient(batch, self.source) for batch in itertools.islice(side, ENOUGH))
+            gradients = (self.reader.gradient(batch, self.source) for batch in itertools.islice(side, PAIRS_READ))
             rows = [[encoder.encode(gradient) for encoder in linear] for gradient in gradients]
             means.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
         return means
 
     # ---- trained ----------------------------------------------------------------------------------------------------
 
-    def _trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _run_trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         args = self.args
         neuron = FeatureNeuron(
             self.reader.shapes, activation=args.activation, lr=args.learning_rate, eps=args.adam_epsilon,
@@ -243,7 +243,7 @@ class Training:
         # The best absolute correlation of this start so far, and the number of evaluations since then.
         best = facts.get("best") or {"size": -1.0, "since": 0}
         self.losses.clear()
-        self.recent.clear()
+        self.recent_values.clear()
         for step in range(facts["step"], start.steps):
             self._step(neuron, *self._batch_at(start, step))
             self.progress.step()
@@ -251,23 +251,23 @@ class Training:
             if control.should_log:
                 self.progress.log({"loss": sum(self.losses) / len(self.losses), "cor": self._recent_correlation()})
             if done == start.steps or control.should_evaluate:
-                self._consider(start, neuron, best, done)
+                self._evaluate(start, neuron, best, done)
             if control.should_save and done < start.steps:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
             if args.patience is not None and best["since"] >= args.patience:
                 break
-        self._note(start, best["size"], done)
+        self._add_result(start, best["size"], done)
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
         """This process's rows of the batch of a step, and its sign; the order of batches depends on seed and epoch."""
         epoch, within = divmod(step, start.per_epoch)
-        if self._epoch[0] != (start.number, epoch):
-            seed = start.seed * APART + epoch
+        if self._epoch_batches[0] != (start.number, epoch):
+            seed = start.seed * SEED_STRIDE + epoch
             size = self.args.per_device_train_batch_size * self.processes.count
-            batches = list(itertools.chain(*self._sides(start.pair, size, seed)))
+            batches = list(itertools.chain(*self._by_class(start.pair, size, seed)))
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-            self._epoch = (start.number, epoch), [batches[i] for i in order]
-        batch, sign = self._epoch[1][within]
+            self._epoch_batches = (start.number, epoch), [batches[i] for i in order]
+        batch, sign = self._epoch_batches[1][within]
         if self.processes.count == 1:
             return batch, sign
         mine = self.processes.mine(range(len(batch)))
@@ -287,9 +287,9 @@ class Training:
                     self.processes.add(block.mul_(rows / total))
         result = neuron.step(gradients[self.source], gradients["difference"])
         self.losses.append(result.loss)
-        self.recent.append((result.encoded, sign))
+        self.recent_values.append((result.encoded, sign))
 
-    def _consider(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
+    def _evaluate(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
         correlation = self._correlation(start.pair, neuron.encode)
         self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
@@ -301,7 +301,7 @@ class Training:
         best.update(size=size, since=0)
         if correlation < 0:  # class 0 must encode to +1
             neuron.flip()
-        self.progress.keep(start.number, Fitted(start.pair, neuron.feature(), abs(correlation), step, start.seed))
+        self.progress.keep(start.number, PairFit(start.pair, neuron.feature(), abs(correlation), step, start.seed))
 
     # ---- both -------------------------------------------------------------------------------------------------------
 
@@ -312,18 +312,18 @@ class Training:
         return values.metrics()["cor"]
 
     def _recent_correlation(self) -> float:
-        if not self.recent:
+        if not self.recent_values:
             return math.nan
-        values, signs = zip(*self.recent, strict=True)
+        values, signs = zip(*self.recent_values, strict=True)
         return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
 
-    def calibrated(self, fitted: Fitted, density: float) -> Feature:
+    def calibrated(self, fitted: PairFit, density: float) -> Feature:
         """The feature of a start with an encoder of this density, whose class means are those of the dense encoder."""
         encoder = fitted.feature.encoder
         sparse = encoder.prune(density)
         if sparse is encoder:
             return fitted.feature
-        sides = ([batch for batch, _ in side] for side in self._sides(fitted.pair, 1, self.args.seed))
+        sides = ([batch for batch, _ in side] for side in self._by_class(fitted.pair, 1, self.args.seed))
         (dense_up, sparse_up), (dense_down, sparse_down) = self._class_means([encoder, sparse], sides)
         factor = (dense_up - dense_down) / (sparse_up - sparse_down) if sparse_up != sparse_down else math.inf
         if not math.isfinite(factor) or factor == 0:
@@ -337,7 +337,7 @@ class Training:
         return replace(fitted.feature, encoder=sparse)
 
 
-def _singly(side: list[Signed]) -> Iterator[PairBatch]:
+def _single_rows(side: list[Signed]) -> Iterator[PairBatch]:
     """Yield single rows, as `encode` takes them, first one of each batch, then the next of each."""
     for row in range(max(len(batch) for batch, _ in side)):
         yield from (batch.some_rows([row]) for batch, _ in side if row < len(batch))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
-from hf_erasure.fitting.gradiend.gradients import EncodedValues, encoded, together
+from hf_erasure.fitting.gradiend.gradients import EncodedValues, encoded, joint_metrics
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, goal_by_name, scan
 
 GENDERS = ("female", "male")
@@ -47,7 +47,7 @@ def test_values_that_do_not_vary_have_no_correlation():
 def test_several_pairs_are_named_and_averaged():
     one = encoded([1, -1, 0.2], [1, -1, 1], ("a", "b"))
     other = encoded([1, 1, -1, -1], [1, -1, 1, -1], ("a", "c"))
-    found = together([one, other])
+    found = joint_metrics([one, other])
     assert found["acc_a_b"] == 1.0
     assert found["acc_a_c"] == 0.5
     assert found["acc"] == 0.75
