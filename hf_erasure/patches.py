@@ -39,12 +39,12 @@ class Patch(Internal):
     # the instance. None if the function is only checked for.
     wrapper: Callable[..., Any] | None
     without: str = ""  # what does not work if a release lacks the function; empty if the package cannot work without it
-    also: tuple[str, ...] = ()  # other modules that have the same function
+    other_modules: tuple[str, ...] = ()  # other modules that have the same function
 
     def why_missing(self) -> str | None:
         """The part that is missing; None if none is, or if another of its modules has the function."""
         missing = super().why_missing()
-        return None if any(hasattr(_find_owner(place), self.name) for place in self.also) else missing
+        return None if any(hasattr(_find_owner(place), self.name) for place in self.other_modules) else missing
 
 
 def patches() -> tuple[Patch, ...]:
@@ -75,7 +75,7 @@ def _library_patches() -> tuple[Patch, ...]:
             "get_peft_model_state_dict",
             ("model", "state_dict", "adapter_name"),
             wrapper=saving.adapter_state_dict,
-            also=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
+            other_modules=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
         ),
         # Another method wraps modules that have adapters of this package as children, which do not see what it adds.
         Patch(
@@ -106,7 +106,7 @@ def _library_patches() -> tuple[Patch, ...]:
             ("repo_id",),
             wrapper=pushing.create_and_tag_model_card,
             without="model.push_to_hub replaces the card of an adapter by a template",
-            also=("transformers.modeling_utils",),
+            other_modules=("transformers.modeling_utils",),
         ),
     )
 
@@ -186,7 +186,7 @@ def wrap(table: tuple[Patch, ...]) -> None:
 
 def _wrap(patch: Patch, wrapper: Callable[..., Any]) -> None:
     path, _, name = f"{patch.module}.{patch.name}".rpartition(".")
-    for place in (path, *patch.also):
+    for place in (path, *patch.other_modules):
         owner = _find_owner(place)
         present = vars(owner).get(name) if owner is not None else None
         if present is None:

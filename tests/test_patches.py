@@ -56,7 +56,7 @@ def patch(name: str, **options: Any) -> Patch:
 
 
 def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
-    table = (patch("function", also=("theirs_again",)), patch("Owner.method", wrapper=method_noted))
+    table = (patch("function", other_modules=("theirs_again",)), patch("Owner.method", wrapper=method_noted))
     for _ in range(3):
         patches.wrap(table)
     assert theirs.function(1) == ["noted", 3] and sys.modules["theirs_again"].function(1) == ["noted", 3]
@@ -74,8 +74,8 @@ def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.
     del theirs.function
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patches.wrap((patch("function", also=("theirs_again", "theirs_never")),))
-        patches.wrap((patch("function", module="theirs_before", also=("theirs_again",)),))
+        patches.wrap((patch("function", other_modules=("theirs_again", "theirs_never")),))
+        patches.wrap((patch("function", module="theirs_before", other_modules=("theirs_again",)),))
     assert sys.modules["theirs_again"].function(1) == ["noted", 3]
 
 

@@ -288,18 +288,18 @@ class Graph(TorchDispatchMode):
         self._atomic_depth -= call.is_atomic
         if not self._atomic_depth and found is not None:
             if call.is_atomic:
-                given = list(floats_of((args, kwargs)))
-                nodes = dict(zip(map(id, given), call.inputs, strict=False)).values()
+                inputs = list(floats_of((args, kwargs)))
+                nodes = dict(zip(map(id, inputs), call.inputs, strict=False)).values()
                 if call.linear is None:
                     kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
                     node = self._node(kind, name, nodes, found.shape)
                     sizes = {p.numel() for p in module.parameters() if p.numel() > 1}
                     node.width = sizes.pop() if len(sizes) == 1 else 0
                     axis = axis_of_kind(module, found.dim())
-                    features = self._features_in(call.values["input"]) if axis is None and given else {axis}
+                    features = self._features_in(call.values["input"]) if axis is None and inputs else {axis}
                     node.features = frozenset(axis for axis in features if axis is not None)
                 else:
-                    pattern = _pattern(self._value(given[0]), given[0].dim() - 1, given[0])
+                    pattern = _pattern(self._value(inputs[0]), inputs[0].dim() - 1, inputs[0])
                     in_axis = 0 if isinstance(call.linear, Conv1D) else 1
                     product = Product(name, call.index, "weight", in_axis, 1 - in_axis, pattern)
                     node = self._node("map", name, call.inputs[:1], found.shape, product, {found.dim() - 1})
@@ -368,20 +368,20 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        given = [] if self._atomic_depth else list(floats_of((args, kwargs)))
+        inputs = [] if self._atomic_depth else list(floats_of((args, kwargs)))
         name = func.overloadpacket.__name__
-        views = [self._weight_view(t) for t in given]
-        is_weight = bool(given) and None not in views
-        is_followed = any(views) or any(t in self._values or _storage(t) in self._last_writes for t in given)
+        views = [self._weight_view(t) for t in inputs]
+        is_weight = bool(inputs) and None not in views
+        is_followed = any(views) or any(t in self._values or _storage(t) in self._last_writes for t in inputs)
         # They are taken before the operation, which may write over its input.
-        values = {id(t): self._value(t) for t in given if is_followed and not is_weight and name not in _SHAPE_ONLY}
+        values = {id(t): self._value(t) for t in inputs if is_followed and not is_weight and name not in _SHAPE_ONLY}
         output = func(*args, **kwargs)
-        if given and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
+        if inputs and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
             self._time += 1
             weight: Any = next((h for h in views if h is not None), None)
             if is_weight and name != "embedding":
                 for made in floats_of(output):
-                    has_axes = weight.axes is not None and len(given) == 1
+                    has_axes = weight.axes is not None and len(inputs) == 1
                     axes = _axes_after(name, args, kwargs, weight.axes, made) if has_axes else None
                     self._weight_views[made] = WeightView(weight.parameter, axes)
             elif is_weight:
@@ -390,14 +390,14 @@ class Graph(TorchDispatchMode):
                 self._values[output] = _Value(node, None, self._time)
             elif values:
                 made, count = next(floats_of(output)), len(self.nodes)
-                node, entries = self._result_node(func, name, args, kwargs, given, values, made)
+                node, entries = self._result_node(func, name, args, kwargs, inputs, values, made)
                 if node.index >= count and not node.features and (node.kind in _SAME_FEATURES or name in _SCALINGS):
-                    passed = (self._passed_features(name, args, tensor, values[id(tensor)], made) for tensor in given)
+                    passed = (self._passed_features(name, args, tensor, values[id(tensor)], made) for tensor in inputs)
                     node.features = frozenset().union(*passed)
                 shown = list(floats_of(entries))
                 for number, tensor in enumerate(floats_of(output)):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
-                if any(out is t for out in floats_of(output) for t in given) or "out" in kwargs:
+                if any(out is t for out in floats_of(output) for t in inputs) or "out" in kwargs:
                     self._last_writes[_storage(made)] = (self._time, node, made)
         if not (func.is_view or name in _VIEWS):
             result = next((self._value(t).node for t in floats_of(output)), None) if values else None
