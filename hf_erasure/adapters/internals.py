@@ -51,8 +51,8 @@ class Internal:
         except AttributeError:
             return f"{self.module}.{self.name}"
         if self.parameters:
-            taken = inspect.signature(found).parameters
-            lacking = [name for name in self.parameters if name not in taken]
+            parameters = inspect.signature(found).parameters
+            lacking = [name for name in self.parameters if name not in parameters]
             if lacking:
                 return f"the parameter {lacking[0]!r} of {self.module}.{self.name}"
         return None
@@ -113,7 +113,7 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
             )
 
 
-def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
+def check_versions(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
     """Warn if transformers states a lowest PEFT release and the installed PEFT is older."""
     if demanded is None or Version(installed("peft")) >= Version(demanded):
         return
@@ -138,10 +138,10 @@ def installed(package: str) -> str:
 def _supported(package: str) -> str:
     """The releases of a package that this package requires, as pip writes them."""
     try:
-        wanted = [Requirement(text) for text in requires("hf-erasure") or ()]
+        requirements = [Requirement(text) for text in requires("hf-erasure") or ()]
     except PackageNotFoundError:  # the package runs from a folder of sources
         return ""
-    return next((str(found.specifier) for found in wanted if found.name == package and found.marker is None), "")
+    return next((str(found.specifier) for found in requirements if found.name == package and found.marker is None), "")
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -185,4 +185,4 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
 
 
 check_internals()
-check_pair()
+check_versions()

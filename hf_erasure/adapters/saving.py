@@ -45,13 +45,13 @@ from transformers.utils import cached_file
 from hf_erasure.models.model import as_attribute, base_of
 
 from .common.acting import warn_user
-from .common.config import ChildConfig, fault_of, read_config
+from .common.config import ChildConfig, find_fault, read_config
 from .common.files import CARD, COMMIT, CONFIG, PICKLE, PREFIX, STAGING, WEIGHTS
 from .common.layer import AdapterChild, child_configs, is_child
 from .common.lookup import adapters_in
 
 # The folder of a staging with the files to commit; and the end of the name of a file that its live writer locks.
-_CONTENT, _ALIVE = "content", ".lock"
+_CONTENT, _LOCK = "content", ".lock"
 
 ON_STAGED: list[Callable[[Path, Any, str], None]] = []
 # The target folder of a save that also pushes, while it pushes: the uploaded files lie in another folder.
@@ -63,21 +63,21 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
+def staged_save(folder: str | Path) -> Iterator[Path]:
     """Yield a hidden folder to write a save into; when the block ends, all its files go into `folder` at once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finish(folder)
-    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):  # saves that were killed before their commit have left these
+    finish_save(folder)
+    for alive in folder.glob(f"{STAGING}*{_LOCK}"):  # saves that were killed before their commit have left these
         # A link may lead to another person's file, and locking a file empties it.
         if alive.is_file() and not alive.is_symlink():
             left = FileLock(alive, timeout=0)
             with suppress(Timeout, NotImplementedError):  # its writer is running, or the file system has no locks
                 left.acquire()
-                _remove(alive.with_suffix(""), left)
+                _remove_staging(alive.with_suffix(""), left)
     while True:  # this process locks a file beside the staging while it saves
         staging = folder / f"{STAGING}{secrets.token_hex(8)}"
-        alive = staging.with_suffix(_ALIVE)
+        alive = staging.with_suffix(_LOCK)
         lock: BaseFileLock = FileLock(alive)
         try:
             lock.acquire()
@@ -94,10 +94,10 @@ def staged(folder: str | Path) -> Iterator[Path]:
         yield content
         _commit(content, folder)
     finally:
-        _remove(staging, lock)
+        _remove_staging(staging, lock)
 
 
-def finish(folder: str | Path) -> None:
+def finish_save(folder: str | Path) -> None:
     """Finish a save that was killed after its commit; do nothing if the folder has no such save."""
     folder = Path(folder)
     commit = folder / COMMIT
@@ -114,7 +114,7 @@ def finish(folder: str | Path) -> None:
         except FileNotFoundError:
             continue  # another process is finishing it too
         except OSError as error:
-            if not _is_another(error):
+            if not _is_concurrent_save(error):
                 raise OSError(
                     f"A save into {str(folder)!r} was interrupted, and cannot be finished here ({error}): move the "
                     f"files in {COMMIT!r} one folder up."
@@ -139,18 +139,18 @@ def _commit(content: Path, folder: Path) -> None:
         target = places.get(place, folder)
         target.mkdir(parents=True, exist_ok=True)
         while True:
-            finish(target)
+            finish_save(target)
             try:
                 os.rename(place, target / COMMIT)  # this commits the folder
                 break
             except OSError as error:
-                if not _is_another(error):
+                if not _is_concurrent_save(error):
                     raise
         _sync(target)
-        finish(target)
+        finish_save(target)
 
 
-def _is_another(error: OSError) -> bool:
+def _is_concurrent_save(error: OSError) -> bool:
     """Whether a folder could not be renamed or removed because another save is being committed there."""
     return error.errno in (errno.ENOTEMPTY, errno.EEXIST) or (os.name == "nt" and isinstance(error, PermissionError))
 
@@ -169,7 +169,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(staging: Path, lock: BaseFileLock) -> None:
+def _remove_staging(staging: Path, lock: BaseFileLock) -> None:
     """Remove a staging, and its lock last."""
     if not staging.is_symlink():
         shutil.rmtree(staging, ignore_errors=True)
@@ -186,7 +186,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     call = inspect.signature(original).bind(*args, **kwargs)
     given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
     folder, configs = Path(given["save_directory"]), child_configs(model)
-    refuse_loss(model, None if is_peft else given.get("state_dict"))
+    refuse_lost_adapters(model, None if is_peft else given.get("state_dict"))
     names: list[str] | None = given.get("selected_adapters") if is_peft else []
     if names is None:
         names = list(model.peft_config)
@@ -203,7 +203,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)
     writes = decide(given.get("is_main_process", True))
     for place in {*places.values()} - {*ours.values()} if writes else ():
-        kind, _ = _kind_in(folder / place)
+        kind, _ = _read_kind(folder / place)
         if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
             warn_user(
                 f"{str(folder / place)!r} held a {kind} adapter, and what is saved there now replaces it. Save each "
@@ -215,7 +215,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     if not is_peft:
         push, options = given.pop("push_to_hub", False), {name: more.pop(name) for name in _PUSH if name in more}
         given["max_shard_size"] = sys.maxsize  # PEFT reads one file
-    with _save_to(model, ours, given):
+    with _stage_adapters(model, ours, given):
         original(*call.args, **call.kwargs)
     if push:
         if given.get("token") is not None:
@@ -228,7 +228,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
 
 
 @contextmanager
-def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
+def _stage_adapters(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
     """Stage a save of our adapters, each at its place below the folder; `given`, its arguments, are changed to that."""
     more = given.get("kwargs", {})
     if not given.get("safe_serialization", more.get("safe_serialization", True)):
@@ -238,8 +238,8 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
         raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
     folder, state_dict = Path(given["save_directory"]), given.get("state_dict", more.get("state_dict"))
     for name, place in places.items():
-        finish(folder / place)
-        config, (kind, why) = model.peft_config[name], _kind_in(folder / place)
+        finish_save(folder / place)
+        config, (kind, why) = model.peft_config[name], _read_kind(folder / place)
         if why or kind not in (None, config.peft_type):
             which = f"an adapter already, of a kind that cannot be told ({why})" if why else f"a {kind} adapter"
             raise ValueError(
@@ -247,7 +247,7 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
                 "another folder, or delete that one first."
             )
         own_tensors(model, name, state_dict)  # an incomplete adapter raises here, before anything is written
-    with staged(folder) as content:
+    with staged_save(folder) as content:
         given["save_directory"] = str(content)
         yield
         for place in {"", *places.values()}:
@@ -261,7 +261,7 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
                 write(content / place, model, name)
 
 
-def _kind_in(place: Path) -> tuple[Any, str]:
+def _read_kind(place: Path) -> tuple[Any, str]:
     """The kind of the adapter in a folder, None without an adapter; and the reason if the kind cannot be read."""
     try:
         return (str(read_config(place / CONFIG).get("peft_type")) if os.path.lexists(place / CONFIG) else None), ""
@@ -320,7 +320,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             "merge_and_unload() returned, with another folder."
         )
     found = {name: (_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
-    fault = fault_of(found, config, f"in this {type(base).__name__}") if config.fitted else None
+    fault = find_fault(found, config, f"in this {type(base).__name__}") if config.fitted else None
     if fault is not None:
         raise ValueError(
             f"The {config.described} cannot be saved: {fault}. Nothing was written. Modules were taken out of the "
@@ -349,11 +349,11 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     return own | copies
 
 
-def refuse_embeddings(wish: Any) -> None:
+def refuse_embeddings(choice: Any) -> None:
     """Raise a `ValueError` if a caller asks to save the model's own embeddings with an adapter."""
-    if wish not in ("auto", False):
+    if choice not in ("auto", False):
         raise ValueError(
-            f"save_embedding_layers={wish!r} would put the model's own embeddings into the adapter, where no model "
+            f"save_embedding_layers={choice!r} would put the model's own embeddings into the adapter, where no model "
             "loads them from: save the model itself, without adapters."
         )
 
@@ -409,7 +409,7 @@ def digest_of_data(value: Any) -> str | None:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:
+def refuse_lost_adapters(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:
     """Refuse a save of a model's tensors or `state_dict` that would lose adapters in it; warn where it may be meant."""
     saved: Any = model if getattr(model, "_hf_peft_config_loaded", False) else None
     if isinstance(model, PeftModel):
@@ -420,10 +420,10 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
     if not lost or (state_dict is not None and not any(is_child(key) for key in state_dict)):
         return
     first = lost[0]
-    told, name = f"the {first.config.described}, {first.name!r}, on {as_attribute(first.path)}", type(model).__name__
+    phrase, name = f"the {first.config.described}, {first.name!r}, on {as_attribute(first.path)}", type(model).__name__
     if first.owner is model:
         raise ValueError(
-            f"Saving this {name} would lose {told}, which PEFT added to it. Save the PeftModel, peft_model."
+            f"Saving this {name} would lose {phrase}, which PEFT added to it. Save the PeftModel, peft_model."
             "save_pretrained(folder), or merge it first; or add adapters by model.add_adapter and model.load_adapter."
         )
     part = as_attribute(first.path)
@@ -431,7 +431,7 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
     own = list(getattr(model, "peft_config", None) or ())
     if not own:
         raise ValueError(
-            f"Saving this {name} would lose {told}: {keep}. After {part}.delete_adapter({first.name!r}) the model is "
+            f"Saving this {name} would lose {phrase}: {keep}. After {part}.delete_adapter({first.name!r}) the model is "
             "saved without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
             "model.save_pretrained; it may come from the part's folder."
         )
@@ -443,4 +443,4 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
             f"This {name} cannot be saved: {foreign} is on, which is not an adapter of this model but of {part}, and "
             f"{own} is off. {keep}. Call model.set_adapter({own}) before you save this model with its own adapters."
         )
-    warn_user(f"Saving this {name} leaves out {told}: {keep}.")
+    warn_user(f"Saving this {name} leaves out {phrase}: {keep}.")

@@ -15,13 +15,13 @@ from hf_erasure.models.model import callee_of, distance, evaluating, forked_rng,
 
 from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
-from .common.lookup import AdapterNotFound, Found, adapter_of
+from .common.lookup import AdapterNotFound, FoundAdapter, adapter_of
 from .erasure.layer import site_layers
 from .gradiend.config import GradiendConfig
-from .gradiend.forward import UsedAsTheyAre, why_not_editable
+from .gradiend.forward import UneditedUses, why_not_editable
 from .gradiend.layer import gradiend_layers
 from .gradiend.state import edited, kept_share, targeted_parameters
-from .loading.fingerprint import other_than_when_fitted
+from .loading.fingerprint import differences_since_fit
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ def verify_adapter(
     if reason is not None:
         return Verification(False, f"Adapter {name!r} does not act: {reason}")
     owner, config, children = found.owner, found.config, adapter_children(found.owner, name)
-    how = "merged into the weights"
+    outcome = "merged into the weights"
     if not all(name in child.merged_adapters for child in children):
-        output = _output_of(model, found, batch)
+        output = _runner(model, found, batch)
         active = output()
         with ExitStack() as stack:  # in this block the adapter does not act, and the others act as before
             for child in children:
-                stack.enter_context(child.without(name))
+                stack.enter_context(child.suspend(name))
             plain = output()
         weights = targeted_parameters(owner, name) if isinstance(config, GradiendConfig) else {}
         merged = plain
@@ -81,7 +81,7 @@ def verify_adapter(
                 merged = output()
         # Both use the same weights, bit for bit; kernels may sum in another order, which changes far less.
         if merged is not plain and distance([active], [merged]) > 1e-2 * distance([plain], [merged]):
-            with UsedAsTheyAre(weights) as used:
+            with UneditedUses(weights) as used:
                 output()
             return Verification(
                 False,
@@ -95,58 +95,58 @@ def verify_adapter(
         if change == 0:
             where = f"{len(children)} {config.places}"
             return Verification(False, f"Adapter {name!r} is active at {where} but the output is the same without it.")
-        how = f"changes the output by {change:.2%} of its norm"
-    deed, remark = _gradiend_deed(owner, name, config) if isinstance(config, GradiendConfig) else _erasure_deed(found)
-    sentences = [f"Adapter {name!r} {deed} and {how}.", remark, other_than_when_fitted(found.model, name)]
+        outcome = f"changes the output by {change:.2%} of its norm"
+    effect, remark = _gradiend_text(owner, name, config) if isinstance(config, GradiendConfig) else _erasure_text(found)
+    sentences = [f"Adapter {name!r} {effect} and {outcome}.", remark, differences_since_fit(found.model, name)]
     return Verification(True, " ".join(filter(None, sentences)))
 
 
-def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
+def _gradiend_text(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
     """Say in words what an acting GRADIEND adapter does; and how much rounding leaves of it, if not nearly all."""
     layers, parameters = gradiend_layers(model, name).values(), targeted_parameters(model, name).values()
     share = sum(edit.values.numel() for layer in layers for _, edit in layer.edits_of(name))
     total = sum(parameter.numel() for parameter in parameters)
     pair = (config.pairs or [])[config.pair_index(config.pair)]
-    deed = (
+    effect = (
         f"steers {config.feature!r} ({pair[0]} +1, {pair[1]} −1) with feature_factor={config.feature_factor:g} and "
         f"learning_rate={config.learning_rate:g} in {share:,} of {total:,} weights"
     )
     if any(name in layer.merged_adapters for layer in layers) or any(p.device.type == "meta" for p in parameters):
-        return deed, ""
+        return effect, ""
     kept = kept_share(model, name)
-    return deed, "" if kept > 0.999 else f"Rounding to the dtype of the weights leaves {kept:.0%} of the edit."
+    return effect, "" if kept > 0.999 else f"Rounding to the dtype of the weights leaves {kept:.0%} of the edit."
 
 
-def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
+def _erasure_text(found: FoundAdapter[Any]) -> tuple[str, str]:
     """Say in words what an acting erasure does; and what was measured when it was fitted."""
     ranks = [x.eraser_state(found.name)[0].shape[-1] for x in site_layers(found.owner, found.name).values()]
-    config, told = found.config, Provenance.of(found.config)
+    config, provenance = found.config, Provenance.of(found.config)
     shared = f" of {len(config.fitted_modules)} modules" if len(config.fitted_modules) > len(ranks) else ""
-    does = f"erases {config.concept!r}"
+    action = f"erases {config.concept!r}"
     if config.target is not None:
-        does = f"moves {config.concept!r} to target={config.target!r}"
+        action = f"moves {config.concept!r} to target={config.target!r}"
     far = "" if config.strength == 1 else f" with strength={config.strength:g}"
-    deed = f"{does}{far} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
-    reader = f" ({told.reader})" if told.reader else ""
-    guarded = f"It was fitted for pool={told.pool!r}{reader}. " if told.pool else ""
-    leakage: dict[str, tuple[float, float]] = told.leakage
+    effect = f"{action}{far} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
+    reader = f" ({provenance.reader})" if provenance.reader else ""
+    guarded = f"It was fitted for pool={provenance.pool!r}{reader}. " if provenance.pool else ""
+    leakage: dict[str, tuple[float, float]] = provenance.leakage
     if not leakage:
-        return deed, f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
+        return effect, f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
 
-    def shown(site: str) -> str:
-        ends = [f"{end:.2f}" for end in told.leakage_intervals.get(site, ())]
+    def leakage_text(site: str) -> str:
+        ends = [f"{end:.2f}" for end in provenance.leakage_intervals.get(site, ())]
         interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if ends else ""
         before, after = (max(0.0, value) for value in leakage[site])  # older versions wrote signed values
         return f"{site} {before:.3f} → {after:.3f}{interval}"
 
     sites = [name for name in leakage if "last_hidden_state" not in name]
-    parts = [f"worst site {shown(max(sites, key=lambda name: leakage[name][1]))}"] if sites else []
-    parts += [shown(name) for name in leakage if name == "last_hidden_state"]
-    measured = f"Correlation with the concept on {told.measured_on or 'held-out data'} when fitted"
-    return deed, f"{guarded}{measured}: {', '.join(parts)}. {config.reach}"
+    parts = [f"worst site {leakage_text(max(sites, key=lambda name: leakage[name][1]))}"] if sites else []
+    parts += [leakage_text(name) for name in leakage if name == "last_hidden_state"]
+    measured = f"Correlation with the concept on {provenance.measured_on or 'held-out data'} when fitted"
+    return effect, f"{guarded}{measured}: {', '.join(parts)}. {config.reach}"
 
 
-def _why_inactive(found: Found[ChildConfig]) -> str | None:
+def _why_inactive(found: FoundAdapter[ChildConfig]) -> str | None:
     name, config, children = found.name, found.config, adapter_children(found.owner, found.name)
     if not config.fitted:
         return f"it was never fitted. {config.remedy}"
@@ -174,7 +174,7 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
     return None
 
 
-def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
+def _runner(model: nn.Module, found: FoundAdapter[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
     """A function that returns the first floating-point output of the model around an adapter, or of its wrapper."""
     callee: nn.Module = callee_of(model, found.model)
     inputs = inputs_of(batch or {})

@@ -37,7 +37,7 @@ from hf_erasure.adapters.common.acting import adapters_now, warn_user
 from hf_erasure.adapters.common.config import TRAINING, ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children, child_configs, configs_of, is_child
-from hf_erasure.adapters.saving import ON_STAGED, refuse_loss, staged
+from hf_erasure.adapters.saving import ON_STAGED, refuse_lost_adapters, staged_save
 from hf_erasure.hub import cards
 from hf_erasure.hub.pushing import create_model_card
 from hf_erasure.models.model import forked_rng, on_cpu, unwrapped
@@ -174,7 +174,7 @@ def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.train`: warn first of what its saves would lose, then train and log what our callbacks measure."""
     if not _saves_all(trainer):
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
-            refuse_loss(trainer.model)  # its first save would
+            refuse_lost_adapters(trainer.model)  # its first save would
         _warn_of_what_is_left_out(trainer.model)
     _give_own_methods(trainer)
     return original(*args, **kwargs)
@@ -301,7 +301,7 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
     chosen = {name: config for name, config in configs_of(model).items() if only is None or name in only}
     states = {name: _adapter_state(model, name) for name in chosen}  # all states, before one is written
     for name, config in chosen.items():
-        with staged(folder if name == top else folder / name) as content:
+        with staged_save(folder if name == top else folder / name) as content:
             config.save_pretrained(str(content))
             save_file(states[name], content / WEIGHTS, metadata={"format": "pt"})
             for write in ON_STAGED if isinstance(config, ChildConfig) else ():

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.acting import auxiliary_wrappers
 from hf_erasure.adapters.common.config import ChildConfig, Provenance
-from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
+from hf_erasure.adapters.loading.fingerprint import fingerprint, resample
 from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
@@ -212,7 +212,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
         own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
         kept = Provenance.of(adapter.config).fingerprint
         if kept:
-            own["base"] = sampled_again(adapter.host(model) or model, kept)
+            own["base"] = resample(adapter.host(model) or model, kept)
     with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 

@@ -15,16 +15,16 @@ from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers, site_layers
-from hf_erasure.adapters.common.acting import naming_what_goes_off, undone_on_failure, warn_of_what_is_off
+from hf_erasure.adapters.common.acting import undone_on_failure, warn_of_inactive, warn_of_switched_off
 from hf_erasure.adapters.common.config import RECIPE, RECORD, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.common.tuner import exactly
+from hf_erasure.adapters.common.tuner import exact_targets
 from hf_erasure.adapters.erasure.config import CONCEPT_ERASURE
 from hf_erasure.adapters.erasure.layer import CHILD
-from hf_erasure.adapters.loading.fingerprint import without
-from hf_erasure.adapters.saving import staged
+from hf_erasure.adapters.loading.fingerprint import record_without
+from hf_erasure.adapters.saving import staged_save
 from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models.model import as_attribute, base_of, on_cpu
 
@@ -116,17 +116,17 @@ def combine_adapters(
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         labelled = {**batches, names[0]: first}
         sources = [Source(c, labelled[name], f"batches[{name!r}]", batches[name]) for name, c in concepts.items()]
-        warn_of_what_is_off(model, into, expected=names)
+        warn_of_inactive(model, into, expected=names)
         combined_from = task.config.provenance["combined_from"]
         # The concepts must not be erased while they are fitted: their own adapters are off, sticky or not.
         with ExitStack() as stack:
             for name in names:
                 for child in adapter_children(model, name):
-                    stack.enter_context(child.without(name))
+                    stack.enter_context(child.suspend(name))
             fits = solve_sites(task, sources, background, sequential, resident_batches)
             finish_fit(task, sources, fits)
         task.config.provenance["combined_from"] = combined_from
-        task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
+        task.config.provenance[RECORD] = record_without(task.config.provenance[RECORD], names)
     return task.config
 
 
@@ -147,8 +147,8 @@ def _add_adapter(model: Any, configs: dict[str, ConceptErasureConfig], into: str
             "combine_adapters(model.get_base_model(), …)."
         )
     base = base_of(model) if isinstance(model, PeftModel) else model
-    config.target_modules = exactly(list(config.fitted_modules), base)
-    with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=list(configs)):
+    config.target_modules = exact_targets(list(config.fitted_modules), base)
+    with warnings.catch_warnings(), warn_of_switched_off(model, into, expected=list(configs)):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if isinstance(model, PeftModel):
             model.add_adapter(into, config)
@@ -289,7 +289,7 @@ def _combined_config(
             "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
             "leakage": {},
             "combined_from": combined,
-            RECORD: without((entry for source in sources for entry in source.active_adapters or ()), configs),
+            RECORD: record_without((entry for source in sources for entry in source.active_adapters or ()), configs),
             "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
         },
     )
@@ -357,7 +357,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     examples = config.provenance["examples"]
     config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": rows_in_words(examples, examples)}
     config.provenance.pop(RECIPE, None)
-    with staged(Path(output)) as content:
+    with staged_save(Path(output)) as content:
         config.save_pretrained(str(content))
         save_file(weights, content / WEIGHTS, metadata={"format": "pt"})
     return config

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
-from hf_erasure.adapters.common.acting import take_off, warn_of_what_is_off
+from hf_erasure.adapters.common.acting import remove_from_children, warn_of_inactive
 from hf_erasure.adapters.common.config import RECORD
-from hf_erasure.adapters.common.tuner import exactly
-from hf_erasure.adapters.loading.fingerprint import active_beside, fingerprint
-from hf_erasure.adapters.merging.probe import sites_without_room
+from hf_erasure.adapters.common.tuner import exact_targets
+from hf_erasure.adapters.loading.fingerprint import fingerprint, other_acting_adapters
+from hf_erasure.adapters.merging.probe import sites_without_bias
 from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.models.model import class_name, evaluating
 
@@ -102,12 +102,12 @@ def fit_concept_erasure(
     collator = getattr(batches, "collate_fn", None)
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
-    warn_of_what_is_off(model, adapter_name)
+    warn_of_inactive(model, adapter_name)
     checkpoint, rows = None, None if eval_batches is None else RowSet()
     with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
         if checkpoint_dir is not None:
             with task.processes.fail_together("opening checkpoint_dir"):
-                active = active_beside(model, task.name)
+                active = other_acting_adapters(model, task.name)
                 checkpoint = FitCheckpoint(
                     checkpoint_dir,
                     task.config,
@@ -152,7 +152,7 @@ def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, in
                 "concept_dataloader(…, environment_column=…), or ConceptErasureConfig(environments=[…]) for batches "
                 "of your own with concept_environments."
             )
-        config.check_beside()
+        config.check_extras()
         yield
     except BaseException:
         for name, value in before.items():
@@ -175,7 +175,7 @@ def solve_sites(
             "holds one batch at a time anyway."
         )
     if task.config.affine is None:
-        own = sites_without_room(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
+        own = sites_without_bias(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
         task.linear = task.processes.broadcast(own)
     elif not task.config.affine:
         task.linear = task.layers.keys()
@@ -342,10 +342,10 @@ def finish_fit(
 def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[str]) -> None:
     """Take an adapter off sites that the user did not name, and warn which sites these are, and why."""
     sharers = erasure_layers(task.owner, task.name).values()
-    take_off([layer for layer in sharers if layer.erasures[task.name].holder in layers.values()], task.name)
+    remove_from_children([layer for layer in sharers if layer.erasures[task.name].holder in layers.values()], task.name)
     if task.config.weights is not None:
         task.config.weights = {site: task.config.weights[site] for site in task.layers}
-    task.config.target_modules = exactly(list(task.config.fitted_modules), task.owner)
+    task.config.target_modules = exact_targets(list(task.config.fitted_modules), task.owner)
     unlabelled = [site for site in layers if site in uncovered]
     unreached = [site for site in layers if site not in uncovered]
     why = [f"the batches do not reach {unreached}"] if unreached else []
@@ -370,5 +370,5 @@ def _record_fit(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) 
         **{name: getattr(report, name) for name in figures},
         **{name: left for name in ("residuals", "unsettled", "counterfactuals") if (left := getattr(report, name))},
         "fingerprint": fingerprint(task.owner, list(fits)),
-        RECORD: active_beside(task.runner.model, task.name),
+        RECORD: other_acting_adapters(task.runner.model, task.name),
     }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
-from hf_erasure.adapters.common.lookup import Found, adapter_of
+from hf_erasure.adapters.common.lookup import FoundAdapter, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
 from hf_erasure.models import POOLS, check_pool, reading_of
@@ -126,7 +126,7 @@ def task_for(
     return task, itertools.chain(first, rest)
 
 
-def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureConfig], dict[str, ErasureLayer]]:
+def adapter_to_fit(model: nn.Module, name: str) -> tuple[FoundAdapter[ConceptErasureConfig], dict[str, ErasureLayer]]:
     """Find an adapter, check that it can be fitted, and return it with its sites."""
     found = adapter_of(model, name, ConceptErasureConfig)
     layers = site_layers(found.owner, name)

@@ -12,7 +12,7 @@ from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.loading.fingerprint import unlike
+from hf_erasure.adapters.loading.fingerprint import most_different_weight
 from hf_erasure.adapters.saving import digest_of
 from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.models.pooling import IN_WORDS
@@ -162,7 +162,7 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
             f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}."
         )
-    elif weight := unlike(kept, seen):
+    elif weight := most_different_weight(kept, seen):
         raise ValueError(
             f"{path} was measured on another base than the {config.described} was fitted on, as the weight {weight!r} "
             f"shows, so its figures are not those of this adapter. {again}"

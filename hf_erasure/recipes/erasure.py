@@ -470,7 +470,7 @@ def pooled_states(
 
     def look(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
-            hidden = layers[site].erased(adapter_name, hidden)
+            hidden = layers[site].apply_eraser(adapter_name, hidden)
         aligned, selection = current[0].select(hidden, runner.side_of(site))
         seen(erased, site, aligned, selection)
         return hidden

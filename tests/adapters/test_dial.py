@@ -90,12 +90,12 @@ def state(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
 def test_strength_scales_what_is_subtracted(strength: float) -> None:
     model, batch = fitted(), small_batch("gpt_neox", seed=5)
     plain = activations(model, batch)
-    full = {path: layer.erased(NAME, plain[path]) for path, layer in erasure_layers(model).items()}
+    full = {path: layer.apply_eraser(NAME, plain[path]) for path, layer in erasure_layers(model).items()}
     set_strength(model, NAME, strength)
     assert model.peft_config[NAME].strength == strength
     for path, layer in erasure_layers(model).items():
         expected = plain[path] + strength * (full[path] - plain[path])
-        torch.testing.assert_close(layer.erased(NAME, plain[path]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.apply_eraser(NAME, plain[path]), expected, rtol=1e-4, atol=1e-5)
     if strength == 0:
         assert same(outputs_of(model, batch), outputs_of(base("gpt_neox"), batch))
 
@@ -131,10 +131,10 @@ def test_a_target_gives_every_state_the_reading_of_its_class(architecture: str, 
             means = torch.stack([reads[ids == label].mean(0) for label in (0, 1)])
             goal = (torch.tensor(weights, dtype=torch.float64)[:, None] * means).sum(0)
             apart = float((means[1] - means[0]).abs().max())
-            found = layer.erased(NAME, rows.float()).double() @ right.double().T
+            found = layer.apply_eraser(NAME, rows.float()).double() @ right.double().T
             assert float((found - goal).abs().max()) < 1e-4 * max(apart, float(reads.abs().max()))
             # And what is not read stays: only along the lefts does anything move.
-            rest = rows - layer.erased(NAME, rows.float()).double()
+            rest = rows - layer.apply_eraser(NAME, rows.float()).double()
             along = torch.linalg.lstsq(left.double(), rest.T).solution
             assert float((rest.T - left.double() @ along).abs().max()) < 1e-4 * float(rows.abs().max())
 
@@ -167,7 +167,7 @@ def test_a_target_of_values_is_where_regression_says(tmp_path: Path) -> None:
     regression = torch.linalg.lstsq(design, rows @ right.T).solution
     goal = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64) @ regression
     torch.testing.assert_close(
-        (layer.erased(NAME, rows.float()).double() @ right.T), goal.expand(200, -1), atol=1e-4, rtol=1e-4
+        (layer.apply_eraser(NAME, rows.float()).double() @ right.T), goal.expand(200, -1), atol=1e-4, rtol=1e-4
     )
 
 
@@ -189,19 +189,19 @@ def activations_of(layer: Any, model: nn.Module, vectors: Tensor) -> Tensor:
 @pytest.mark.parametrize("site", ["output", "input"])
 def test_a_merge_and_an_export_are_of_what_acts(site: str, changed: dict, tmp_path: Path) -> None:
     model, batch = fitted(site=site), small_batch("gpt_neox", seed=5)
-    dialled = loaded("gpt_neox", saved(model, tmp_path / "adapter", **changed))
-    acting = outputs_of(dialled, batch)
+    dial_cache = loaded("gpt_neox", saved(model, tmp_path / "adapter", **changed))
+    acting = outputs_of(dial_cache, batch)
     assert distance(acting, outputs_of(model, batch)) > 100 * TOLERANCE
-    export_to_lora(dialled, NAME, tmp_path / "lora")
+    export_to_lora(dial_cache, NAME, tmp_path / "lora")
     lora = peft.PeftModel.from_pretrained(base("gpt_neox"), tmp_path / "lora")
     assert distance(outputs_of(lora, batch), acting) < TOLERANCE
-    dialled.merge_adapter()
-    assert distance(outputs_of(dialled, batch), acting) < TOLERANCE
+    dial_cache.merge_adapter()
+    assert distance(outputs_of(dial_cache, batch), acting) < TOLERANCE
     with pytest.raises(ValueError, match="is merged into the weights: call unmerge_adapter"):
-        set_strength(dialled, NAME, 1)
-    dialled.unmerge_adapter()
-    assert same(outputs_of(dialled, batch), acting)
-    assert distance(outputs_of(dialled.merge_and_unload(), batch), acting) < TOLERANCE
+        set_strength(dial_cache, NAME, 1)
+    dial_cache.unmerge_adapter()
+    assert same(outputs_of(dial_cache, batch), acting)
+    assert distance(outputs_of(dial_cache.merge_and_unload(), batch), acting) < TOLERANCE
 
 
 @pytest.mark.parametrize("targets", [None, "readers"])

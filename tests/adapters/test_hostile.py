@@ -313,7 +313,7 @@ def test_files_that_cannot_be_looked_at_are_not_loaded(lifecycle: Lifecycle, mon
 
 def test_patterns_match_as_those_of_re():
     config = ConceptErasureConfig(labels=["a", "b"], target_modules=r".*\.(query|value)", exclude_modules=r".*\.0\..*")
-    plain = patterns.as_names(config, "layer.0.query", "layer.1.query", "layer.1.query_", "layer.1.key")
+    plain = patterns.resolve_patterns(config, "layer.0.query", "layer.1.query", "layer.1.query_", "layer.1.key")
     assert plain.target_modules == {"layer.0.query", "layer.1.query"} and plain.exclude_modules == {"layer.0.query"}
     assert config.target_modules == r".*\.(query|value)"
 

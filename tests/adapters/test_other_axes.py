@@ -66,9 +66,9 @@ def test_they_are_verified_combined_and_described(fitted: tuple, tmp_path: Path)
     assert {site: size[axis] for site, size in sizes.items()} == {site: size[axis] for site, size in own.items()}
     for site, layer in erasure_layers(model, "both").items():
         hidden = torch.randn(3, 8, sizes[site]["width"], generator=torch.Generator().manual_seed(0))
-        both = layer.erased("both", hidden.movedim(-1, sizes[site].get("axis", -1)))
+        both = layer.apply_eraser("both", hidden.movedim(-1, sizes[site].get("axis", -1)))
         # What one of them erases, the joint one has erased.
-        assert torch.allclose(layer.erased("e", both), both, atol=ROUNDING)
+        assert torch.allclose(layer.apply_eraser("e", both), both, atol=ROUNDING)
     model.save_pretrained(tmp_path)
     card = (tmp_path / "e" / "README.md").read_text(encoding="utf-8")
     assert all(site in card for site in own)

@@ -22,7 +22,7 @@ import hf_erasure
 from hf_erasure import ConceptErasureConfig, patches
 from hf_erasure.adapters import ConceptErasureModel, internals
 from hf_erasure.adapters.common import acting
-from hf_erasure.adapters.internals import INTERNALS, check_internals, check_pair
+from hf_erasure.adapters.internals import INTERNALS, check_internals, check_versions
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.prepared import TRANSFORMERS, Ended, run, run_code
 from tests.small_models import LABELS, outputs_of, same, small_batch
@@ -246,9 +246,9 @@ def test_a_transformers_that_demands_a_newer_peft_is_named_at_import():
     with pytest.warns(
         UserWarning, match=r"demands peft>=99\.0, and peft .* pip install 'peft>=99\.0', or.*'transformers<"
     ):
-        check_pair("99.0")
+        check_versions("99.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_pair("0.1")
-        check_pair(None)  # a release that says nothing
-        check_pair()  # the pair that is installed
+        check_versions("0.1")
+        check_versions(None)  # a release that says nothing
+        check_versions()  # the pair that is installed

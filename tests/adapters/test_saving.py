@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_erasure.adapters import saving
 from hf_erasure.adapters.common.files import root_of, target_of
-from hf_erasure.adapters.saving import ON_STAGED, finish, staged
+from hf_erasure.adapters.saving import ON_STAGED, finish_save, staged_save
 from tests.adapters import saving_processes
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.adapters.lifecycle import Cell, Lifecycle
@@ -91,7 +91,7 @@ def test_processes_that_save_at_once_do_not_mix(killed: dict[str, Any]):
 def test_nothing_but_the_adapter_is_left(lifecycle: Lifecycle, tmp_path: Path):
     """Also where another save into the same folder begins and ends in the middle of it; the last to commit wins."""
     first, second = lifecycle.fitted(CELL), lifecycle.fitted(CELL, seed=200)
-    with staged(tmp_path) as content:
+    with staged_save(tmp_path) as content:
         (content / "adapter_config.json").write_text("{}")
         second.save_pretrained(tmp_path)
         assert content.exists()
@@ -264,7 +264,7 @@ def test_what_a_folder_pretends_to_be_left_by_a_save_does_no_harm(lifecycle: Lif
     lifecycle.fitted(CELL).save_pretrained(folder)
     assert (outside / "secret").read_text() == "kept"
     (folder / saving.COMMIT).symlink_to(outside)
-    for act in (lambda: lifecycle.fitted(CELL).save_pretrained(folder), lambda: finish(folder)):
+    for act in (lambda: lifecycle.fitted(CELL).save_pretrained(folder), lambda: finish_save(folder)):
         with pytest.raises(ValueError, match="is not a folder that a save has left"):
             act()
     with pytest.raises(ValueError, match="is not a folder that a save has left"):

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers, site_layers
 from hf_erasure.adapters.erasure import layer as erasure_layer
-from hf_erasure.adapters.erasure.layer import MadeOnce
+from hf_erasure.adapters.erasure.layer import SharedResults
 from hf_erasure.erasers import Eraser
 from tests.small_models import LABELS, distance, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 
@@ -95,7 +95,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def kept(model: nn.Module) -> int:
-    return sum(len(own.made) for layer in erasure_layers(model).values() for own in layer.erasures.values())
+    return sum(len(own.results) for layer in erasure_layers(model).values() for own in layer.erasures.values())
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------
@@ -144,12 +144,12 @@ def test_a_compiled_model_is_one_graph() -> None:
 
 
 def test_what_an_eraser_made_dies_with_what_reads_it() -> None:
-    model, made = fitted(), []
+    model, inputs = fitted(), []
     module = model.model.layers[0].self_attn.v_proj
-    module.register_forward_pre_hook(lambda module, args: made.append(weakref.ref(args[0])))
+    module.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
     outputs_of(model, small_batch("llama"))
     gc.collect()
-    assert len(made) == 1 and made[0]() is None
+    assert len(inputs) == 1 and inputs[0]() is None
 
 
 def test_a_module_that_is_not_called_keeps_nothing_alive() -> None:
@@ -373,37 +373,38 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 
 @given(steps=st.lists(st.sampled_from(sorted(CHANGES)), max_size=8), modules=st.integers(1, 4), grad=st.booleans())
 def test_what_comes_back_is_what_the_eraser_would_make(steps: list[str], modules: int, grad: bool) -> None:
-    made, make, hidden = MadeOnce(), Counted(), torch.zeros(2, 3)
+    results, make, hidden = SharedResults(), Counted(), torch.zeros(2, 3)
     with torch.set_grad_enabled(grad):
         for step in steps:
             CHANGES[step](hidden)
-            assert torch.equal(made.of(hidden, make, modules, (make,)), hidden + 1)
-            assert torch.equal(made.of(hidden.view(3, 2), make, modules, (make,)), hidden.view(3, 2) + 1)
+            assert torch.equal(results.compute(hidden, make, modules, (make,)), hidden + 1)
+            assert torch.equal(results.compute(hidden.view(3, 2), make, modules, (make,)), hidden.view(3, 2) + 1)
     del hidden
-    assert len(made) == 0
+    assert len(results) == 0
 
 
 def test_views_of_one_storage_and_shape_are_one_tensor() -> None:
-    made, make, hidden = MadeOnce(), Counted(), torch.zeros(2, 3, 4)
+    results, make, hidden = SharedResults(), Counted(), torch.zeros(2, 3, 4)
     for _ in range(3):
-        made.of(hidden.view(6, 4), make, 3, (make,))
-    made.of(hidden.view(4, 6), make, 3, (make,))
+        results.compute(hidden.view(6, 4), make, 3, (make,))
+    results.compute(hidden.view(4, 6), make, 3, (make,))
     assert make.calls == 2
 
 
 def test_a_result_that_was_changed_is_made_anew() -> None:
-    made, make, hidden = MadeOnce(), Counted(), torch.zeros(3)
-    made.of(hidden, make, 3, (make,)).mul_(7)
-    assert torch.equal(made.of(hidden, make, 3, (make,)), torch.ones(3))
+    results, make, hidden = SharedResults(), Counted(), torch.zeros(3)
+    results.compute(hidden, make, 3, (make,)).mul_(7)
+    assert torch.equal(results.compute(hidden, make, 3, (make,)), torch.ones(3))
 
 
 def test_where_gradients_are_recorded_nothing_is_kept() -> None:
     """A result that has a graph holds the tensor, which would hold the result."""
-    made, make, hidden = MadeOnce(), Counted(), torch.zeros(3, requires_grad=True)
+    results, make, hidden = SharedResults(), Counted(), torch.zeros(3, requires_grad=True)
     with torch.no_grad():
-        assert not made.of(hidden, make, 3, (make,)).requires_grad
-    assert made.of(hidden, make, 3, (make,)).requires_grad
+        assert not results.compute(hidden, make, 3, (make,)).requires_grad
+    assert results.compute(hidden, make, 3, (make,)).requires_grad
     for reentrant in (True, False):
-        checkpoint(lambda x: made.of(x, make, 3, (make,)).sin(), hidden, use_reentrant=reentrant).sum().backward()
-    del hidden
-    assert len(made) == 0
+        sines = checkpoint(lambda x: results.compute(x, make, 3, (make,)).sin(), hidden, use_reentrant=reentrant)
+        sines.sum().backward()
+    del hidden, sines
+    assert len(results) == 0

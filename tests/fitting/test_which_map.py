@@ -115,7 +115,7 @@ def test_the_mean_stays_at_every_site() -> None:
     for path, layer in erasure_layers(model).items():
         layer.observers.clear()
         rows = seen[path][batch["attention_mask"].bool()].double()
-        moved = layer.erased("gender", rows).mean(0) - rows.mean(0)
+        moved = layer.apply_eraser("gender", rows).mean(0) - rows.mean(0)
         assert float((moved.abs() / rows.std(0)).max()) < 1e-5
 
 

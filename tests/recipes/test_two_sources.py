@@ -65,7 +65,7 @@ def test_what_is_judged_is_the_adapter(search: Any, assets: Path, tmp_path: Path
     model = AutoModel.from_pretrained(base)
     model.load_adapter(str(tmp_path))
     (layer,) = erasure_layers(model, "default").values()
-    erased = layer.erased("default", found.states[None])[0]
+    erased = layer.apply_eraser("default", found.states[None])[0]
     expected = found.eraser(0, ("fit", "choose"), rank)(found.states.double())
     torch.testing.assert_close(erased.double(), expected, atol=1e-3, rtol=1e-3)
     assert len(list(tmp_path.glob("read-*.pt"))) == 1

@@ -30,10 +30,10 @@ from hf_erasure.models.model import base_of
 
 from .config import ChildConfig
 from .files import PREFIX
-from .layer import AdapterChild, adapter_children, child_configs, configs_of, is_child, refuse_names
+from .layer import AdapterChild, adapter_children, child_configs, configs_of, is_child, refuse_adapter_names
 
 # The ids of the base models on which a running call will be undone if it fails.
-_UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
+_GUARDED: ContextVar[frozenset[int]] = ContextVar("guarded", default=frozenset())
 # The attribute that DDP reads when it wraps a module; it lists names relative to that module.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 # True while an adapter is being added or loaded: the warning of adapters that went off comes once, at the end.
@@ -42,7 +42,7 @@ _LIBRARIES = ("hf_erasure", "peft", "transformers", "trl", "torch", "contextlib"
 
 
 @dataclass(frozen=True)
-class Present:
+class PresentAdapters:
     """The adapters of a model: name → the noun that messages use for it."""
 
     configs: dict[str, PeftConfig] = field(default_factory=dict)  # includes adapters on a part of the model
@@ -52,9 +52,9 @@ class Present:
     acting: dict[str, str] = field(default_factory=dict)  # the adapters that act, merged or not
 
 
-def adapters_now(model: nn.Module) -> Present:
+def adapters_now(model: nn.Module) -> PresentAdapters:
     """The present adapters of a model, including those of other methods."""
-    found, modules = Present(), list(model.modules())
+    found, modules = PresentAdapters(), list(model.modules())
     # The token layer inside an embedding's wrapper belongs to the adapter that it was trained with.
     wrappers = (module for module in modules if isinstance(module, AuxiliaryTrainingWrapper))
     inside = {id(wrapper._modules.get("token_adapter")) for wrapper in wrappers}
@@ -85,12 +85,12 @@ def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
     return type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0].upper()
 
 
-def warn_user(told: str) -> None:
+def warn_user(message: str) -> None:
     """Warn the first caller outside of the libraries."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(told, stacklevel=level)
+    warnings.warn(message, stacklevel=level)
 
 
 # ---- modules that are trained with an adapter ------------------------------------------------------------------------
@@ -101,19 +101,19 @@ def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
 
 
-class _Stays(str):
+class _KeptCopy(str):
     """The name of an adapter whose copy goes on acting, whichever adapter PEFT switches on."""
 
 
 @dataclass(eq=False)
-class Within:
+class ModelReference:
     """The model that contains the children. A deep copy of a part, with its children, does not copy the whole model."""
 
     model: Callable[[], nn.Module | None]  # a weak reference to the model
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Within:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelReference:
         copied = memo.get(id(self.model()))
-        return self if copied is None else Within(weakref.ref(copied))
+        return self if copied is None else ModelReference(weakref.ref(copied))
 
     def __getstate__(self) -> tuple[nn.Module | None]:
         return (self.model(),)
@@ -122,18 +122,18 @@ class Within:
         (model,) = state
         self.model = (lambda: None) if model is None else weakref.ref(model)
 
-    def note(self) -> None:
+    def update_model(self) -> None:
         """Update the model after a child has gone, if it was the last one."""
         model = self.model()
         if model is not None and not any(isinstance(module, AdapterChild) for module in model.modules()):
-            note_adapters(model, deleting=True)
+            update_model(model, deleting=True)
 
 
-class _Trained(AuxiliaryTrainingWrapper):
+class _TrainedWrapper(AuxiliaryTrainingWrapper):
     """PEFT's wrapper in a model with adapters of this package: the copy that acts now goes on acting."""
 
     ours: set[str]  # the adapters of this package that have a copy here
-    within: Within
+    model_reference: ModelReference
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Remove an adapter's copy; after the last copy, the original module replaces the wrapper."""
@@ -143,38 +143,38 @@ class _Trained(AuxiliaryTrainingWrapper):
         super().delete_adapter(adapter_name, follows[:1])
         if acting:
             self._active_adapter = before if isinstance(before, str) else acting
-        model = self.within.model()
+        model = self.model_reference.model()
         if model is not None and not left:
             for place in [name for name, module in model.named_modules() if module is self]:
                 model.set_submodule(place, self.original_module)
         if model is None or not adapter_children(model):
-            self.be_plain()
+            self.restore_class()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let the copy of one of these adapters act, or no copy; transformers also passes adapters without a copy."""
-        if not isinstance(adapter_names, _Stays):
+        if not isinstance(adapter_names, _KeptCopy):
             names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
             known = [name for name in names if name in self._adapters]
             super().set_adapter(adapter_names if known == [adapter_names] else known, inference_mode=inference_mode)
 
-    def be_plain(self) -> None:
+    def restore_class(self) -> None:
         """Become PEFT's own wrapper again."""
         _, self.__class__ = type(self).__bases__
-        del self.ours, self.within
+        del self.ours, self.model_reference
 
 
-class TrainedTokens(_Trained, TrainableTokensWrapper):
+class TrainedTokens(_TrainedWrapper, TrainableTokensWrapper):
     """The wrapper of an embedding in which an adapter trains some rows."""
 
 
-class TrainedModule(_Trained, ModulesToSaveWrapper):
+class TrainedModule(_TrainedWrapper, ModulesToSaveWrapper):
     """The wrapper of a module that is trained with an adapter; our copy stays on when another method is switched."""
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """The adapter whose copy is switched on when PEFT switches the layers of a method."""
         found = super().check_set_adapter(adapter_name)
         acting = self.ours.intersection(self.active_adapters)
-        return _Stays(*acting) if acting and found not in self._adapters else found
+        return _KeptCopy(*acting) if acting and found not in self._adapters else found
 
 
 class ActiveCopies:
@@ -211,7 +211,7 @@ class ActiveCopies:
         self.restore([place for place in left if place in self.on and stays(self.on[place])], trained=trained)
 
 
-def check_one_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]:
+def check_single_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]:
     """Return the names of the adapters to switch on; raise an error where several have a copy of the same module."""
     names = [adapters] if isinstance(adapters, str) else list(adapters)
     for place, wrapper in auxiliary_wrappers(model).items():
@@ -228,7 +228,7 @@ def check_one_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]
 
 def _remove_adapter(model: Any, adapter_name: str) -> None:
     """Remove an adapter from all its modules, with its configuration and the children that become empty."""
-    take_off(adapter_children(model, adapter_name), adapter_name)
+    remove_from_children(adapter_children(model, adapter_name), adapter_name)
     for child in adapter_children(model):
         if not child.adapters:
             child.detach()
@@ -237,14 +237,14 @@ def _remove_adapter(model: Any, adapter_name: str) -> None:
             wrapper.delete_adapter(adapter_name, [])
         if not wrapper._adapters:
             model.set_submodule(name, wrapper.original_module)
-    note_adapters(model)
+    update_model(model)
     configs = configs_of(model)
     configs.pop(adapter_name, None)
     if not configs and "peft_config" in vars(model):
         del model.peft_config
 
 
-def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
+def remove_from_children(children: Iterable[AdapterChild], adapter_name: str) -> None:
     """Remove an adapter from some of its modules; children that become empty are removed too."""
     for child in children:
         child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
@@ -253,7 +253,7 @@ def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
         child.delete_adapter(adapter_name)
 
 
-def note_adapters(model: Any, *, deleting: bool = False) -> None:
+def update_model(model: Any, *, deleting: bool = False) -> None:
     """Change the model itself after adapters were added or removed; without adapters, it becomes as it was before.
 
     Its modules that are trained with an adapter keep the copy that acts; this is skipped while PEFT is `deleting` an
@@ -261,21 +261,21 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
     `adapter_names`, which most transformers models accept and ignore; a `PeftModel` reads it and does not pass it on.
     """
     base = base_of(model) if hasattr(model, "get_base_model") else model
-    within = Within(weakref.ref(base))
+    model_reference = ModelReference(weakref.ref(base))
     ours = {name for child in adapter_children(base) for name in child.sticky_adapters}
     for wrapper in [] if deleting else auxiliary_wrappers(base).values():
         if ours:
             wrapper.__class__ = TrainedModule if isinstance(wrapper, ModulesToSaveWrapper) else TrainedTokens
-            vars(wrapper).update(ours=ours & wrapper._adapters, within=within)
-        elif isinstance(wrapper, _Trained):
-            wrapper.be_plain()
+            vars(wrapper).update(ours=ours & wrapper._adapters, model_reference=model_reference)
+        elif isinstance(wrapper, _TrainedWrapper):
+            wrapper.restore_class()
     ignored = base.__dict__.get(_IGNORED)
-    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_names]
+    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_adapter_names]
     if ours:
         if not isinstance(ignored, AdapterBuffers):
             setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
         if not refusing:
-            base.register_forward_pre_hook(refuse_names, with_kwargs=True)
+            base.register_forward_pre_hook(refuse_adapter_names, with_kwargs=True)
         return
     if isinstance(ignored, AdapterBuffers):
         delattr(base, _IGNORED)
@@ -320,9 +320,9 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
 
 def rehome_layers(model: nn.Module) -> None:
     """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
-    modules, within = dict(model.named_modules()), Within(weakref.ref(model))
+    modules, model_reference = dict(model.named_modules()), ModelReference(weakref.ref(model))
     for child in adapter_children(model):
-        child.within = within
+        child.model_reference = model_reference
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
@@ -340,7 +340,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     by what the block has left in the model; without `is_new`, by the configurations of the model.
     """
     base = base_of(model) if hasattr(model, "get_base_model") else model
-    if id(base) in _UNDONE.get():  # the outer block undoes all
+    if id(base) in _GUARDED.get():  # the outer block undoes all
         yield
         return
     is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
@@ -353,7 +353,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     wrappers = [w.modules_to_save for w in model.modules() if isinstance(w, ModulesToSaveWrapper)]
     copies = [wrapper[adapter_name].state_dict(keep_vars=True) for wrapper in wrappers if adapter_name in wrapper]
     tensors = [(tensor, tensor.detach().clone()) for copy in copies for tensor in copy.values()]
-    token = _UNDONE.set(_UNDONE.get() | {id(base)})
+    token = _GUARDED.set(_GUARDED.get() | {id(base)})
     try:
         yield
     except BaseException:
@@ -378,14 +378,14 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
             trained_copies.restore()
         raise
     finally:
-        _UNDONE.reset(token)
+        _GUARDED.reset(token)
 
 
 # ---- adapters that go off when another comes -------------------------------------------------------------------------
 
 
 @contextmanager
-def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
+def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
     """Warn of adapters that acted before a new one came and do not act afterwards, except the `expected` ones."""
     if ADDING.get():  # the outer call warns
         yield
@@ -413,7 +413,7 @@ def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             both = f"Use both with {holder}.set_adapter({together})"
             both += " of the PeftModel" if holder == "base_model" else ""
         warn_user(
-            f"Adding {newcomer!r} switched {_listed(off)} off, since PEFT activates only the newcomer.{stays} "
+            f"Adding {newcomer!r} switched {_in_words(off)} off, since PEFT activates only the newcomer.{stays} "
             f"{both}{sticky}."
         )
     if copies.wrappers or auxiliary_wrappers(model):
@@ -446,7 +446,7 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
             )
 
 
-def _listed(adapters: Mapping[str, str]) -> str:
+def _in_words(adapters: Mapping[str, str]) -> str:
     return ", ".join(f"the {noun} {name!r}" for name, noun in sorted(adapters.items()))
 
 
@@ -454,13 +454,13 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     """`set_adapter` of a transformers model, which by itself fails at trained modules and warns of nothing."""
     if not adapter_children(model):
         return original(adapter_name)
-    names, copies = check_one_copy(model, adapter_name), ActiveCopies(model)
-    note_adapters(model)  # a task class of PEFT may have added its head since
+    names, copies = check_single_copy(model, adapter_name), ActiveCopies(model)
+    update_model(model)  # a task class of PEFT may have added its head since
     ours = {name for name, config in adapters_now(model).configs.items() if isinstance(config, ChildConfig)}
     # `add_adapter` ends with the same call as a user's: only the running frames tell the two apart.
     running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")
     is_adding = any(frame.f_locals.get("self") is model for frame in running)
-    with naming_what_goes_off(model, names[0]) if is_adding else nullcontext():
+    with warn_of_switched_off(model, names[0]) if is_adding else nullcontext():
         original(adapter_name)
         for wrapper in copies.wrappers.values():
             wrapper.set_adapter(names)
@@ -470,7 +470,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         warn_of_copies(model, copies.on)
 
 
-def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
+def warn_of_inactive(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
     """Warn of the loaded adapters that do not act while one is fitted, except those `expected` to be off."""
     now = adapters_now(model)
     known = {*now.acting, *expected, adapter_name}
@@ -482,6 +482,6 @@ def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[
         together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]
         are, them = ("are", "them") if len(off) > 1 else ("is", "it")
         warn_user(
-            f"{adapter_name!r} is being fitted while {_listed(off)} {are} off: the result is for the model without "
+            f"{adapter_name!r} is being fitted while {_in_words(off)} {are} off: the result is for the model without "
             f"{them}. If they should act together, call model.set_adapter({together}) first, and then fit."
         )

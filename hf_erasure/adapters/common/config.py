@@ -48,7 +48,7 @@ RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"
 # The data that the figures of a recipe's run were measured on, in words.
 TESTED_ON = "the recipe's test split"
 # Fields that decide how an adapter is used: a value of a wrong type is refused when the configuration is read.
-_REFUSED = (
+_CHECKED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
     "measured_on", "residuals", "unsettled",
 )  # fmt: skip
@@ -90,7 +90,7 @@ class ChildConfig(PeftConfig):
             # A text passes where a list of texts is declared: the checks below have a better message for it.
             if not fits(value, hint):
                 raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {in_words(hint)}.")
-        for name in _REFUSED:
+        for name in _CHECKED:
             value = self.provenance.get(name)
             if value is not None and not fits(value, hints(Provenance)[name]):
                 raise TypeError(f"provenance[{name!r}]={short(value)} is not what fitting writes there.")
@@ -162,7 +162,7 @@ class ChildConfig(PeftConfig):
             del self.modules_to_save[count:]
             self.modules_to_save = self.modules_to_save or None
 
-    def take_fitted(self, saved: ChildConfig) -> None:
+    def adopt_fit(self, saved: ChildConfig) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one."""
         if saved.fitted and not self.fitted:
             for known in fields(self):
@@ -188,7 +188,7 @@ class ChildConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConfig, where: str) -> str | None:
+def find_fault(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConfig, where: str) -> str | None:
     """Say what is wrong with tensors that were found `where`, by name → type and shape; None if all are right."""
     expected = config.tensors()
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
@@ -209,7 +209,7 @@ def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConf
 # ---- names and patterns ----------------------------------------------------------------------------------------------
 
 
-def as_names(config: Any, *names: str) -> Any:
+def resolve_patterns(config: Any, *names: str) -> Any:
     """A copy of a configuration in which each pattern is replaced by the set of those `names` that it matches."""
     plain, began = copy.copy(config), time.process_time()
     for key in _PATTERNS:
@@ -276,9 +276,9 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
 
 
-def damaged(told: str, writer: str = "Fitting") -> ValueError:
+def field_error(message: str, writer: str = "Fitting") -> ValueError:
     """The error for a field that users do not write, with a value that its writer never writes."""
-    return ValueError(f"{told}. {writer} writes that; in a loaded {CONFIG} it means that the file is damaged.")
+    return ValueError(f"{message}. {writer} writes that; in a loaded {CONFIG} it means that the file is damaged.")
 
 
 def short(value: Any) -> str:
@@ -331,7 +331,7 @@ class Data(Part):
 
 
 @dataclass(frozen=True)
-class Told(Data):
+class MakerFacts(Data):
     """Facts that only the maker of an adapter knows, and figures that were measured afterwards."""
 
     license: str = ""  # its identifier on the Hub
@@ -404,4 +404,4 @@ class Provenance(Part):
     selection: ChosenEdit = field(default_factory=ChosenEdit)  # GRADIEND only: how its strength was chosen
     training: Training = field(default_factory=Training)  # what was measured while the model was trained
     recipe: RecipeRun = field(default_factory=RecipeRun)  # what a run of a recipe says of its data, and has measured
-    card: Told = field(default_factory=Told)  # what its maker wrote for the card
+    card: MakerFacts = field(default_factory=MakerFacts)  # what its maker wrote for the card

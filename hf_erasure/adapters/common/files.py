@@ -22,22 +22,22 @@ CARD = "README.md"
 COMMIT = ".hf-erasure-commit"
 STAGING = ".hf-erasure-saving-"
 # The reason why the files of the adapter that is being loaded could not be checked; such an adapter is refused.
-UNSEEN: ContextVar[str | None] = ContextVar("unseen", default=None)
+UNCHECKED: ContextVar[str | None] = ContextVar("unchecked", default=None)
 
 
 def target_of(folder: str | Path) -> Path:
     """The final path of a staged folder, or of a path in one; the path itself where it is not staged."""
-    parts, at = Path(folder).parts, _staged_at(folder)
+    parts, at = Path(folder).parts, _staging_depth(folder)
     return Path(folder) if at is None else Path(*parts[:at], *parts[at + 2 :])
 
 
 def root_of(folder: str | Path) -> Path:
     """The staged form of the folder that the user saves to, which may contain an adapter's staged folder."""
-    at = _staged_at(folder)
+    at = _staging_depth(folder)
     return Path(folder) if at is None else Path(*Path(folder).parts[: at + 2])
 
 
-def _staged_at(folder: str | Path) -> int | None:
+def _staging_depth(folder: str | Path) -> int | None:
     return next((at for at, part in enumerate(Path(folder).parts) if part.startswith(STAGING)), None)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import ChildConfig
 
 if TYPE_CHECKING:
-    from .acting import Within
+    from .acting import ModelReference
 
 Child = TypeVar("Child", bound="AdapterChild")
 
@@ -52,13 +52,13 @@ StateDict.__name__ = BufferDict.__name__
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowAdapters:
     """Which adapter each row of a batch has: `model(…, adapter_names=[…])` on a `PeftModel`."""
 
     names: tuple[str, ...]  # one for each row that the user gave
     beams: int = 1  # into how many adjacent copies `generate` may expand a row
 
-    def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
+    def positions_of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
         """The positions of an adapter's rows along an axis of an activation, `(rows of that adapter,)`."""
         count = len(self.names)
         there = hidden.shape[axis] if axis < hidden.dim() else 0
@@ -73,7 +73,7 @@ class Rows:
         return torch.tensor(chosen, device=hidden.device)
 
 
-def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_adapter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise an error before the forward pass of a model that is not a `PeftModel`: it would ignore `adapter_names`."""
     if kwargs.get("adapter_names") is not None:
         raise ValueError(
@@ -111,9 +111,9 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         # Adapter name → whether it stays on when others are activated; in the order in which they were added.
         self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
-        self._held: set[str] = set()
-        self.rows: Rows | None = None  # set while `adapter_names` are given
-        self.within: Within | None = None  # set when an adapter is added
+        self._suspended: set[str] = set()
+        self.rows: RowAdapters | None = None  # set while `adapter_names` are given
+        self.model_reference: ModelReference | None = None  # set when an adapter is added
         self.merged_adapters = []
         # PEFT keeps this on the class until it is first set on a layer, and compiled code is then compiled again.
         self._disable_adapters = False
@@ -183,7 +183,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             store[name] = value
         self._awaits_values.add(name)
 
-    def take(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
+    def load_values(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
         """Store a file's values, attribute → tensor, on `device`, or else where `state_placement` says."""
         self.await_values(name)
         place, dtype = self.state_placement()
@@ -232,8 +232,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values.discard(adapter_name)
         if not self.adapters:
             self.detach()
-            if self.within is not None:
-                self.within.note()
+            if self.model_reference is not None:
+                self.model_reference.update_model()
 
     def refuse_if_merged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if an adapter is merged: once it is deleted, it cannot be unmerged."""
@@ -268,18 +268,18 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def acting_adapters(self) -> list[str]:
         """The adapters that act unmerged on a forward pass."""
-        return [name for name in self.switched_on() if name not in self.merged_adapters and name not in self._held]
+        return [name for name in self.switched_on() if name not in self.merged_adapters and name not in self._suspended]
 
     @contextmanager
-    def without(self, name: str) -> Iterator[None]:
+    def suspend(self, name: str) -> Iterator[None]:
         """Let one adapter not act inside the block; the other adapters are not affected."""
-        held = name in self._held
-        self._held.add(name)
+        was_suspended = name in self._suspended
+        self._suspended.add(name)
         try:
             yield
         finally:
-            if not held:
-                self._held.discard(name)
+            if not was_suspended:
+                self._suspended.discard(name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; switching off also unmerges them from the weights."""
@@ -287,7 +287,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
         # `enable_adapters` of transformers leaves out trained modules, such as a head: the first child enables them.
-        model = self.within.model() if enabled and self.within is not None else None
+        model = self.model_reference.model() if enabled and self.model_reference is not None else None
         if model is not None and next((m for m in model.modules() if isinstance(m, AdapterChild)), None) is self:
             for module in model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):

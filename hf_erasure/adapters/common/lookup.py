@@ -29,7 +29,7 @@ class AdapterNotFound(ValueError):
 
 
 @dataclass(frozen=True)
-class Found(Generic[C]):
+class FoundAdapter(Generic[C]):
     """One adapter in a model."""
 
     name: str  # its name
@@ -42,7 +42,7 @@ class Found(Generic[C]):
     holder: Any  # the `PeftModel` of the owner, or else the owner: its methods add, switch on and save adapters
 
 
-def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
+def adapter_of(model: nn.Module, name: str, kind: type[C]) -> FoundAdapter[C]:
     """Find an adapter of a kind, `ChildConfig` for either, in a bare model or any module with one inside.
 
     Raises:
@@ -53,12 +53,12 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
     if not found:
         others = [configs[name] for configs in map(configs_on, model.modules()) if configs and name in configs]
         article = "an" if kind.noun.startswith("hf") else "a"
-        told = f"adapter_name={name!r} is not {article} {kind.noun} of this model ({type(model).__name__})"
+        message = f"adapter_name={name!r} is not {article} {kind.noun} of this model ({type(model).__name__})"
         if any(isinstance(config, kind) for config in others):
-            raise AdapterNotFound(f"{told} any more: its modules are gone. {_remedy(kind, name)}")
-        told += f", but a {getattr(others[0].peft_type, 'value', others[0].peft_type)} adapter" if others else ""
+            raise AdapterNotFound(f"{message} any more: its modules are gone. {_remedy(kind, name)}")
+        message += f", but a {getattr(others[0].peft_type, 'value', others[0].peft_type)} adapter" if others else ""
         known = [place.name for place in adapters_in(model, kind)]
-        raise AdapterNotFound(f"{told}; those here are {known or 'none'}. {_remedy(kind, name)}")
+        raise AdapterNotFound(f"{message}; those here are {known or 'none'}. {_remedy(kind, name)}")
     if len(found) > 1:
         paths = [as_attribute(place.path) for place in found]
         raise ValueError(
@@ -68,7 +68,7 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
     return found[0]
 
 
-def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Iterator[Found[C]]:
+def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Iterator[FoundAdapter[C]]:
     """The adapters of a kind, or only those with one name, each with the model that has it, in the model's order."""
     for path, owner in model.named_modules():
         for name, config in (configs_on(owner) or {}).items():
@@ -77,7 +77,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
                 outer = next((module for module in around if isinstance(module, PreTrainedModel)), owner)
                 peft_models = (m for m in around if isinstance(m, PeftModel) and base_of(m) is owner)
                 holder = next(peft_models, owner)
-                yield Found(name, config, owner, path, outer, holder)
+                yield FoundAdapter(name, config, owner, path, outer, holder)
 
 
 def only_adapter(model: nn.Module, kind: type[C]) -> str:

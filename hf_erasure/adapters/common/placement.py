@@ -56,7 +56,7 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
     return parameter.detach()
 
 
-def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
+def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     """The numbers of a model's parameter, wherever they are, and the name of their dtype or `QUANTISED`.
 
     The parameter is found also where a LoRA has wrapped its module since. The numbers are None where this process
@@ -81,7 +81,7 @@ def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     return None, ""
 
 
-def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:
+def value_on_execution_device(module: nn.Module, name: str) -> Tensor | None:
     """The values of an offloaded parameter on the device where accelerate runs its module; None without its hook."""
     hook = _hook_of(module)
     value = None if hook is None else value_of(module, name)
@@ -99,8 +99,8 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
     hook = _hook_of(module)
     if hook is None:
         raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {OUT_OF_REACH}.")
-    if not isinstance(hook.weights_map, _Changed):
-        hook.weights_map = _Changed(hook)
+    if not isinstance(hook.weights_map, _ChangedWeights):
+        hook.weights_map = _ChangedWeights(hook)
     changed = hook.weights_map
     value = value.detach().to("cpu", module.get_parameter(name).dtype)
     first = changed.maps[1].get(name)
@@ -118,7 +118,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     present, hook = module._parameters.get(name), _hook_of(module)
     if value is None:
         module._parameters[name] = None
-        if hook is not None and isinstance(hook.weights_map, _Changed):
+        if hook is not None and isinstance(hook.weights_map, _ChangedWeights):
             hook.weights_map.maps[0].pop(name, None)
             hook.original_devices.pop(name, None)
         return
@@ -133,7 +133,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 @contextmanager
-def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
+def writable_parameter(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
     """Yield a parameter for changes in place, or a copy of an offloaded one, which is written back after the block."""
     module, name = places[0]
     parameter, value = module._parameters[name], value_of(module, name)
@@ -153,7 +153,7 @@ def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
             owner.get_parameter(own_name).data.copy_(there.detach())
 
 
-class _Changed(ChainMap[str, Tensor]):
+class _ChangedWeights(ChainMap[str, Tensor]):
     """New values over a hook's map of weights, and the devices to which a removed hook returns the original ones."""
 
     def __init__(self, hook: Any) -> None:

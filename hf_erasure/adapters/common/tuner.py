@@ -21,11 +21,11 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loading.fingerprint import recognise
+from ..loading.fingerprint import check_base
 from . import acting
-from .config import ChildConfig, as_names
-from .files import UNSEEN
-from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child
+from .config import ChildConfig, resolve_patterns
+from .files import UNCHECKED
+from .layer import AdapterChild, RowAdapters, adapter_children, child_configs, is_child
 
 # PEFT's name for a row without an adapter.
 _NO_ADAPTER = "__base__"
@@ -49,10 +49,10 @@ class ChildTuner(BaseTuner):
 
     tuner_layer_cls: type[AdapterChild]
     # Configuration → the modules that its default, or a word, stands for; None where it names the modules itself.
-    _names_meant: Callable[[Any], list[str] | None]
+    _resolve_targets: Callable[[Any], list[str] | None]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
     # The configuration that a caller made a `PeftModel` with, and how many modules_to_save it has.
-    callers: tuple[ChildConfig, int] | None = None
+    caller_config: tuple[ChildConfig, int] | None = None
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class ChildTuner(BaseTuner):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The child modules. PEFT asks for them after adding its head to the caller's configuration: undone here."""
-        if self.callers is not None:
-            (config, count), self.callers = self.callers, None
+        if self.caller_config is not None:
+            (config, count), self.caller_config = self.caller_config, None
             config.forget_modules_to_save(count)
         return super().named_children()
 
@@ -87,17 +87,18 @@ class ChildTuner(BaseTuner):
             undone = acting.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
             with undone, torch.inference_mode(False), torch.no_grad():
                 copies = acting.ActiveCopies(model)
-                if UNSEEN.get() is not None:
+                if UNCHECKED.get() is not None:
                     raise ValueError(
-                        f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
+                        "The adapter's files could not be checked before they are loaded "
+                        f"({UNCHECKED.get()}): try again."
                     )
                 _check_new(config, adapter_name, model)
                 if config.fitted:
-                    recognise(model, config)
+                    check_base(model, config)
                     target = config.target_modules
                     if target is None or (isinstance(target, str) and target.lower() in config.words):
                         # PEFT would replace None by its own default.
-                        config.target_modules = exactly(list(config.fitted_modules), model)
+                        config.target_modules = exact_targets(list(config.fitted_modules), model)
                         config.has_default_targets |= target is not None
                 elif config.revision is None:
                     # The revision, like the name beside it, is that of the base model which was downloaded.
@@ -113,10 +114,10 @@ class ChildTuner(BaseTuner):
                     kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 # The new adapter's copies start from the copies that acted, except those of its own method.
-                kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+                same_method = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                 for place, acted in copies.on.items():
                     trained: Any = copies.wrappers[place]._modules.get("modules_to_save")
-                    if trained is not None and adapter_name in trained and acted not in kin:
+                    if trained is not None and adapter_name in trained and acted not in same_method:
                         trained[adapter_name].load_state_dict(trained[acted].state_dict())
                 acting.refuse_copies(model, adapter_name)
                 # A `state_dict` may choose some of the modules, so the others are not required then.
@@ -129,9 +130,9 @@ class ChildTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Replace `target_modules=None` and words by the modules that they stand for."""
         given = peft_config.target_modules
-        names = None if peft_config.fitted else self._names_meant(peft_config)
+        names = None if peft_config.fitted else self._resolve_targets(peft_config)
         if names is not None:
-            peft_config.target_modules = exactly(names, self.model)
+            peft_config.target_modules = exact_targets(names, self.model)
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         elif not peft_config.fitted and isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -145,7 +146,7 @@ class ChildTuner(BaseTuner):
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
+        super()._check_tied_modules(model, resolve_patterns(peft_config, *EMBEDDING_LAYER_NAMES))
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -155,13 +156,13 @@ class ChildTuner(BaseTuner):
         if key in known:
             return True
         # For the other modules PEFT's own answer is returned only if it means "excluded", or PEFT would warn wrongly.
-        found = BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
+        found = BaseTuner._check_target_module_exists(resolve_patterns(peft_config, key), key)
         return False if known and found else found
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **given: Any) -> None:
         current_key: str = given["current_key"]
-        what = self._what_to_add(peft_config, target, current_key)
-        if what is None:
+        arguments = self._child_arguments(peft_config, target, current_key)
+        if arguments is None:
             return
         kind = self.tuner_layer_cls
         child: Any = target._modules.get(kind.child_name)
@@ -174,10 +175,10 @@ class ChildTuner(BaseTuner):
                 f"{child.path!r}: one of the two models is a part of the other. Load both adapters into the same one: "
                 "save the one that is there, delete it, and load it into this model."
             )
-        child.add_adapter(adapter_name, peft_config, *what)
+        child.add_adapter(adapter_name, peft_config, *arguments)
         child.set_adapter(self.active_adapters)
 
-    def _what_to_add(self, config: Any, target: nn.Module, path: str) -> tuple[Any, ...] | None:
+    def _child_arguments(self, config: Any, target: nn.Module, path: str) -> tuple[Any, ...] | None:
         """More arguments for the child's `add_adapter`; None where the adapter has nothing to do at a target."""
         lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
         if isinstance(target, lists) or type(target).forward is nn.Module.forward:
@@ -210,7 +211,7 @@ class ChildTuner(BaseTuner):
         if not acting.auxiliary_wrappers(self.model):
             super().set_adapter(adapter_name, *args, **kwargs)
             return
-        names, copies = acting.check_one_copy(self.model, adapter_name), acting.ActiveCopies(self.model)
+        names, copies = acting.check_single_copy(self.model, adapter_name), acting.ActiveCopies(self.model)
         configs = {**acting.adapters_now(self.model).configs, **self.peft_config}
         super().set_adapter(adapter_name, *args, **kwargs)
         kinds = {acting.kind_of(configs[name]) for name in names if name in configs}
@@ -243,7 +244,7 @@ class ChildTuner(BaseTuner):
             raise ValueError(
                 f"adapter_names cannot be followed while {merged} are merged: call unmerge_adapter() first."
             )
-        rows = Rows(tuple(names), int(kwargs.get("num_beams") or 1))
+        rows = RowAdapters(tuple(names), int(kwargs.get("num_beams") or 1))
         self._check_mixed_batch(rows)
         for child in children:
             child.rows = rows
@@ -253,7 +254,7 @@ class ChildTuner(BaseTuner):
             for child in children:
                 child.rows = None
 
-    def _check_mixed_batch(self, rows: Rows) -> None:
+    def _check_mixed_batch(self, rows: RowAdapters) -> None:
         """Raise a `ValueError` that says what to do instead, where rows cannot have adapters of their own."""
 
     # ---- merging -----------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class ChildTuner(BaseTuner):
         for child in self._children():
             child.unmerge()
 
-    def _left_to_merge(self, names: list[str] | None) -> list[str]:
+    def _adapters_to_merge(self, names: list[str] | None) -> list[str]:
         """The given adapters, by default all that act, that are not merged yet; warns when all are merged."""
         children = self._children()
         if names is None:
@@ -306,7 +307,7 @@ class ChildTuner(BaseTuner):
                 self.model.set_submodule(name, module)
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
                 wrapper.delete_adapter(adapter, [])
-        acting.note_adapters(self.model)
+        acting.update_model(self.model)
         configs: dict[str, Any] = self.peft_config
         # Adapters of the other kind and of other methods stay.
         left = {
@@ -337,14 +338,14 @@ def inject_adapter(
         tuner.peft_config.pop(adapter_name)
         raise
     copies = acting.ActiveCopies(model)
-    with acting.naming_what_goes_off(model, adapter_name):
+    with acting.warn_of_switched_off(model, adapter_name):
         try:
             original(model, adapter_name, *args, **kwargs)
         except BaseException:
             copies.restore()
             raise
         acting.rehome_layers(model)
-        acting.note_adapters(model)
+        acting.update_model(model)
 
 
 def make_peft_model(
@@ -363,7 +364,7 @@ def make_peft_model(
         with acting.undone_on_failure(model, adapter_name, is_ours=True):
             original(model, peft_config.copied(heads), adapter_name, **kwargs)
         tuner: Any = wrapped.base_model
-        tuner.callers = peft_config, len(peft_config.modules_to_save or ())
+        tuner.caller_config = peft_config, len(peft_config.modules_to_save or ())
     else:
         original(model, peft_config, adapter_name, **kwargs)
 
@@ -401,7 +402,7 @@ def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> A
     return result
 
 
-def exactly(names: list[str], model: nn.Module) -> Any:
+def exact_targets(names: list[str], model: nn.Module) -> Any:
     """`target_modules` that match only these modules; in a list, PEFT matches `norm` with every `….norm` too."""
     suffixes = tuple(f".{name}" for name in names)
     if any(name.endswith(suffixes) and name not in names for name, _ in model.named_modules()):
@@ -448,4 +449,4 @@ def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
                 f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(modules)} in all: the "
                 "configuration is damaged, or was made for another model."
             )
-    as_names(config, *modules)
+    resolve_patterns(config, *modules)

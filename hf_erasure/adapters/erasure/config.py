@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
-from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, damaged, fits, short
+from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, field_error, fits, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -41,7 +41,7 @@ _NOT_A_WEIGHT = "which does not name the weights at a site, as [module, paramete
 _ADDING = "Adding with target_modules='readers' or 'writers'"
 
 
-Parts = tuple[Tensor, Tensor, Tensor]
+EraserParts = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Dial:
     strength: float = 1.0  # 0 leaves activations as they are, 1 moves them to the target, 2 as far beyond it
     weights: tuple[float, ...] = ()  # how much each row of `readings` counts in the target; empty for the mean
 
-    def of(self, parts: Parts, readings: Tensor) -> Parts:
+    def apply_to(self, parts: EraserParts, readings: Tensor) -> EraserParts:
         """Make the map's `left`, `right` and `bias` from those of an eraser and from its readings `(rows, rank)`."""
         left, right, bias = parts
         if len(readings) and self.weights:
@@ -168,10 +168,10 @@ class ConceptErasureConfig(ChildConfig):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
         self._check_concept()
-        self.check_beside()
+        self.check_extras()
         self._check_dial()
         if self.fitted and not self.fitted_sites:
-            raise damaged(
+            raise field_error(
                 "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config"
             )
         for name, size in (self.fitted_sites or {}).items():
@@ -179,12 +179,12 @@ class ConceptErasureConfig(ChildConfig):
             axes = [size[key] for key in ("axis", "examples") if key in size]
             is_sound = size.keys() - {"axis", "examples"} == {"width", "rank"} and 0 <= rank <= width
             if not is_sound or not all(-1 <= axis < _MOST_AXES for axis in axes) or len(set(axes)) < len(axes):
-                told = f"fitted_sites has {short(size)} at {name!r}"
-                raise damaged(f"{told}, which is not a width with a rank of at most that")
+                message = f"fitted_sites has {short(size)} at {name!r}"
+                raise field_error(f"{message}, which is not a width with a rank of at most that")
         if self.weights is not None:
             self._check_weights(self.weights)
         elif self.fitted and self.word:
-            raise damaged(f"target_modules={self.target_modules!r} of a fitted adapter needs weights", "Adding")
+            raise field_error(f"target_modules={self.target_modules!r} of a fitted adapter needs weights", "Adding")
 
     @property
     def word(self) -> str:
@@ -198,27 +198,27 @@ class ConceptErasureConfig(ChildConfig):
         for site, group in weights.items():
             for entry in group:
                 if not fits(entry, tuple[str, str, int]) or not all(entry[:2]) or not 0 <= entry[2] < _MOST_AXES:
-                    raise damaged(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
+                    raise field_error(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
                 if seen.setdefault(entry[0], site) != site:
                     other = short(seen[entry[0]])
-                    raise damaged(f"weights has {short(entry[0])} at two sites, {other} and {short(site)}", _ADDING)
+                    raise field_error(f"weights has {short(entry[0])} at two sites, {other} and {short(site)}", _ADDING)
             if not group or group[0][0] != site or len({tuple(entry) for entry in group}) != len(group):
-                raise damaged(f"weights has {short(group)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
+                raise field_error(f"weights has {short(group)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
         fitted = weights.keys() if self.fitted_sites is None else self.fitted_sites.keys()
         if not weights or fitted != weights.keys():
-            told = f"weights has the sites {short(sorted(weights))}, and fitted_sites {short(sorted(fitted))}"
-            raise damaged(f"{told}, which must be the same", _ADDING)
+            message = f"weights has the sites {short(sorted(weights))}, and fitted_sites {short(sorted(fitted))}"
+            raise field_error(f"{message}, which must be the same", _ADDING)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, without later fields that have their defaults."""
         return {name: v for name, v in super().to_dict().items() if name not in _LATER or _LATER[name] != v}
 
-    def take_fitted(self, saved: Any) -> None:
+    def adopt_fit(self, saved: Any) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one, and its strength."""
         if saved.fitted and not self.fitted:
             self.strength = saved.strength if self.strength is _FULL else self.strength
             self.target = saved.target if self.target is None else self.target
-        super().take_fitted(saved)
+        super().adopt_fit(saved)
         if saved.fitted and saved.site != self.site:
             raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, not {self.site!r}.")
 
@@ -245,7 +245,7 @@ class ConceptErasureConfig(ChildConfig):
                 f"{self.concept_dim} has no classes: give labels, or take method='orth', which erases values as well."
             )
 
-    def check_beside(self) -> None:
+    def check_extras(self) -> None:
         """Refuse pairs, environments and kept classes that cannot be combined with the concept or the method."""
         asked = {name: getattr(self, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
         asked = {name: value for name, value in asked.items() if value}
@@ -283,7 +283,7 @@ class ConceptErasureConfig(ChildConfig):
                 "mirrors activations at the mean."
             )
         if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
-            raise damaged(f"readings={short(self.readings)} differ from {short(named)}")
+            raise field_error(f"readings={short(self.readings)} differ from {short(named)}")
         if self.target is None:
             return
         if isinstance(self.target, str):

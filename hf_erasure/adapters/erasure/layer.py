@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, Rows, StateDict, adapter_children
-from ..merging.record import forget, withdraw
-from .config import ConceptErasureConfig, Dial, Parts
+from ..common.layer import AdapterChild, RowAdapters, StateDict, adapter_children
+from ..merging.record import forget_record, remove_site
+from .config import ConceptErasureConfig, Dial, EraserParts
 
 CHILD = "concept_erasure"
 Observer = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class ErasureLayer(AdapterChild):
         super().__init__(host, path)
         self._handles: dict[str, Any] = {}
         # The modules whose weights erasers of this site were merged into; in a list, or they would become submodules.
-        self.written: list[nn.Module] = []
+        self.merged_into: list[nn.Module] = []
         self.erasures: dict[str, Erasure] = {}  # by adapter name
         # Adapter name → a function that is called in place of the eraser, and returns the next activation; for fitting.
         self.observers: dict[str, Observer] = {}
@@ -108,20 +108,20 @@ class ErasureLayer(AdapterChild):
             store[name] = part.clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
-    def eraser_state(self, name: str) -> Parts:
+    def eraser_state(self, name: str) -> EraserParts:
         """The `left`, `right` and `bias` that act: as they were fitted, or as the dial changes them."""
         site = self.erasures[name].holder
         parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
         erasure, readings = site.erasures[name], site.concept_erasure_readings[name]
         if erasure.dial is None or torch.compiler.is_compiling():
-            return parts if erasure.dial is None else erasure.dial.of(parts, readings)
+            return parts if erasure.dial is None else erasure.dial.apply_to(parts, readings)
         # The result is kept until the dial or the eraser changes.
-        made_of = (*parts, readings)
-        key = (erasure.dial, *(part._version for part in made_of))
-        known = erasure.dialled
-        if known is None or known[1] != key or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
+        inputs = (*parts, readings)
+        key = (erasure.dial, *(part._version for part in inputs))
+        known = erasure.dial_cache
+        if known is None or known[1] != key or any(a is not b for a, b in zip(known[0], inputs, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                known = erasure.dialled = made_of, key, erasure.dial.of(parts, readings)
+                known = erasure.dial_cache = inputs, key, erasure.dial.apply_to(parts, readings)
         return known[2]
 
     def size_of(self, name: str) -> dict[str, int]:
@@ -130,7 +130,7 @@ class ErasureLayer(AdapterChild):
         axis = {} if erasure.axis == -1 else {"axis": erasure.axis}
         return {"width": width, "rank": rank} | axis | ({"examples": erasure.examples} if erasure.examples else {})
 
-    def parts_on(self, name: str, device: torch.device) -> Parts:
+    def parts_on(self, name: str, device: torch.device) -> EraserParts:
         """The `left`, `right` and `bias` that act, moved to `device`: accelerate may have moved or split the model."""
         self.move_state(name, device)
         left, right, bias = (part.to(device) for part in self.eraser_state(name))
@@ -166,7 +166,7 @@ class ErasureLayer(AdapterChild):
         acting = self.switched_on()
         observed = [name for name in self.adapters if name in self.erasures[name].holder.observers]
         acting += [name for name in observed if name not in acting]
-        silent = {*self.merged_adapters, *self._held}
+        silent = {*self.merged_adapters, *self._suspended}
         return [name for name in acting if self.erasures[name].side == site and name not in silent]
 
     def _erase_output(self, host: nn.Module, args: tuple, output: Any) -> Any:
@@ -180,30 +180,30 @@ class ErasureLayer(AdapterChild):
         if not acting:
             return None
         keyword = next((name for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor)), "")
-        hidden = self._erase(_floating(args[0] if args else kwargs.get(keyword), self.path, "takes"), acting)
+        hidden = self._erase(_hidden_state(args[0] if args else kwargs.get(keyword), self.path, "takes"), acting)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, keyword: hidden})
 
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
             site, rows = self.erasures[name].holder, None if self.sticky_adapters[name] else self.rows
             erasure, observer = site.erasures[name], site.observers.get(name)
-            step = functools.partial(self.erased, name) if observer is None else observer
+            step = functools.partial(self.apply_eraser, name) if observer is None else observer
             if rows is not None:
-                step = functools.partial(self._at_rows, name, rows, step)
+                step = functools.partial(self._apply_to_rows, name, rows, step)
             if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
             by = site.eraser_state(name) if observer is None else (observer,)
-            hidden = erasure.made.of(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
+            hidden = erasure.results.compute(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
         return hidden
 
-    def _at_rows(self, name: str, rows: Rows, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def _apply_to_rows(self, name: str, rows: RowAdapters, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """An activation in which `step` has changed only the rows of this adapter."""
         examples = self.erasures[name].holder.erasures[name].examples
-        chosen = rows.of(name, hidden, self.path, examples)
+        chosen = rows.positions_of(name, hidden, self.path, examples)
         return hidden.index_copy(examples, chosen, step(hidden.index_select(examples, chosen)))
 
-    def erased(self, name: str, hidden: Tensor) -> Tensor:
+    def apply_eraser(self, name: str, hidden: Tensor) -> Tensor:
         """The activation that an adapter erases; observers are not called."""
         site = self.erasures[name].holder
         left, right, bias = site.eraser_state(name)
@@ -225,16 +225,16 @@ class ErasureLayer(AdapterChild):
 
     def unmerge(self) -> None:
         """Put the original weights back; they are equal bit for bit unless erasers of other sites are in them."""
-        for module in self.written:
-            withdraw(module, self.path)
-        self.written.clear()
+        for module in self.merged_into:
+            remove_site(module, self.path)
+        self.merged_into.clear()
         self.merged_adapters.clear()
 
     def forget_originals(self) -> None:
         """Drop the copies that `unmerge` needs: merged erasers stay merged."""
-        for module in self.written:
-            forget(module)
-        self.written.clear()
+        for module in self.merged_into:
+            forget_record(module)
+        self.merged_into.clear()
 
 
 erasure_layers = ErasureLayer.by_path
@@ -247,7 +247,7 @@ def site_layers(model: nn.Module, adapter_name: str) -> dict[str, ErasureLayer]:
 
 
 @dataclass(eq=False)
-class MadeOnce:
+class SharedResults:
     """The results of an eraser for tensors that several modules take, so that the eraser runs once for all of them.
 
     The linear maps that read a hidden state (q, k, v; gate, up) are given the same tensor, or views of it. A result is
@@ -258,18 +258,18 @@ class MadeOnce:
 
     # Identity of a tensor, its rows and its eraser → the result, its version, how many modules still need it, and two
     # objects to keep alive as long as the entry: a reference that removes it with the tensor, and the eraser's parts.
-    _kept: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = field(default_factory=dict)
+    _results: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = field(default_factory=dict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MadeOnce:
-        return MadeOnce()
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedResults:
+        return SharedResults()
 
     def __reduce__(self) -> Any:
-        return MadeOnce, ()
+        return SharedResults, ()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._results)
 
-    def of(
+    def compute(
         self,
         hidden: Tensor,
         make: Callable[[Tensor], Tensor],
@@ -288,16 +288,16 @@ class MadeOnce:
             *(id(anchor), hidden.storage_offset(), hidden.shape, hidden.stride(), hidden.dtype, _version(hidden)),
             *(rows, *(entry for part in by for entry in (id(part), _version(part)))),
         )
-        found = self._kept.pop(key, None)
+        found = self._results.pop(key, None)
         if found is not None and found[1] == _version(found[0]):
-            result, version, left, held = found
+            result, version, left, references = found
         else:
-            made = make(hidden)
+            result = make(hidden)
             # If the result is the tensor itself, None is stored instead, or the entry would keep the tensor alive.
-            result, left = (None if made is hidden else made), modules
-            version, held = _version(result), (weakref.ref(anchor, lambda _: self._kept.pop(key, None)), by)
+            result, left = (None if result is hidden else result), modules
+            version, references = _version(result), (weakref.ref(anchor, lambda _: self._results.pop(key, None)), by)
         if left > 1:
-            self._kept[key] = result, version, left - 1, held
+            self._results[key] = result, version, left - 1, references
         return hidden if result is None else result
 
 
@@ -312,9 +312,9 @@ class Erasure:
     examples: int  # the axis of the examples: the first, except in models such as XLNet
     dial: Dial | None  # how the eraser is changed; None where it is used as it was fitted
     sharers: int = 1  # how many modules use the eraser, where this is their site
-    made: MadeOnce = field(default_factory=MadeOnce)
+    results: SharedResults = field(default_factory=SharedResults)
     # The last input tensors of the dial; the dial with their versions; and the tensors that it made of them.
-    dialled: tuple[tuple[Tensor, ...], tuple[Any, ...], Parts] | None = None
+    dial_cache: tuple[tuple[Tensor, ...], tuple[Any, ...], EraserParts] | None = None
 
 
 def _version(part: Any) -> int:
@@ -329,7 +329,7 @@ def hidden_of_output(output: Any, where: str) -> Tensor:
         found = output.get("last_hidden_state", next(iter(output.values()), None))
     while isinstance(found, (tuple, list)) and found and (found is output or len(found) == 1):
         found = found[0]
-    return _floating(found, where, "returns")
+    return _hidden_state(found, where, "returns")
 
 
 def replace_hidden_of_output(output: Any, hidden: Tensor) -> Any:
@@ -344,7 +344,7 @@ def replace_hidden_of_output(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
-def _floating(found: Any, where: str, verb: str) -> Tensor:
+def _hidden_state(found: Any, where: str, verb: str) -> Tensor:
     if isinstance(found, Tensor) and found.is_floating_point():
         return found
     kind = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"

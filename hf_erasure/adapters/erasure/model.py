@@ -20,8 +20,8 @@ from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.flow import NormFinder, blocks_of
 from hf_erasure.models.streams import readers_of, writers_of
 
-from ..common.config import as_names, short
-from ..common.layer import Rows
+from ..common.config import resolve_patterns, short
+from ..common.layer import RowAdapters
 from ..common.lookup import adapter_of
 from ..common.tuner import ChildTuner, keep_layers
 from ..merging.plan import merge
@@ -36,7 +36,7 @@ def default_targets(model: nn.Module) -> list[str]:
     try:
         dummy_batch(model, watch=lambda call: chosen.update(NormFinder(model, call).sites))
     except ValueError as error:
-        raise _without_default(
+        raise _no_default_error(
             model,
             f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass",
             "; a class of your own can have dummy_inputs, a dict, which are tried first",
@@ -45,7 +45,7 @@ def default_targets(model: nn.Module) -> list[str]:
     chosen = set(map(_wrapper_of(model), chosen))
     if not chosen:
         found = f"was found inside the blocks of {type(model).__name__} that reads or writes its hidden state"
-        raise _without_default(model, f"No normalization layer {found}")
+        raise _no_default_error(model, f"No normalization layer {found}")
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
@@ -58,7 +58,7 @@ def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str,
     ]
     every = list(dict.fromkeys(name for group in groups for name, *_ in group))
     names = keep_layers(every, config)
-    plain = as_names(config, *names)
+    plain = resolve_patterns(config, *names)
     plain.target_modules = set(names)
     kept = {name for name in names if BaseTuner._check_target_module_exists(plain, name)}
     if not kept:
@@ -86,7 +86,7 @@ def _is_own(name: str, wrapper: str) -> bool:
     return set(inside) <= {"", "base_layer"} or inside[0] in ("original_module", "modules_to_save")
 
 
-def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueError:
+def _no_default_error(model: nn.Module, why: str, besides: str = "") -> ValueError:
     """The error for a model without a default; it suggests the last layers of blocks whose axes are known."""
     blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
     found = {id(block) for block in blocks}
@@ -106,7 +106,7 @@ class ConceptErasureModel(ChildTuner):
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
 
-    def _names_meant(self, config: Any) -> list[str] | None:
+    def _resolve_targets(self, config: Any) -> list[str] | None:
         if config.word:
             config.weights = weights_of_word(self.model, config)
             return list(config.fitted_modules)
@@ -132,7 +132,7 @@ class ConceptErasureModel(ChildTuner):
             ValueError: If a site cannot be merged exactly; the message names it and says what to do instead.
         """
         self._check_merge_allowed()
-        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge, untie=untie)
+        merge(self.model, self._adapters_to_merge(adapter_names), safe_merge=safe_merge, untie=untie)
 
     def merge_and_unload(
         self,
@@ -146,7 +146,7 @@ class ConceptErasureModel(ChildTuner):
         plain: nn.Module = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, untie=untie)
         return plain
 
-    def _check_mixed_batch(self, rows: Rows) -> None:
+    def _check_mixed_batch(self, rows: RowAdapters) -> None:
         if self.training:
             raise ValueError(
                 f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
@@ -171,7 +171,7 @@ def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
     Raises:
         ValueError: If the adapter is not found, not fitted or merged, or the strength is out of range.
     """
-    _set(model, adapter_name, "strength", strength)
+    _set_dial_field(model, adapter_name, "strength", strength)
 
 
 def set_target(model: nn.Module, adapter_name: str, target: str | list[float] | None) -> None:
@@ -186,10 +186,10 @@ def set_target(model: nn.Module, adapter_name: str, target: str | list[float] | 
     Raises:
         ValueError: If the adapter is not found, not fitted or merged, or the fit has no readings of the target.
     """
-    _set(model, adapter_name, "target", target)
+    _set_dial_field(model, adapter_name, "target", target)
 
 
-def _set(model: nn.Module, adapter_name: str, name: str, value: Any) -> None:
+def _set_dial_field(model: nn.Module, adapter_name: str, name: str, value: Any) -> None:
     """Change a field of a fitted erasure's configuration from which dials are made, and make the dials anew."""
     found = adapter_of(model, adapter_name, ConceptErasureConfig)
     if not found.config.fitted:

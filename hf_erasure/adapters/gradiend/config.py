@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, damaged, fits, short
+from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, field_error, fits, short
 from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -88,16 +88,16 @@ class GradiendConfig(ChildConfig):
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
         if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
-            told = "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change"
-            raise damaged(f"{told}. Leave all of them out of a new config")
+            message = "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change"
+            raise field_error(f"{message}. Leave all of them out of a new config")
         self._check_fitted()
 
-    def take_fitted(self, saved: Any) -> None:
+    def adopt_fit(self, saved: Any) -> None:
         """If this configuration was never fitted, take over what fitting wrote, and the strength if none was chosen."""
         if saved.fitted and not self.fitted and self.learning_rate == 0:
             self.learning_rate, self.pair = saved.learning_rate, self.pair or saved.pair
             self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
-        super().take_fitted(saved)
+        super().adopt_fit(saved)
 
     def check_pairs(self) -> None:
         """Raise a `ValueError` unless the pair that acts and the fitted pairs are pairs of the classes."""
@@ -119,15 +119,15 @@ class GradiendConfig(ChildConfig):
             is_shape = not isinstance(shape, str) and fits(shape, list[int]) and min(shape or [0]) >= 0
             is_size = is_shape and size.keys() <= {"shape", "count", "encoder_count"} and fits(counts, list[int | None])
             if not is_size or not all(count is None or 0 <= count <= math.prod(shape or ()) for count in counts):
-                told = f"fitted_parameters has {short(size)} at {name!r}"
-                raise damaged(f"{told}, which is not a shape with the number of entries kept")
+                message = f"fitted_parameters has {short(size)} at {name!r}"
+                raise field_error(f"{message}, which is not a shape with the number of entries kept")
         for encoder in self.encoders or []:
             values: Any = tuple(encoder.get(key) for key in ("scale", "bias", "activation", "unit_norm"))
             is_encoder = len(encoder) == len(values) and fits(values, tuple[float, float, str, bool])
             if not is_encoder or values[2] not in ACTIVATIONS or not all(map(math.isfinite, values[:2])):
-                raise damaged(f"encoders has {short(encoder)}, which is not an encoder")
+                raise field_error(f"encoders has {short(encoder)}, which is not an encoder")
         if self.fitted and len(self.encoders or []) != len(self.pairs or []):
-            raise damaged(f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}")
+            raise field_error(f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}")
 
     def check_strength(self) -> None:
         """Raise a `ValueError` for a strength that is not finite or too large for float32."""

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..common.layer import AdapterChild
-from ..common.placement import is_quantised, value_where_it_runs
+from ..common.placement import is_quantised, value_on_execution_device
 
 if TYPE_CHECKING:
     from .layer import GradiendLayer
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # This lock is held while a forward pass puts its values in place or removes them, never while a module runs.
 _LOCK = threading.RLock()
 # The id of a thread, and whether it runs with gradients.
-_Pass = tuple[int, bool]
+_PassKey = tuple[int, bool]
 
 # The name of an object and that of its attribute that code reads: `self.proj.weight` is ("proj", "weight"), and
 # `self.weight` is (SELF, "weight"). ANY stands for an object without such a name: a local variable, an item, a result.
@@ -46,13 +46,13 @@ SELF, ANY = "self", "*"
 
 # Classes whose methods do not take part in a forward pass, and such methods of other classes.
 _FOUNDATIONS = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
-_ELSEWHERE = {"__init__", "__repr__", "extra_repr", "_init_weights", "init_weights", "reset_parameters", "tie_weights"}
-_ELSEWHERE |= {"set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"}
+_NO_FORWARD = {"__init__", "__repr__", "extra_repr", "_init_weights", "init_weights", "reset_parameters", "tie_weights"}
+_NO_FORWARD |= {"set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"}
 # Attributes of a weight that do not read its values, and functions that only call these; `detach` makes changed values.
 _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad"}
 _NO_USE = {*_NO_VALUES, "__get__", "is_floating_point", "detach"}
 # What a message says of a weight in whose place another tensor is.
-GONE = (
+NOT_A_PARAMETER = (
     "is not a parameter of the model any more, as after pruning or a parametrization. Make that permanent "
     "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or load the adapter into its own base model."
 )
@@ -128,10 +128,10 @@ class UndoRecord:
         else:  # for example, a LoRA was merged into the same weight since
             dtype = torch.promote_types(flat.dtype, torch.float32)
             values = (now.to(dtype) - (after.to(dtype) - before.to(dtype))).to(flat.dtype)
-        _put(self.parameter, flat, index, values)
+        _overwrite(self.parameter, flat, index, values)
 
 
-def write(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
+def write_edits(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
     flat, index = _flat(parameter), None
     edits = [edit.to(flat.device) for edit in edits]
@@ -141,9 +141,9 @@ def write(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     else:  # only the entries that change are read and written
         index = places[0] if len(places) == 1 else torch.cat(places).unique()
         before = flat.index_select(0, index)
-        within = [torch.searchsorted(index, place).int() if len(places) > 1 else None for place in places]
-        edits = [WeightEdit(at, edit.values) for at, edit in zip(within, edits, strict=True)]
-    _put(parameter, flat, index, edited_tensor(before, edits))
+        positions = [torch.searchsorted(index, place).int() if len(places) > 1 else None for place in places]
+        edits = [WeightEdit(at, edit.values) for at, edit in zip(positions, edits, strict=True)]
+    _overwrite(parameter, flat, index, edited_tensor(before, edits))
     return UndoRecord(parameter, index, before, edits)
 
 
@@ -153,7 +153,7 @@ def _flat(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _put(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Tensor) -> None:
+def _overwrite(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Tensor) -> None:
     # `detach` shares memory and version counter, so a backward pass that needs the old values raises an error.
     target = parameter.detach()
     if index is None:
@@ -175,7 +175,7 @@ def why_not_editable(parameter: Tensor) -> str | None:
     return None
 
 
-def share_kept(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
+def rounded_share(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
     """The share of the changes of weights that is left after rounding to the weights' dtype; 1 if all is left."""
     squares = product = 0.0
     for parameter, edit in changes:
@@ -206,31 +206,31 @@ class ForwardWithEdits:
         self.edits: list[tuple[GradiendLayer, str, str]] = []
         # The layers, each with this object or that of another module whose parameters this one reads without a call.
         self.read: list[tuple[GradiendLayer, ForwardWithEdits]] = []
-        self._all: list[ForwardWithEdits] = []
-        self._inside: dict[_Pass, int] = {}
+        self._owner_forwards: list[ForwardWithEdits] = []
+        self._depths: dict[_PassKey, int] = {}
         self._wrapped: Callable[..., Any] | None = None
 
     def hide(self, layer: GradiendLayer, at: ForwardWithEdits, *edits: tuple[str, str]) -> None:
         """Hide parameters of `at` while this module runs; `edits` are (name in `layer`, name here) of its own ones."""
         self.edits += [(layer, *edit) for edit in edits]
         self.read.append((layer, at))
-        self._stand_in()
+        self._replace_forward()
 
     def remove(self, layer: GradiendLayer) -> None:
         """Stop hiding parameters for a layer; after the last layer, the module has its own `forward` again."""
         self.edits = [edit for edit in self.edits if edit[0] is not layer]
         self.read = [read for read in self.read if read[0] is not layer]
-        self._stand_in()
+        self._replace_forward()
 
-    def _stand_in(self) -> None:
+    def _replace_forward(self) -> None:
         """Replace the module's forward while parameters are hidden for a layer, and restore it afterwards."""
-        stood_in = bool(self._all)
-        self._all = list({id(other): other for _, other in self.read}.values())
-        place, attributes = _place_of_forward(self.module), self.module.__dict__
-        if self._all and not stood_in:
+        was_replaced = bool(self._owner_forwards)
+        self._owner_forwards = list({id(other): other for _, other in self.read}.values())
+        place, attributes = _forward_attribute(self.module), self.module.__dict__
+        if self._owner_forwards and not was_replaced:
             self._wrapped = attributes.get(place)
             attributes[place] = self
-        elif not self._all and attributes.get(place) is self:
+        elif not self._owner_forwards and attributes.get(place) is self:
             if self._wrapped is not None:
                 attributes[place] = self._wrapped
             elif place == "forward":
@@ -247,7 +247,7 @@ class ForwardWithEdits:
         here = (threading.get_ident(), torch.is_grad_enabled())
         entered: list[ForwardWithEdits] = []
         try:
-            for edits in self._all:
+            for edits in self._owner_forwards:
                 if edits._enter(here):
                     entered.append(edits)
             return self._run(*args, **kwargs)
@@ -257,31 +257,31 @@ class ForwardWithEdits:
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         shown = []
-        for edits in self._all:
+        for edits in self._owner_forwards:
             place = edits.module.__dict__
             # An outer module that reads the same parameters may have put their values in place already.
             values = {name: value for name, value in edits._values().items() if name not in place}
             place.update(values)
             shown.append((edits.module, values))
-            _list_weights(edits.module)
+            _refresh_flat_weights(edits.module)
         try:
             return self._run(*args, **kwargs)
         finally:
             for module, values in shown:
                 for name in values:
                     del module.__dict__[name]
-                _list_weights(module)
+                _refresh_flat_weights(module)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._wrapped is not None:
             return self._wrapped(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _enter(self, here: _Pass) -> bool:
+    def _enter(self, here: _PassKey) -> bool:
         """Put the changed values in place; return False where no parameter is changed."""
         with _LOCK:
             # A module that reads them may have put them in place before it calls this module.
-            if here not in self._inside:
+            if here not in self._depths:
                 values = self._values()
                 if not values:
                     return False
@@ -290,19 +290,19 @@ class ForwardWithEdits:
                     # A thread without gradients must not replace a value that another thread needs with its graph.
                     if name not in place or value.requires_grad or not place[name].requires_grad:
                         place[name] = value
-                _list_weights(self.module)
-            self._inside[here] = self._inside.get(here, 0) + 1
+                _refresh_flat_weights(self.module)
+            self._depths[here] = self._depths.get(here, 0) + 1
             return True
 
-    def _leave(self, here: _Pass) -> None:
+    def _leave(self, here: _PassKey) -> None:
         with _LOCK:
-            self._inside[here] -= 1
-            if not self._inside[here]:
-                del self._inside[here]
-            if not self._inside:
+            self._depths[here] -= 1
+            if not self._depths[here]:
+                del self._depths[here]
+            if not self._depths:
                 for _, _, name in self.edits:
                     self.module.__dict__.pop(name, None)
-                _list_weights(self.module)
+                _refresh_flat_weights(self.module)
 
     def _values(self) -> dict[str, Tensor]:
         """Parameter name → its value with the changes of the acting adapters; unchanged parameters are left out."""
@@ -311,9 +311,9 @@ class ForwardWithEdits:
         for layer, parameter, name in self.edits:
             weight: Tensor | None = self.module._parameters.get(name)
             if weight is not None and weight.device.type == "meta":
-                weight = value_where_it_runs(self.module, name)
+                weight = value_on_execution_device(self.module, name)
             if weight is None and layer.acting_adapters():
-                raise ValueError(f"{layer.path}.{parameter} {GONE}")
+                raise ValueError(f"{layer.path}.{parameter} {NOT_A_PARAMETER}")
             if weight is not None:
                 weights[name] = weight
                 edits.setdefault(name, []).extend(layer.acting_edits(parameter, weight.device))
@@ -335,16 +335,16 @@ class ForwardWithEdits:
 
 def forward_of(module: nn.Module) -> ForwardWithEdits:
     """The object that replaces the forward of a module; a new one if the forward is not replaced yet."""
-    present = module.__dict__.get(_place_of_forward(module))
+    present = module.__dict__.get(_forward_attribute(module))
     return present if isinstance(present, ForwardWithEdits) else ForwardWithEdits(module)
 
 
-def _place_of_forward(module: nn.Module) -> str:
+def _forward_attribute(module: nn.Module) -> str:
     """The attribute in which a module's forward is replaced; with accelerate's wrapper, the one that this calls."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def _list_weights(module: nn.Module) -> None:
+def _refresh_flat_weights(module: nn.Module) -> None:
     """Make a recurrent network's list of its weights anew, since its forward reads the weights from this list."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
@@ -376,7 +376,7 @@ class Readers:
         found = []
         for ancestor in self._ancestors(owner):
             kind = type(ancestor)
-            if _writes(kind, parameter):  # RWKV divides its weights in place: it must write the weight, not our value
+            if _modifies(kind, parameter):  # RWKV divides its weights in place: it must write the weight, not our value
                 break
             reading = _methods_that_read(kind, reads, methods | mentions)
             methods |= reading - {"forward"}
@@ -416,7 +416,7 @@ def _methods_that_read(kind: type, reads: frozenset[Read], methods: frozenset[st
 
 
 @functools.lru_cache(maxsize=10_000)
-def _writes(kind: type, parameter: str) -> bool:
+def _modifies(kind: type, parameter: str) -> bool:
     """Whether methods of a class call an in-place method, such as `mul_`, on an attribute of this name."""
     known = [_code_reads(function) for _, function in _functions(kind)]
     return any(holder == parameter and name[-1] == "_" != name[-2:-1] for read in known for holder, name in read)
@@ -427,7 +427,7 @@ def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
     for cls in reversed([cls for cls in kind.__mro__ if cls not in _FOUNDATIONS]):
         for name, value in vars(cls).items():
             # PEFT's wrappers also read weights when they are made and merged, which is not a forward pass.
-            if name in _ELSEWHERE or (issubclass(kind, BaseTunerLayer) and name != "forward"):
+            if name in _NO_FORWARD or (issubclass(kind, BaseTunerLayer) and name != "forward"):
                 continue
             function = getattr(value, "__func__", getattr(value, "fget", value))
             if isinstance(function, FunctionType):
@@ -440,11 +440,11 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
     found: set[Read] = set()
     line = [function]
     for each in line:
-        for code in _codes(each.__code__):
+        for code in _nested_codes(each.__code__):
             line_of = list(dis.get_instructions(code))
             for before, read, after in zip([None, *line_of], line_of, [*line_of[1:], None], strict=False):
                 if _is_attribute(read) and not (_is_attribute(after) and after.argval in _NO_VALUES):
-                    found.add((_holder(before), read.argval))
+                    found.add((_object_name(before), read.argval))
             if "getattr" in code.co_names:
                 found.update((ANY, value) for value in code.co_consts if isinstance(value, str))
             # Functions of PyTorch are not followed: they know only PyTorch's modules, which are examined themselves.
@@ -458,11 +458,11 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
     return frozenset(found)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def _nested_codes(code: CodeType) -> Iterator[CodeType]:
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _codes(inner)
+            yield from _nested_codes(inner)
 
 
 def _is_attribute(instruction: dis.Instruction | None) -> TypeGuard[dis.Instruction]:
@@ -470,7 +470,7 @@ def _is_attribute(instruction: dis.Instruction | None) -> TypeGuard[dis.Instruct
     return instruction is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
-def _holder(instruction: dis.Instruction | None) -> str:
+def _object_name(instruction: dis.Instruction | None) -> str:
     """The name of the object of which an attribute is read, from the instruction that loads the object."""
     if instruction is None:
         return ANY
@@ -481,7 +481,7 @@ def _holder(instruction: dis.Instruction | None) -> str:
     return SELF if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and variable == SELF else ANY
 
 
-class UsedAsTheyAre(TorchFunctionMode):
+class UneditedUses(TorchFunctionMode):
     """Find the parameters that PyTorch functions get unchanged, while changed values hide them as attributes."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:

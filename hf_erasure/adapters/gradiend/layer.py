@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..common.config import INDICES
 from ..common.layer import AdapterChild, StateDict, innermost
-from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded, shared_weights
+from ..common.placement import FLOAT_FIRST, is_quantised, owns_offloaded, shared_weights, writable_parameter
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
-from .forward import GONE, Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write
+from .forward import NOT_A_PARAMETER, Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write_edits
 
 CHILD = "gradiend"
 # A module that owns a parameter, with the parameter's name there.
@@ -49,7 +49,7 @@ class GradiendLayer(AdapterChild):
         """A parameter of the module, by its own name."""
         parameter = self.owner._parameters.get(name)
         if parameter is None:
-            raise ValueError(f"{self.path}.{name} {GONE}")
+            raise ValueError(f"{self.path}.{name} {NOT_A_PARAMETER}")
         return parameter
 
     def add_adapter(self, name: str, config: GradiendConfig, parameters: tuple[str, ...] = ()) -> None:
@@ -115,9 +115,9 @@ class GradiendLayer(AdapterChild):
         used = {name for names in self.gradiend_parameters.values() for name in names}
         owners = {name: places for name, places in self.owners.items() if name in used}
         left = {id(module) for places in owners.values() for module, _ in places}
-        self._follow(owners, [(reader, owner) for reader, owner in self.readers if id(owner) in left])
+        self._set_owners(owners, [(reader, owner) for reader, owner in self.readers if id(owner) in left])
 
-    def _follow(self, owners: dict[str, list[Owner]], readers: list[tuple[nn.Module, nn.Module]]) -> None:
+    def _set_owners(self, owners: dict[str, list[Owner]], readers: list[tuple[nn.Module, nn.Module]]) -> None:
         self._unhook()
         self.owners, self.readers = owners, readers
         self._hook()
@@ -147,16 +147,16 @@ class GradiendLayer(AdapterChild):
                 at = (other.rpartition(".") for other in shared.get(full, [full]))
                 places[name] = list(dict.fromkeys((model.get_submodule(path), own) for path, _, own in at))
             read = [(m, owner) for place in places.values() for owner, name in place for m in readers.of(owner, name)]
-            layer._follow(places, list(dict.fromkeys(read)))
+            layer._set_owners(places, list(dict.fromkeys(read)))
 
     def acting_adapters(self) -> list[str]:
         """The adapters that change weights on a forward pass, in the order in which they were added."""
-        on, silent = self.switched_on(), {*self.merged_adapters, *self._held}
+        on, silent = self.switched_on(), {*self.merged_adapters, *self._suspended}
         return [n for n in self.gradiend_parameters if n in on and self.gradiend_on[n] and n not in silent]
 
     def steer(self, name: str, config: GradiendConfig) -> None:
         """Set how strongly an adapter acts, as its configuration says."""
-        steering = strength(config)
+        steering = steering_factors(config)
         if name in self.gradiend_steering and self.gradiend_steering[name].shape == steering.shape:
             self.gradiend_steering[name].copy_(steering)
         else:
@@ -229,7 +229,7 @@ class GradiendLayer(AdapterChild):
             found = [self.edit_of(name, parameter) for name in names if self.gradiend_on[name]]
             edits = [edit for edit in found if edit is not None]
             if edits:
-                written.append((parameter, write(self.parameter(parameter), edits)))
+                written.append((parameter, write_edits(self.parameter(parameter), edits)))
             if safe_merge and not bool(torch.isfinite(self.parameter(parameter)).all()):
                 for _, change in reversed(written):
                     change.undo()
@@ -248,7 +248,7 @@ class GradiendLayer(AdapterChild):
         names, written = self._merges.pop()
         for name, change in reversed(written):
             # accelerate may have moved the weights since the merge, so the parameter is looked up again.
-            with held(self.owners[name]) as change.parameter:
+            with writable_parameter(self.owners[name]) as change.parameter:
                 change.undo()
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
 
@@ -260,7 +260,7 @@ class GradiendLayer(AdapterChild):
 gradiend_layers = GradiendLayer.by_path
 
 
-def strength(config: GradiendConfig) -> Tensor:
+def steering_factors(config: GradiendConfig) -> Tensor:
     """The factors of Wd and bd for each pair, `(2, pairs)`; zero for pairs that do not act."""
     factors = torch.zeros(2, config.expected_pairs(), device="cpu", dtype=torch.float32)
     acting = config.pair_index(config.pair) if config.fitted else 0

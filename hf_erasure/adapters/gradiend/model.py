@@ -15,11 +15,11 @@ from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.heads import HEAD_MODULES
 
 from ..common.acting import warn_user
-from ..common.layer import AdapterChild, Rows, innermost
+from ..common.layer import AdapterChild, RowAdapters, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
-from ..common.tuner import ChildTuner, exactly, keep_layers
+from ..common.tuner import ChildTuner, exact_targets, keep_layers
 from .config import GradiendConfig
-from .forward import share_kept
+from .forward import rounded_share
 from .layer import GradiendLayer
 
 # The share of its edit that a merge must keep; with less, the merged model differs from the one that was selected.
@@ -101,12 +101,12 @@ class GradiendModel(ChildTuner):
     prefix: str = "gradiend_"
     tuner_layer_cls = GradiendLayer
 
-    def _names_meant(self, config: Any) -> list[str] | None:
+    def _resolve_targets(self, config: Any) -> list[str] | None:
         return keep_layers(default_owners(self.model), config) if config.target_modules is None else None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The ids of the parameters that the new adapter already changes; a tied weight belongs to its first owner.
-        self._claimed: set[int] = set()
+        self._claimed_ids: set[int] = set()
         # Modules that a regular expression matched, but that have no parameters of their own.
         self._passed_over: dict[str, nn.Module] = {}
         is_default = peft_config.target_modules is None
@@ -126,29 +126,29 @@ class GradiendModel(ChildTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse nothing: a tied weight stays tied when it is edited in place."""
 
-    def _what_to_add(self, config: GradiendConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
+    def _child_arguments(self, config: GradiendConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
         owner = innermost(target)
         if config.fitted_parameters is not None:
             names = self._fitted_parameters(config, config.fitted_parameters, owner, path)
         else:
             own = owner.named_parameters(recurse=False)
-            names = [name for name, parameter in own if id(parameter) not in self._claimed]
+            names = [name for name, parameter in own if id(parameter) not in self._claimed_ids]
         for name in names:
             if is_quantised(owner.get_parameter(name)):
-                told = f"the {config.described} changes it. Instead, {FLOAT_FIRST}"
+                message = f"the {config.described} changes it. Instead, {FLOAT_FIRST}"
                 if not config.fitted:
-                    told = (
+                    message = (
                         f"a GRADIEND adapter changes weights. Instead, {FLOAT_FIRST}; or let the adapter change none "
                         f"but the float weights of this one: exclude_modules={quantised_modules(self.model)}"
                     )
                 full = f"{path}.{name}"
-                raise ValueError(f"{full!r} is quantised, and {told}.")
+                raise ValueError(f"{full!r} is quantised, and {message}.")
         if not names:
             if not isinstance(config.target_modules, str):
-                super()._what_to_add(config, target, path)
+                super()._child_arguments(config, target, path)
             self._passed_over[path] = target
             return None
-        self._claimed.update(id(owner.get_parameter(name)) for name in names)
+        self._claimed_ids.update(id(owner.get_parameter(name)) for name in names)
         return (tuple(names),)
 
     def _fitted_parameters(
@@ -157,12 +157,12 @@ class GradiendModel(ChildTuner):
         wanted = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
         # The names come in the order of the module, since a file has them sorted.
         names = [name for name in owner._parameters if name in wanted]
-        told, load = f"The {config.described}", "Load it into the model it was fitted on."
+        subject, load = f"The {config.described}", "Load it into the model it was fitted on."
         for name in [*names, *(set(wanted) - set(names))]:
             full, parameter = f"{path}.{name}", owner._parameters.get(name)
             if parameter is None:
-                raise ValueError(f"{told} changes {full!r}, which this model does not have. {load}")
-            if id(parameter) in self._claimed:
+                raise ValueError(f"{subject} changes {full!r}, which this model does not have. {load}")
+            if id(parameter) in self._claimed_ids:
                 raise ValueError(
                     f"{full!r} shares its tensor with another weight of this model, but had its own tensor where the "
                     f"{config.described} was fitted. Load the adapter into a model with untied weights "
@@ -171,7 +171,7 @@ class GradiendModel(ChildTuner):
             shape = fitted[full]["shape"]
             if list(parameter.shape) != list(shape) and config.has_size_of(full, shape) and not is_quantised(parameter):
                 here = list(parameter.shape)
-                raise ValueError(f"{told} was fitted where {full!r} has shape {shape}; here it has {here}. {load}")
+                raise ValueError(f"{subject} was fitted where {full!r} has shape {shape}; here it has {here}. {load}")
         return names
 
     def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
@@ -183,10 +183,10 @@ class GradiendModel(ChildTuner):
             )
         for path, module in self._passed_over.items():
             if next(module.parameters(), None) is not None and not any(name.startswith(f"{path}.") for name in at):
-                super()._what_to_add(config, module, path)
+                super()._child_arguments(config, module, path)
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and with "embed_tokens" among them it would save embeddings too.
-            config.target_modules = exactly(at, self.model)
+            config.target_modules = exact_targets(at, self.model)
         super()._check_complete(config, children, wanted)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -197,7 +197,7 @@ class GradiendModel(ChildTuner):
         Raises:
             ValueError: If a weight cannot be merged into; the message names it, and nothing has changed.
         """
-        names = self._left_to_merge(adapter_names)
+        names = self._adapters_to_merge(adapter_names)
         layers: list[GradiendLayer] = [layer for layer in self._children() if set(names) & set(layer.adapters)]
         for layer in layers:
             if layer.disable_adapters:
@@ -207,26 +207,26 @@ class GradiendModel(ChildTuner):
                 raise ValueError(f"The GRADIEND adapter cannot be merged: {reason}.")
         for name in names:
             own = [layer for layer in layers if name in layer.adapters]
-            kept = share_kept((x.parameter(at), edit) for x in own for at, edit in x.edits_of(name))
-            told = ""
+            kept = rounded_share((x.parameter(at), edit) for x in own for at, edit in x.edits_of(name))
+            message = ""
             if own and not any(layer.gradiend_on[name] for layer in own):
-                told = (
+                message = (
                     f"GRADIEND adapter {name!r} is not fitted, or its learning_rate is 0: merging it changes nothing."
                 )
             elif kept < LEAST_KEPT:
-                told = (
+                message = (
                     f"Merged into weights of this dtype, {name!r} keeps {kept:.0%} of its edit, since the rest is lost "
                     "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate."
                 )
-            if told:
-                warn_user(told)
-        with ExitStack() as way_back:
+            if message:
+                warn_user(message)
+        with ExitStack() as undo_merges:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
-                way_back.callback(layer.unmerge_last)
-            way_back.pop_all()
+                undo_merges.callback(layer.unmerge_last)
+            undo_merges.pop_all()
 
-    def _check_mixed_batch(self, rows: Rows) -> None:
+    def _check_mixed_batch(self, rows: RowAdapters) -> None:
         raise ValueError(
             f"adapter_names={[*rows.names]} cannot be followed: a GRADIEND adapter changes weights, which all rows of "
             "a batch share. Run the rows of each adapter as a batch of their own, with set_adapter(name)."

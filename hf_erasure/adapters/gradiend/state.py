@@ -18,8 +18,8 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
-from .forward import share_kept, write
-from .layer import GradiendLayer, gradiend_layers, strength
+from .forward import rounded_share, write_edits
+from .layer import GradiendLayer, gradiend_layers, steering_factors
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class StoredFeature:
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """Full name without wrappers → parameter that an adapter changes; a tied weight has only one entry."""
-    layers, _ = _adapter(model, adapter_name, fitted=False, unmerged=False)
-    return {name: layer.parameter(own) for name, layer, own in _places(layers, adapter_name)}
+    layers, _ = _layers_and_config(model, adapter_name, fitted=False, unmerged=False)
+    return {name: layer.parameter(own) for name, layer, own in _parameter_places(layers, adapter_name)}
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
     """The bytes that an adapter's state takes once it is fitted, in memory and on disk, with its present `density`."""
-    _, config = _adapter(model, adapter_name, fitted=False, unmerged=False)
+    _, config = _layers_and_config(model, adapter_name, fitted=False, unmerged=False)
     n = sum(p.numel() for p in targeted_parameters(model, adapter_name).values())
     pairs = config.expected_pairs()
     vectors = (3 if config.keep_encoder else 2) * pairs
@@ -58,7 +58,7 @@ def set_features(
     There is one feature for each pair of classes, at +1 and −1. The blocks of a feature are named as in
     `targeted_parameters`, or are some of them. The adapter acts once its learning rate is not 0.
     """
-    layers, config = _adapter(model, adapter_name, fitted=False)
+    layers, config = _layers_and_config(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
     if len(features) != len(pairs) or not features:
         raise ValueError(
@@ -82,12 +82,12 @@ def set_features(
     kept = encoders if config.keep_encoder else []
     sizes: dict[str, dict[str, Any]] = {}
     last: dict[str, int] = {}  # the last entry of each weight that is changed
-    for name, layer, own in _places(layers, adapter_name):
+    for name, layer, own in _parameter_places(layers, adapter_name):
         shape = parameters[name].shape
-        index, weight, bias = _aligned(
+        index, weight, bias = _align_blocks(
             name, shape, [d.index for d in decoders], [d.weight for d in decoders], [d.bias for d in decoders]
         )
-        read_at, read = _aligned(name, shape, [encoder.index for encoder in kept], [e.weight for e in kept])
+        read_at, read = _align_blocks(name, shape, [encoder.index for encoder in kept], [e.weight for e in kept])
         parts = {INDEX: index, FEATURE: weight, OFFSET: bias, ENCODER_INDEX: read_at, ENCODER: read}
         for kind, part in parts.items():
             layer.set_part(adapter_name, own, kind, part)
@@ -111,8 +111,8 @@ def set_features(
 
 def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     """The features of a fitted adapter, one for each pair of classes; they share the adapter's tensors."""
-    layers, config = _adapter(model, adapter_name, unmerged=False)
-    places = list(_places(layers, adapter_name))
+    layers, config = _layers_and_config(model, adapter_name, unmerged=False)
+    places = list(_parameter_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
 
     def blocks(kind: str, index_kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
@@ -142,8 +142,8 @@ def steer(model: nn.Module, adapter_name: str, **strengths: Any) -> None:
     `strengths` are `feature_factor`, `learning_rate` and the `pair` of classes that acts; others stay as they are. In
     place: compiled code stays valid, unless the learning rate changes from or to 0. An error changes nothing.
     """
-    layers, config = _adapter(model, adapter_name)
-    steered = _steered(config, **strengths)
+    layers, config = _layers_and_config(model, adapter_name)
+    steered = _with_strengths(config, **strengths)
     for field in ("feature_factor", "learning_rate", "pair"):
         setattr(config, field, getattr(steered, field))
     for layer in layers.values():
@@ -158,20 +158,18 @@ def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[No
     block the adapter itself does not act, and other adapters act as before. Afterwards the weights are restored bit for
     bit. A sparse edit reads and writes only the entries that change. Quantised and offloaded weights are refused.
     """
-    layers, config = _adapter(model, adapter_name)
-    steering = strength(_steered(config, **strengths))
-    changes = [
-        (layer, name, edit) for layer in layers.values() for name, edit in layer.edits_of(adapter_name, steering)
-    ]
+    layers, config = _layers_and_config(model, adapter_name)
+    factors = steering_factors(_with_strengths(config, **strengths))
+    changes = [(layer, name, edit) for layer in layers.values() for name, edit in layer.edits_of(adapter_name, factors)]
     for layer, name, _ in changes:
         reason = layer.why_not_editable(name)
         if reason is not None:
             raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
     with ExitStack() as stack:
         for layer in layers.values():
-            stack.enter_context(layer.without(adapter_name))
+            stack.enter_context(layer.suspend(adapter_name))
         for layer, name, edit in changes:
-            stack.callback(write(layer.parameter(name), [edit]).undo)
+            stack.callback(write_edits(layer.parameter(name), [edit]).undo)
         yield
 
 
@@ -181,12 +179,12 @@ def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
     It is the rounded edit's length along the exact edit, divided by the exact edit's length. In bfloat16, edits far
     below the spacing of a weight's values vanish, so a small edit may do nothing. `strengths` are as for `edited`.
     """
-    layers, config = _adapter(model, adapter_name)
-    steering = strength(_steered(config, **strengths))
-    return share_kept((x.parameter(own), e) for x in layers.values() for own, e in x.edits_of(adapter_name, steering))
+    layers, config = _layers_and_config(model, adapter_name)
+    factors = steering_factors(_with_strengths(config, **strengths))
+    return rounded_share((x.parameter(own), e) for x in layers.values() for own, e in x.edits_of(adapter_name, factors))
 
 
-def _adapter(
+def _layers_and_config(
     model: nn.Module, name: str, *, fitted: bool = True, unmerged: bool = True
 ) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
     """An adapter's layers and configuration; raise an error if it must be `fitted` or `unmerged` and is not."""
@@ -199,7 +197,7 @@ def _adapter(
     return layers, found.config
 
 
-def _places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tuple[str, GradiendLayer, str]]:
+def _parameter_places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tuple[str, GradiendLayer, str]]:
     """Each parameter that an adapter targets: its full name, its layer, and its name in the layer."""
     for path, layer in layers.items():
         for own in layer.gradiend_parameters[adapter_name]:
@@ -223,7 +221,7 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
                 raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
 
 
-def _aligned(
+def _align_blocks(
     name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
     """Common positions `(count,)` int32 of a block in all features, and their values `(features, count)` there."""
@@ -249,7 +247,7 @@ def _aligned(
     return [None if union is None else union.int(), *rows]
 
 
-def _steered(
+def _with_strengths(
     config: GradiendConfig,
     feature_factor: float | None = None,
     learning_rate: float | None = None,

@@ -32,9 +32,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..common.acting import adapters_now, warn_user
-from ..common.config import ChildConfig, Provenance, damaged, fits, short
+from ..common.config import ChildConfig, Provenance, field_error, fits, short
 from ..common.layer import innermost
-from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weights
+from ..common.placement import QUANTISED, is_quantised, shared_weights, values_and_dtype
 
 Rename = Callable[[str], str]
 
@@ -48,31 +48,31 @@ RELATED_QUANTISED = 0.5
 # A normal sample correlates by 0.99 with its copy in 4 bits, 0.9999 in 8 bits. Below this, more than rounding differs.
 ROUNDED = 0.97
 # With at least so many values, one matrix below this correlation means another model, even if all others are the same.
-ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
+MIN_VALUES, RELATED_MATRIX = 16, 0.5
 # New rows of two models differ by at most this share of the weight's spread if both were made as means of old rows.
-_NEARLY = 1e-2
+_NEW_ROW_TOLERANCE = 1e-2
 ANY_BASE = "HF_ERASURE_ANY_BASE"
 # How many tensors of another adapter are sampled, with two values of each.
-_TENSORS = 16
+_MOST_TENSORS = 16
 # The relative change of a value by rounding to bfloat16, with a margin.
 _ROUNDING = 2.0**-7
 
 
 def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Sample the weights at and around modules: parameter → `{"shape", "dtype", "positions", "values"}`, for JSON."""
-    names = _telling_weights(model, sites)
+    names = _weights_to_sample(model, sites)
     each = max(FEWEST, min(SAMPLES, TOTAL // max(1, len(names))))
     found: dict[str, Any] = {}
     for name in names:
-        weight, dtype = numbers_of(model, name)
+        weight, dtype = values_and_dtype(model, name)
         if weight is None or not weight.numel():
             continue
         positions = torch.linspace(0, weight.numel() - 1, min(each, weight.numel()), device="cpu", dtype=torch.double)
-        found[name] = _sampled(weight, dtype, positions.long().unique())
+        found[name] = _sample_weight(weight, dtype, positions.long().unique())
     return found
 
 
-def recognise(model: nn.Module, config: ChildConfig) -> None:
+def check_base(model: nn.Module, config: ChildConfig) -> None:
     """Check the model to which a fitted adapter is attached, and rename the adapter's modules as this model names them.
 
     A model that lacks a site, that has a weight which the tensors do not fit, or that has other weights is refused;
@@ -80,15 +80,15 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
     trained further or cannot be read give a warning. After tokens were added or removed, only common rows are compared.
     """
     try:
-        rename = renaming(model, config.fitted_modules)
+        rename = find_renaming(model, config.fitted_modules)
         if rename is None:
             _refuse_absent(model, config)
         elif rename is not str:
-            rename_fitted(config, rename)
+            rename_modules(config, rename)
         kept = Provenance.of(config).fingerprint
         if not kept:
             warn_user(
-                f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether "
+                f"The {config.described} does not say what weights it was fitted on ({_base_text(config)}): whether "
                 "this is the same base cannot be checked."
             )
         pairs = _pairs_of(model, config, kept)
@@ -104,12 +104,12 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
         ) from error
 
 
-def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_Pair]:
+def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_SamplePair]:
     """Pair a fingerprint's samples with this model's values at the same places; weights of other shape are refused."""
     pairs, unread, of_tokens = [], [], functools.cache(lambda: _token_weights(model))
     for name, sample in kept.items():
         _check_sample(name, sample)
-        weight, dtype = numbers_of(model, name)
+        weight, dtype = values_and_dtype(model, name)
         if weight is None:
             unread.append(name)
             continue
@@ -123,8 +123,8 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        seen = torch.tensor(_sampled(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
-        pair = _Pair(name, seen, values, {dtype, sample["dtype"]}, len(shape) > 1)
+        seen = torch.tensor(_sample_weight(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
+        pair = _SamplePair(name, seen, values, {dtype, sample["dtype"]}, len(shape) > 1)
         if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
@@ -133,26 +133,26 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         is_all = len(unread) == len(kept)
         checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
         warn_user(
-            f"Whether this is the base that the {config.described} was fitted on ({_fitted_on(config)}) {checked} of "
+            f"Whether this is the base that the {config.described} was fitted on ({_base_text(config)}) {checked} of "
             f"the {len(kept)} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read "
             "here, since they are offloaded, sharded, or packed by a quantiser."
         )
     return pairs
 
 
-def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
+def resample(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
     """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out."""
     found = {}
     for name, sample in kept.items():
         _check_sample(name, sample)
-        weight, dtype = numbers_of(model, name)
+        weight, dtype = values_and_dtype(model, name)
         if weight is not None and max(sample["positions"]) < weight.numel():
             positions = torch.tensor(sample["positions"], device="cpu", dtype=torch.long)
-            found[name] = sample | _sampled(weight, dtype, positions)
+            found[name] = sample | _sample_weight(weight, dtype, positions)
     return found
 
 
-def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
+def most_different_weight(kept: dict[str, Any], seen: dict[str, Any]) -> str:
     """The weight that differs most between two fingerprints of the same places; empty if only rounding differs."""
     pairs = []
     for name in kept.keys() & seen.keys():
@@ -160,14 +160,14 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
         _check_sample(name, seen[name])
         now, then = (torch.tensor(of[name]["values"], device="cpu", dtype=torch.double) for of in (seen, kept))
         dtypes = {seen[name]["dtype"], kept[name]["dtype"]}
-        pairs.append(_Pair(name, now, then, dtypes, len(kept[name]["shape"]) > 1))
+        pairs.append(_SamplePair(name, now, then, dtypes, len(kept[name]["shape"]) > 1))
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (QUANTISED in pair.dtypes and _correlation(changed)[0] >= ROUNDED)]
-    return min(changed, key=_one).name if changed else ""
+    return min(changed, key=_pair_correlation).name if changed else ""
 
 
 @dataclass
-class _Pair:
+class _SamplePair:
     """Sampled values of one weight: `seen` in this model, and `kept` where the adapter was fitted."""
 
     name: str
@@ -185,7 +185,7 @@ class _Pair:
         return ~torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol)
 
 
-def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
+def _correlation(pairs: list[_SamplePair]) -> tuple[float, float]:
     """Correlate all values within their weights; and how far they moved, as a share of spread. Constants give nan."""
     parts = []
     for pair in pairs:
@@ -202,28 +202,28 @@ def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
 
 def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
     """Raise an error if an adapter cannot act on a weight of another shape; other numbers of tokens may be allowed."""
-    is_in_the_way, told = config.has_size_of(name, kept), f"The {config.described} was fitted on {_fitted_on(config)}"
+    is_in_the_way, reason = config.has_size_of(name, kept), f"The {config.described} was fitted on {_base_text(config)}"
     if is_resized and is_in_the_way:
         raise ValueError(
-            f"{told}, where the vocabulary has {kept[0]} tokens; here it has {shape[0]} tokens. The adapter acts on "
+            f"{reason}, where the vocabulary has {kept[0]} tokens; here it has {shape[0]} tokens. The adapter acts on "
             f"the rows of {name!r}, one for each token, and they are not the same any more. Call "
             f"model.resize_token_embeddings({kept[0]}) before loading it, or fit it on this model."
         )
     if not is_resized:
-        told += f", where {name!r} has shape {kept}; here it has {shape}"
-        _refuse_another_base(told, "Load it into the model it was fitted on.", always=is_in_the_way)
+        reason += f", where {name!r} has shape {kept}; here it has {shape}"
+        _refuse_another_base(reason, "Load it into the model it was fitted on.", always=is_in_the_way)
 
 
-def _refuse_another_base(told: str, remedy: str, *, always: bool = False) -> None:
+def _refuse_another_base(reason: str, remedy: str, *, always: bool = False) -> None:
     """Raise a `ValueError`, or only warn where the environment variable allows any base, unless `always`."""
     if always:
-        raise ValueError(f"{told}. {remedy}")
+        raise ValueError(f"{reason}. {remedy}")
     if os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
-        raise ValueError(f"{told}. {remedy} To load it anyway, set the environment variable {ANY_BASE}=1.")
-    warn_user(f"{told}. It is loaded anyway, since {ANY_BASE} is set.")
+        raise ValueError(f"{reason}. {remedy} To load it anyway, set the environment variable {ANY_BASE}=1.")
+    warn_user(f"{reason}. It is loaded anyway, since {ANY_BASE} is set.")
 
 
-def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
+def _without_new_rows(pair: _SamplePair, rows: Tensor, last_changed: int, config: ChildConfig) -> _SamplePair:
     """Leave out the values of rows that were made when tokens were added to this model or to the fitted one.
 
     Rows are taken as new from the first row that differs, if from there on all values differ, or differ very little.
@@ -232,12 +232,12 @@ def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: Chil
     differ = pair.differ()
     first = int(rows[differ].min())
     new, change = rows >= first, (pair.seen - pair.kept) / (float(pair.kept.std(correction=0)) or 1.0)
-    if bool(new.all()) or not (bool(differ[new].all()) or bool((change[new].abs() <= _NEARLY).all())):
+    if bool(new.all()) or not (bool(differ[new].all()) or bool((change[new].abs() <= _NEW_ROW_TOLERANCE).all())):
         return pair
     if config.has_size_of(pair.name, []) and last_changed >= first:
         _refuse_another_base(
             f"The {config.described} changes rows of added tokens: {pair.name!r} has, from row {first} or before, "
-            f"other rows than those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings "
+            f"other rows than those it was fitted on ({_base_text(config)}), since resize_token_embeddings "
             "initialises new rows anew each time",
             "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into this "
             "saved model.",
@@ -245,34 +245,34 @@ def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: Chil
     return replace(pair, seen=pair.seen[~new], kept=pair.kept[~new])
 
 
-def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
+def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> None:
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     if not changed:
         return
     correlation, drift = _correlation(pairs)
     if related == RELATED_QUANTISED and correlation >= ROUNDED:
         return  # a quantiser's rounding cannot be told from further training
-    worst = min(changed, key=_one)
-    is_another = worst.is_matrix and worst.seen.numel() >= ENOUGH_OF_ONE and not _one(worst) >= RELATED_ONE
+    worst = min(changed, key=_pair_correlation)
+    is_another = worst.is_matrix and worst.seen.numel() >= MIN_VALUES and not _pair_correlation(worst) >= RELATED_MATRIX
     is_finite = all(bool(pair.seen.isfinite().all()) for pair in changed)
     is_another = is_another or not is_finite or correlation < related
-    told = (
+    reason = (
         f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
-        f"{worst.name!r}, by {_one(worst):.2f}"
+        f"{worst.name!r}, by {_pair_correlation(worst):.2f}"
     )
     if is_another:
         _refuse_another_base(
-            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told})",
+            f"The {config.described} was fitted on {_base_text(config)}, and this is another model ({reason})",
             "Load the adapter into its own base, or fit it on this one.",
         )
         return
     warn_user(
-        f"The base model has been trained further since the {config.described} was fitted ({told}). It was made for "
+        f"The base model has been trained further since the {config.described} was fitted ({reason}). It was made for "
         "the old weights: fit the adapter again."
     )
 
 
-def _one(pair: _Pair) -> float:
+def _pair_correlation(pair: _SamplePair) -> float:
     """The correlation of one weight's values; 1 for constant values, which have none."""
     correlation, _ = _correlation([pair])
     return 1.0 if math.isnan(correlation) else correlation
@@ -290,10 +290,10 @@ def _check_sample(name: str, sample: Any) -> None:
         and all(abs(value) < math.inf for value in sample["values"])
         and fits(sample.get("last", 0), int)
     ):
-        raise damaged(f"The fingerprint has {short(sample)} of {name!r}, which is not a sample")
+        raise field_error(f"The fingerprint has {short(sample)} of {name!r}, which is not a sample")
 
 
-def _fitted_on(config: ChildConfig) -> str:
+def _base_text(config: ChildConfig) -> str:
     """The base model that an adapter names: its source and its class, as far as they are known."""
     name, kind = config.base_model_name_or_path, Provenance.of(config).base_class
     known = f"{name} at {config.revision}" if name and config.revision else name
@@ -303,7 +303,7 @@ def _fitted_on(config: ChildConfig) -> str:
 # ---- names in the bare model, and in the same model with a head ------------------------------------------------------
 
 
-def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
+def find_renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
     """A function that adds or removes a model's prefix so that it has all the modules; None if no way finds all."""
     names, modules, prefix = list(names), {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
     ways: tuple[Rename, ...] = (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
@@ -318,7 +318,7 @@ def prefix_of(model: Any) -> str:
     return getattr(model, "base_model_prefix", "")
 
 
-def rename_fitted(config: ChildConfig, rename: Rename) -> None:
+def rename_modules(config: ChildConfig, rename: Rename) -> None:
     """Rename the modules of a fitted adapter, everywhere in its configuration."""
     at = list(config.fitted_modules)
     config.provenance = dict(config.provenance)
@@ -358,12 +358,12 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     elif child := next(below, None):
         hint = f"They exist below model.{child}: call model.{child}.load_adapter(…)."
     raise ValueError(
-        f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
+        f"The {config.described} was fitted on {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
         f"{type(model).__name__} does not have. {hint}"
     )
 
 
-def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
+def _weights_to_sample(model: nn.Module, sites: list[str]) -> list[str]:
     """Names of the weights at each site, and of the next matrix where a site has no matrix that can be read."""
     tied = shared_weights(model)  # one name of a tied weight is enough, the same one on every device
     first = {name: tied.get(name, [name])[0] for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -372,7 +372,7 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     own: dict[str, list[str]] = {}
     for name, known in first.items():
         own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(known)
-    readable = functools.cache(lambda name: numbers_of(model, name)[0] is not None)
+    readable = functools.cache(lambda name: values_and_dtype(model, name)[0] is not None)
     found: dict[str, None] = {}
     for site in sites:
         here = [name for name in own.get(site, []) if "lora_" not in name and readable(name)]
@@ -385,7 +385,7 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     return list(found)
 
 
-def _sampled(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
+def _sample_weight(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
     # Only these values of the weight are read, whatever its strides; `None` gives a weight without axes one axis.
     values = weight[None][torch.unravel_index(positions.to(weight.device), (1, *weight.shape))].to("cpu", torch.double)
     return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values.tolist()}
@@ -412,7 +412,7 @@ def _token_weights(model: nn.Module) -> set[str]:
 # ---- the other adapters that act at fitting, and afterwards ----------------------------------------------------------
 
 
-def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
+def other_acting_adapters(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
     """The other adapters that act, as fitting records them: `{"name", "kind", "sample"}` for each."""
     now = adapters_now(model)
     configs = {name: now.configs.get(name) for name in now.acting if name != adapter_name}
@@ -420,7 +420,7 @@ def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
     return [{"name": name, "kind": now.acting[name], "sample": _sample(model, name, configs[name])} for name in fitted]
 
 
-def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
+def record_without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
     """A record without the adapters of these names, and without double entries."""
     left: list[Any] = []
     for entry in record:
@@ -429,36 +429,36 @@ def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
     return left
 
 
-def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
+def differences_since_fit(model: nn.Module, adapter_name: str) -> str:
     """A text that says how the other acting adapters differ from those that acted at fitting; empty if they do not."""
     now = adapters_now(model)
     config = now.configs.get(adapter_name)
     record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
     if record is None:  # an older release did not write it
         return ""
-    gone, come = list(record), active_beside(model, adapter_name)
+    missing, added = list(record), other_acting_adapters(model, adapter_name)
     for entry in record:
-        same = next((other for other in come if _is_same(entry, other)), None)
+        same = next((other for other in added if _is_same_adapter(entry, other)), None)
         if same is not None:
-            gone.remove(entry)
-            come.remove(same)
-    said, changed = [], []
-    for entry in gone:
+            missing.remove(entry)
+            added.remove(same)
+    remarks, changed = [], []
+    for entry in missing:
         called = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
-        namesake = next((o for o in come if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
+        namesake = next((o for o in added if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
         if namesake is not None:
-            come.remove(namesake)
+            added.remove(namesake)
             changed.append(f"{called} has other values than it had")
         elif entry.get("name") in now.loaded:
-            said.append(f"{called} was on and is off now")
+            remarks.append(f"{called} was on and is off now")
         else:
-            said.append(f"{called} was on and is not loaded here, unless it is merged into the weights")
-    said += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in come]
-    said += changed
-    if not said:
+            remarks.append(f"{called} was on and is not loaded here, unless it is merged into the weights")
+    remarks += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in added]
+    remarks += changed
+    if not remarks:
         return ""
     return (
-        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(said)}. What was measured at "
+        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(remarks)}. What was measured at "
         "fitting holds only with the adapters of that time: switch on the same ones, or fit again."
     )
 
@@ -469,7 +469,7 @@ def _sample(model: nn.Module, name: str, config: Any) -> list[float]:
     own = {key: tensor for key, tensor in named if name in key.split(".")[-2:] and "modules_to_save" not in key}
     # Keys are sorted without the adapter's own name, which may differ in another session.
     keys = sorted((key for key in own if own[key].numel()), key=lambda key: key.replace(f".{name}", ""))
-    keys = keys[:: math.ceil(len(keys) / _TENSORS)] if keys else []
+    keys = keys[:: math.ceil(len(keys) / _MOST_TENSORS)] if keys else []
     found = []
     for key in keys:
         tensor = own[key].data
@@ -485,7 +485,7 @@ def _sample(model: nn.Module, name: str, config: Any) -> list[float]:
     return [float(f"{value:.6g}") for value in found] if all(map(math.isfinite, found)) else []
 
 
-def _is_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _is_same_adapter(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     kept, seen = then.get("sample"), now["sample"]
     if then.get("kind") != now["kind"] or not kept or not seen or not fits(kept, list[float]):
         return then.get("kind") == now["kind"] and then.get("name") == now["name"]

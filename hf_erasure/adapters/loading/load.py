@@ -34,11 +34,11 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from hf_erasure.models.model import base_of
 
 from ..common import acting
-from ..common.config import ChildConfig, Provenance, fault_of, read_config, short
-from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
+from ..common.config import ChildConfig, Provenance, find_fault, read_config, short
+from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNCHECKED, WEIGHTS
 from ..common.layer import adapter_children
-from ..saving import finish
-from .fingerprint import other_than_when_fitted, prefix_of, recognise
+from ..saving import finish_save
+from .fingerprint import check_base, differences_since_fit, prefix_of
 
 T = TypeVar("T")
 # In bytes. A smaller file cannot fill the memory, so it is not checked how much of the file is really on disk.
@@ -78,34 +78,34 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Read:
+class AdapterFiles:
     """The parts of an adapter that were read."""
 
     config: ChildConfig | None = None  # its configuration; None where it is not an adapter of this package
     # Its tensors by their names without PEFT's prefix; they do not share memory with the file.
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    unseen: str | None = None  # the reason why its files could not be checked
+    why_unchecked: str | None = None  # the reason why its files could not be checked
     # The configuration that the caller gave for this load; it becomes the adapter's own.
     given: PeftConfig | None = None
 
 
 # The adapter that `from_pretrained` has read before it calls `load_adapter`.
-_READ: ContextVar[Read | None] = ContextVar("read", default=None)
+_READ_FILES: ContextVar[AdapterFiles | None] = ContextVar("read", default=None)
 
 
 @contextmanager
-def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
+def undo_or_warn(model: nn.Module, newcomer: str) -> Iterator[None]:
     """Undo a load that fails. After a load, warn of adapters that went off or act beside others than at fitting."""
     is_part = acting.ADDING.get()  # it is a part of a load that warns
-    with acting.undone_on_failure(model, newcomer), acting.naming_what_goes_off(model, newcomer):
+    with acting.undone_on_failure(model, newcomer), acting.warn_of_switched_off(model, newcomer):
         known = () if is_part else acting.adapters_now(model).configs
-        before = {name: other_than_when_fitted(model, name) for name in known}
+        before = {name: differences_since_fit(model, name) for name in known}
         yield
         now = acting.adapters_now(model)
         for name in () if is_part else now.configs:
-            said = other_than_when_fitted(model, name) if name in now.acting or name == newcomer else ""
-            if said and said != before.get(name):
-                acting.warn_user(said)
+            differences = differences_since_fit(model, name) if name in now.acting or name == newcomer else ""
+            if differences and differences != before.get(name):
+                acting.warn_user(differences)
 
 
 def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,19 +115,19 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
     name = given.get("adapter_name") or "default"
     load_config, more, tensors = given.get("load_config"), given.get("kwargs", {}), given.get("adapter_state_dict")
     place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-    with undone_or_told(model, name):
+    with undo_or_warn(model, name):
         if place is None or tensors is not None:
-            read = Read()
+            read = AdapterFiles()
             if tensors is not None and isinstance(config, ChildConfig):
                 tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-                read = Read(config.copied(), tensors, given=config)
+                read = AdapterFiles(config.copied(), tensors, given=config)
         else:
             downloads = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"))
             source = Source.of(place, *downloads, given.get("adapter_kwargs"), more, given)
             pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
             read = read_adapter(model, source, config, pickled=pickled)
         if read.config is None:
-            return _by_others(read, original, call)
+            return _load_by_original(read, original, call)
         if given.get("hotswap") is True:
             raise ValueError(f"hotswap=True is for a LoRA: leave it out to load the {read.config.described}.")
         if model._hf_peft_config_loaded and name in model.peft_config:
@@ -135,7 +135,7 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
         read.config.inference_mode = not given.get("is_trainable", False)
         inject_adapter_in_model(read.config, model, name)
         model._hf_peft_config_loaded = True
-        _take(model, name, read)
+        _load_values(model, name, read)
         if model.peft_config[name].inference_mode:
             model.eval()
             layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -151,17 +151,17 @@ def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwa
     call = inspect.signature(original).bind(*args, **kwargs)
     adapter_name, is_trainable = call.arguments["adapter_name"], call.arguments.get("is_trainable", False)
     present = model.peft_config.get(adapter_name)
-    with undone_or_told(model, adapter_name):
+    with undo_or_warn(model, adapter_name):
         source = Source.of(call.arguments["model_id"], kwargs)
-        read = _READ.get() or read_adapter(model, source, present, is_given=False)
+        read = _READ_FILES.get() or read_adapter(model, source, present, is_given=False)
         if read.config is None:
-            return _by_others(read, original, call)
+            return _load_by_original(read, original, call)
         if present is None:
             read.config.inference_mode = not is_trainable
             model.add_adapter(adapter_name, read.config)
             if is_trainable and hasattr(model, "set_requires_grad"):  # older releases do not have it
                 model.set_requires_grad(adapter_name)
-        _take(model, adapter_name, read)
+        _load_values(model, adapter_name, read)
         if not is_trainable:
             model.eval()
     return _IncompatibleKeys([], [])
@@ -171,11 +171,11 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
     """`PeftModel.from_pretrained`, which injects an adapter, freezes the model and then loads the weights."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
     given = call.arguments
-    with undone_or_told(model, given.get("adapter_name", "default")), ExitStack() as stack:
+    with undo_or_warn(model, given.get("adapter_name", "default")), ExitStack() as stack:
         read = read_adapter(model, Source.of(given["model_id"], kwargs), given.get("config"))
-        stack.callback(_READ.reset, _READ.set(read))
+        stack.callback(_READ_FILES.reset, _READ_FILES.set(read))
         if read.config is None:
-            return _by_others(read, original, call)
+            return _load_by_original(read, original, call)
         given["config"] = read.config
         # If PEFT saw the device map of an offloaded model, it would dispatch the model anew and load offloaded weights.
         base = base_of(model) if isinstance(model, PeftModel) else model
@@ -184,16 +184,16 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         return original(*call.args, **call.kwargs)
 
 
-def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:
+def _load_by_original(read: AdapterFiles, original: Callable, call: inspect.BoundArguments) -> Any:
     """Let PEFT or transformers load an adapter that is not of this package, or whose files could not be checked."""
-    token = UNSEEN.set(read.unseen)
+    token = UNCHECKED.set(read.why_unchecked)
     try:
         return original(*call.args, **call.kwargs)
     finally:
-        UNSEEN.reset(token)
+        UNCHECKED.reset(token)
 
 
-def _take(model: Any, name: str, read: Read) -> None:
+def _load_values(model: Any, name: str, read: AdapterFiles) -> None:
     """Store a file's values in an adapter; a head that was not saved is copied from a LoRA, or else from the model."""
     if read.given is not None:
         read.given.__dict__.update(vars(model.peft_config[name]))
@@ -207,7 +207,7 @@ def _take(model: Any, name: str, read: Read) -> None:
             # The device where accelerate runs a module whose weights it has offloaded.
             hook: Any = getattr(child.host, "_hf_hook", None)
             devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
-            child.take(name, values, next((device for device in devices if device is not None), None))
+            child.load_values(name, values, next((device for device in devices if device is not None), None))
         configs = acting.adapters_now(model).configs
         for path, wrapper in acting.auxiliary_wrappers(base).items():
             if name not in wrapper._adapters:
@@ -231,26 +231,26 @@ def _take(model: Any, name: str, read: Read) -> None:
 
 def read_adapter(
     model: Any, source: Source, config: PeftConfig | None = None, *, is_given: bool = True, pickled: bool = False
-) -> Read:
+) -> AdapterFiles:
     """Read an adapter and check it before it is attached to a model; a save that was killed is finished first.
 
     If `is_given`, the caller gave `config` for this load: it takes over what fitting wrote into the saved one, so that
     a configuration from before the fit is enough. Otherwise `config` is that of an adapter which is overwritten.
     """
     if os.path.lexists(source.folder / COMMIT):
-        finish(source.folder)
+        finish_save(source.folder)
     try:
         file = source.file(CONFIG)
     except Exception as error:
         if isinstance(config, ChildConfig):
             raise
-        return Read(unseen=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
+        return AdapterFiles(why_unchecked=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
     seen, given = _stamps(file), None
     stated = config if file is None else _config_of(file, source)
     if is_given and isinstance(config, ChildConfig):
         given, config = config, config.copied()
         if stated is not None and type(stated) is type(config):
-            config.take_fitted(stated)
+            config.adopt_fit(stated)
     config = config or stated
     if isinstance(stated, ChildConfig) and type(config) is not type(stated):
         raise ValueError(
@@ -258,9 +258,9 @@ def read_adapter(
             f"{type(config).__name__}: leave it out, or give one of the same kind."
         )
     if not is_given and isinstance(config, ChildConfig) and isinstance(stated, ChildConfig) and stated is not config:
-        _check_alike(config, stated, base_of(model), source)
+        _check_same_meaning(config, stated, base_of(model), source)
     if not isinstance(config, ChildConfig):
-        return Read(unseen=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
+        return AdapterFiles(why_unchecked=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
     weights = _weights_of(source, file)
@@ -277,10 +277,10 @@ def read_adapter(
         raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from failed
     if failed is not None:
         raise failed
-    return Read(config, tensors, given=given)
+    return AdapterFiles(config, tensors, given=given)
 
 
-def _check_alike(present: ChildConfig, stated: ChildConfig, base: nn.Module, source: Source) -> None:
+def _check_same_meaning(present: ChildConfig, stated: ChildConfig, base: nn.Module, source: Source) -> None:
     """Refuse values for an adapter that is there and whose configuration, which stays, gives them another meaning."""
     for name in present.read_with:
         own, other = getattr(present, name), getattr(stated, name)
@@ -291,7 +291,7 @@ def _check_alike(present: ChildConfig, stated: ChildConfig, base: nn.Module, sou
                 "call delete_adapter with this one first."
             )
     if Provenance.of(stated).fingerprint != Provenance.of(present).fingerprint:
-        recognise(base, stated)
+        check_base(base, stated)
 
 
 def _config_of(file: Path, source: Source) -> PeftConfig:
@@ -359,20 +359,20 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
     if config.modules_to_save or len(own) < len(found):
         others = {name: shape for name, (_, shape) in found.items() if name not in own}
-        _check_saved(others, config, model, saved, where)
+        _check_saved_modules(others, config, model, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
             raise ValueError(f"The {config.described} was never fitted, but {filled!r} {where} has values.")
         return
-    fault = fault_of(own, config, where)
+    fault = find_fault(own, config, where)
     if fault is not None:
         raise ValueError(f"{fault}. Load the complete folder, or fit the adapter again.")
 
 
-def _refuse(names: Iterable[str], told: str) -> None:
+def _refuse_tensors(names: Iterable[str], message: str) -> None:
     if found := sorted(names):
-        raise ValueError(f"{found[0]!r} and {len(found) - 1} other tensors {told}")
+        raise ValueError(f"{found[0]!r} and {len(found) - 1} other tensors {message}")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -397,7 +397,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return named
 
 
-def _check_saved(
+def _check_saved_modules(
     found: dict[str, tuple[int, ...]], config: ChildConfig, model: nn.Module, saved: list[str] | None, where: str
 ) -> None:
     """Check tensors that are not the adapter's: only those of `modules_to_save` are allowed, `saved` ones must exist.
@@ -412,18 +412,18 @@ def _check_saved(
             tensors = module.state_dict(keep_vars=True)
             kept = {*module._parameters, *module._buffers} & tensors.keys()
             wanted |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in kept}
-    told, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(found.keys() - wanted.keys())
+    setting, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(found.keys() - wanted.keys())
     of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if of_modules:
         raise ValueError(
             f"{of_modules[0]!r} {where} belongs to a module that was trained with the {config.described}, one of its "
-            f"{told}. This {type(model).__name__} has no module of that name: load the adapter into a "
+            f"{setting}. This {type(model).__name__} has no module of that name: load the adapter into a "
             f"{Provenance.of(config).base_class or 'model of the class'} that it was fitted on."
         )
-    belong = f"belong neither to the {config.described} nor to its {told}"
-    _refuse(extra, f"{where} {belong}: it would change the model itself.")
+    belong = f"belong neither to the {config.described} nor to its {setting}"
+    _refuse_tensors(extra, f"{where} {belong}: it would change the model itself.")
     required = {name for name in wanted if is_saved(name, saved)}
-    _refuse(required - found.keys(), f"of {told} are missing {where}. Load the complete folder.")
+    _refuse_tensors(required - found.keys(), f"of {setting} are missing {where}. Load the complete folder.")
     for name, shape in found.items():
         if shape != wanted[name]:
             raise ValueError(

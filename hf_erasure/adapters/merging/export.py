@@ -33,9 +33,9 @@ from ..common.acting import adapters_now, kind_of, warn_user
 from ..common.config import ChildConfig, Provenance
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import adapter_children, innermost
-from ..common.lookup import Found, adapter_of
+from ..common.lookup import FoundAdapter, adapter_of
 from ..common.placement import owns_offloaded, shared_weights
-from ..common.tuner import exactly
+from ..common.tuner import exact_targets
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers, hidden_of_output, site_layers
 from ..gradiend.config import GradiendConfig
@@ -43,7 +43,7 @@ from ..gradiend.forward import edited_tensor
 from ..gradiend.layer import gradiend_layers
 from ..gradiend.model import base_modules
 from ..gradiend.state import targeted_parameters
-from ..loading.fingerprint import renaming
+from ..loading.fingerprint import find_renaming
 from . import record
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
@@ -83,7 +83,7 @@ class LoraExport:
 
 
 @dataclass(frozen=True)
-class _Added:
+class _ModuleLora:
     """The LoRA of one module: `a` is `(rank, in)`, `b` is `(out, rank)`, and `shift` `(out,)` is added to its bias.
 
     Where PEFT puts a LoRA on a named parameter, usually a stack of experts, one matrix holds the parts of all experts.
@@ -123,56 +123,56 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         plan = plan_merge(base, [name], Probe(base), allow_tied=True)
     finally:
         before.restore()
-    added: dict[str, _Added] = {}
+    loras: dict[str, _ModuleLora] = {}
     for path, module in plan.modules.items():
         if plan.erasers[path]:
             if owns_offloaded(module):
                 raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
-            added[path] = _added(path, module, plan.erasers[path])
-    if not added:
+            loras[path] = _lora_of(path, module, plan.erasers[path])
+    if not loras:
         raise ValueError(f"The erasure {name!r} has rank 0 at every site: it has no change to export.")
-    without_bias = [path for path, here in added.items() if here.parameter or isinstance(here.module, nn.Embedding)]
-    if _has_shifts(added) and without_bias:
+    without_bias = [path for path, here in loras.items() if here.parameter or isinstance(here.module, nn.Embedding)]
+    if _has_bias_shifts(loras) and without_bias:
         raise ValueError(
             f"The erasure {name!r} cannot be exported: it changes biases, which needs lora_bias=True, and PEFT does "
             f"not support this for {without_bias[0]!r}. Fit it again with exclude_modules={without_bias}, or with "
             "site='input' or target_modules='readers' and affine=False, where no bias changes, or merge it instead."
         )
-    return _write(base, config, folder, added)
+    return _write_lora(base, config, folder, loras)
 
 
-def _added(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
+def _lora_of(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _ModuleLora:
     """Make the LoRA that changes a module as erasers do; raise an error where PEFT has no such LoRA."""
     if len({edit.parameter for edit in edits}) > 1:
-        raise _not_exported(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
+        raise _export_error(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
     parameter, side = edits[0].parameter, edits[0].side
     weight, own_bias = module.get_parameter(parameter).detach(), record.bias_of(module, parameter)
     if not record.is_weight_layer(module):
         if any(bool((edit.right @ edit.bias).any()) for edit in edits):
-            raise _not_exported(
+            raise _export_error(
                 path, f"it keeps the mean, for which a LoRA of its {parameter} has no bias (use affine=False)"
             )
         if own_bias is not None and side == "output":
-            raise _not_exported(path, f"its {own_bias} changes, too")
-        return _added_to_parameter(path, module, edits)
+            raise _export_error(path, f"its {own_bias} changes, too")
+        return _lora_of_parameter(path, module, edits)
     bias = None if own_bias is None else module.get_parameter(own_bias).detach()
     if isinstance(module, record.CONVOLUTIONS) and side == "input" and weight[0, 0].numel() > 1:
-        raise _not_exported(path, "each position of this convolution's kernel changes in another way")
+        raise _export_error(path, "each position of this convolution's kernel changes in another way")
     change = record.weight_change(weight, bias, edits, record.scale_of(module))
     a, b = change.a, change.b
     if isinstance(module, record.CONVOLUTIONS):
         a, b = a.reshape(len(a), -1, *weight.shape[2:]), b.reshape(*b.shape, *[1] * (weight.dim() - 2))
     shift = None if record.scale_of(module) is not None else change.offset - (0 if bias is None else bias.double())
-    return _Added(module, len(change.a), a, b, shift)
+    return _ModuleLora(module, len(change.a), a, b, shift)
 
 
-def _added_to_parameter(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
+def _lora_of_parameter(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _ModuleLora:
     """Make the LoRA of a matrix, or of a stack of experts' matrices, which PEFT usually has as `(experts, out, in)`."""
     parameter, side = edits[0].parameter, edits[0].side
     weight = module.get_parameter(parameter).detach()
-    if weight.dim() != 2 and not (record.is_stack(module, parameter, edits) and len(weight) > 1):
-        raise _not_exported(path, f"PEFT has no LoRA for its {parameter} of shape {tuple(weight.shape)}")
-    ones = [(weight, None, edits)] if weight.dim() == 2 else list(record.one_by_one(weight, None, edits))
+    if weight.dim() != 2 and not (record.is_expert_stack(module, parameter, edits) and len(weight) > 1):
+        raise _export_error(path, f"PEFT has no LoRA for its {parameter} of shape {tuple(weight.shape)}")
+    ones = [(weight, None, edits)] if weight.dim() == 2 else list(record.by_expert(weight, None, edits))
     a_parts, b_parts = [], []
     for matrix, _, here in ones:
         change = record.weight_change(matrix, None, here)
@@ -182,20 +182,20 @@ def _added_to_parameter(path: str, module: nn.Module, edits: list[record.EraserI
         takes_rows = weight.dim() == 3 and getattr(module, "is_transposed", False)
         a_parts.append(rows.T if takes_rows else columns)
         b_parts.append(columns.T if takes_rows else rows)
-    return _Added(
+    return _ModuleLora(
         module, len(a_parts[0]), torch.cat(a_parts), torch.stack(b_parts, dim=-1).flatten(1), parameter=parameter
     )
 
 
-def _not_exported(path: str, reason: str) -> ValueError:
+def _export_error(path: str, reason: str) -> ValueError:
     return ValueError(
         f"The erasure at {path!r} cannot be exported as a LoRA: {reason}. Merge it instead, with merge_and_unload() or "
         f"hf-erasure merge, or fit it again with exclude_modules=[{path!r}]."
     )
 
 
-def _has_shifts(added: dict[str, _Added]) -> bool:
-    return any(here.shift is not None and bool(here.shift.any()) for here in added.values())
+def _has_bias_shifts(loras: dict[str, _ModuleLora]) -> bool:
+    return any(here.shift is not None and bool(here.shift.any()) for here in loras.values())
 
 
 def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
@@ -205,7 +205,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes nothing: {config.remedy} Then choose a learning rate, by steer(…)."
         )
-    added: dict[str, _Added] = {}
+    loras: dict[str, _ModuleLora] = {}
     kept = lost = 0.0
     left_out: dict[str, float] = {}
     names = {id(innermost(module)): path for path, module in base_modules(base)}
@@ -226,8 +226,8 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
         kept, lost = kept + share * energy, lost + (1 - share) * energy
         for module, _ in carriers:
             is_turned = isinstance(module, nn.Linear) != stored_by_output
-            added[names[id(module)]] = _Added(module, len(a), *((b.T, a.T) if is_turned else (a, b)))
-    if not added:
+            loras[names[id(module)]] = _ModuleLora(module, len(a), *((b.T, a.T) if is_turned else (a, b)))
+    if not loras:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and a LoRA cannot change other "
             "weights. Merge it instead."
@@ -240,7 +240,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             f"; {sum(left_out.values()) / total:.1%} is in {len(left_out)} parameters that a LoRA cannot carry (norm "
             f"weights, biases and the like; the first is {next(iter(left_out))!r})"
         )
-    written = _write(base, config, folder, added)
+    written = _write_lora(base, config, folder, loras)
     return replace(written, text=f"{written.text}{text}.", kept=kept / total, left_out=list(left_out))
 
 
@@ -254,11 +254,11 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept
 
 
-def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, _Added]) -> LoraExport:
+def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[str, _ModuleLora]) -> LoraExport:
     """Write a LoRA, and find the modules where PEFT cannot merge it."""
-    has_shifts, tied = _has_shifts(added), {name.rpartition(".")[0] for name in shared_weights(base)}
-    parameters = {name: f"{name}.{here.parameter}" for name, here in added.items() if here.parameter is not None}
-    ranks = {parameters.get(name, name): here.rank for name, here in added.items()}
+    has_shifts, tied = _has_bias_shifts(loras), {name.rpartition(".")[0] for name in shared_weights(base)}
+    parameters = {name: f"{name}.{here.parameter}" for name, here in loras.items() if here.parameter is not None}
+    ranks = {parameters.get(name, name): here.rank for name, here in loras.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT matches these regular expressions with the end of a name; `^` makes them match the whole name.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
@@ -267,11 +267,11 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
         lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
         rank_pattern=other,
         alpha_pattern=dict(other),
-        target_modules=exactly([name for name in added if name not in parameters], base),
+        target_modules=exact_targets([name for name in loras if name not in parameters], base),
         target_parameters=list(parameters.values()) or None,
         lora_bias=has_shifts,
         # PEFT corrects this for each module.
-        fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in added.values()),
+        fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in loras.values()),
         task_type=config.task_type,
         # Without a task type, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
@@ -280,7 +280,7 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
     )
     tensors: dict[str, Tensor] = {}
     unmergeable: dict[str, str] = {}
-    for name, here in added.items():
+    for name, here in loras.items():
         weight = here.module.get_parameter(here.parameter or "weight")
         is_embedding = isinstance(here.module, nn.Embedding)
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
@@ -297,12 +297,12 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
     bias = ", with lora_bias" if has_shifts else ""
-    text = f"Wrote a LoRA of rank {usual} on {len(added)} modules{bias} to {folder}."
+    text = f"Wrote a LoRA of rank {usual} on {len(loras)} modules{bias} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
         at = [name for name, why in unmergeable.items() if why == reason]
         rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
         text += f" PEFT applies it but cannot merge it at {at[0]!r}{rest}: {reason}."
-    return LoraExport(folder, list(added), unmergeable, text)
+    return LoraExport(folder, list(loras), unmergeable, text)
 
 
 def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
@@ -319,7 +319,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     # The names come from files, so only classes of models in transformers are allowed.
     for candidate in filter(None, (model_class(name, plain) for name in names)):
         with torch.device("meta"):
-            has_sites = renaming(candidate(plain), config.fitted_modules) is not None
+            has_sites = find_renaming(candidate(plain), config.fitted_modules) is not None
         if has_sites:
             chosen = candidate
             break
@@ -340,7 +340,7 @@ def save_merged(
         where, checked = f"into {len(targeted_parameters(wrapped, _NAME))} weights", ""
     else:
         layers = erasure_layers(wrapped, _NAME)
-        written = len({id(module) for layer in layers.values() for module in layer.written})
+        written = len({id(module) for layer in layers.values() for module in layer.merged_into})
         where = f"at {len(site_layers(wrapped, _NAME))} sites into the weights of {written} layers"
         checked = " Outputs on a small input are the same up to rounding."
     plain = wrapped.merge_and_unload()
@@ -433,12 +433,12 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
         init_bias=offset.repeat(len(modes)).to(weight.dtype) if bool(offset.any()) else None,
     )
     options = {key: getattr(whole, key) for key in ("prompts", "default_prompt_name", "similarity_fn_name")}
-    made = library.SentenceTransformer(modules=[*parts[:2], dense, *parts[2:]], device=str(weight.device), **options)
-    made.save_pretrained(str(folder))
+    result = library.SentenceTransformer(modules=[*parts[:2], dense, *parts[2:]], device=str(weight.device), **options)
+    result.save_pretrained(str(folder))
     return Path(folder)
 
 
-def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
+def _only_site(found: FoundAdapter[ConceptErasureConfig]) -> ErasureLayer:
     """The layer that erases the last hidden state; raise an error if the adapter acts elsewhere or others act, too."""
     name, owner = found.name, found.owner
     if not found.config.fitted:
@@ -452,7 +452,7 @@ def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
             "changes the model, too: unmerge merged adapters, and merge the others for good or delete them, first."
         )
     acting = [path for path, layer in layers.items() if layer.eraser_state(name)[0].shape[-1]]
-    last = next((path for path in acting if _is_last(owner, layers[path], name)), None)
+    last = next((path for path in acting if _is_last_hidden(owner, layers[path], name)), None)
     deeper = [path for path in acting if path != last]
     if last is None or deeper:
         where = (
@@ -465,7 +465,7 @@ def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
     return layers[last]
 
 
-def _is_last(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
+def _is_last_hidden(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
     """Whether the output of a site is the same tensor that the model returns as its last hidden state."""
     if layer.erasures[name].side != "output":
         return False

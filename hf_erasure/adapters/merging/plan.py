@@ -22,7 +22,7 @@ from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
 from . import record
-from .probe import Probe, Uses, check_drift, preset, tied_words, trace_uses, why_not_foldable
+from .probe import Probe, SiteUses, advise_targets, check_drift, describe_tie, trace_uses, why_not_foldable
 
 T = TypeVar("T")
 Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
@@ -60,21 +60,21 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
     plan = plan_merge(model, names, probe, allow_tied=untie)
     if not plan.erasers:
         return
-    _refuse_beside_other_changes(model, plan)
-    _refuse_means(model, plan)
-    modules, untied = list(plan.modules.values()), _untied(model, plan)
+    _refuse_other_changes(model, plan)
+    _refuse_lost_means(model, plan)
+    modules, untied = list(plan.modules.values()), _tied_weights(model, plan)
     layers = {path: layer for path, layer in erasure_layers(model).items() if path in plan.orders}
     # Rounding is measured on the weights themselves, so none of them may be offloaded.
-    unchecked = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
-    if unchecked is None and probe.failure:
-        unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
-    before = None if unchecked else _run_before(layers, plan, probe)
+    obstacle = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
+    if obstacle is None and probe.failure:
+        obstacle = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
+    before = None if obstacle else _unmerged_outputs(layers, plan, probe)
     snapshot = record.Snapshot(layers.values(), [*modules, *(untied.modules if untied else [])], untied)
     try:
         if untied is not None:
-            plain = [] if unchecked else probe.run()
+            plain = [] if obstacle else probe.run()
             untied.untie()
-            if not unchecked and distance(probe.run(), plain) > 0:
+            if not obstacle and distance(probe.run(), plain) > 0:
                 raise ValueError(
                     f"{type(model).__name__} computes other outputs with the same weights if its configuration has "
                     "tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without the "
@@ -87,8 +87,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
                         f"Merging {names} makes {target}.{name} non-finite; the adapter seems to be broken."
                     )
             for path in {eraser.path for eraser in plan.erasers[target]}:
-                if not any(module is known for known in layers[path].written):
-                    layers[path].written.append(module)
+                if not any(module is known for known in layers[path].merged_into):
+                    layers[path].merged_into.append(module)
         for path, layer in layers.items():
             layer.merged_adapters = [name for site in SITES for name in plan.orders[path][site]]
         if before is not None:
@@ -103,7 +103,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         )
     if before is None:
         warn_user(
-            f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself."
+            f"{names} were merged without the usual comparison of outputs, since {obstacle}. Compare them yourself."
         )
 
 
@@ -122,7 +122,7 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         layer, weights = layers[path], {name: _own_weights(model, layers[path], name) for name in here}
         own = {name: places for name, places in weights.items() if places is not None}
         if own:
-            _refuse_direct(model, layer, own, plan, allow_tied=allow_tied)
+            _refuse_own_weights(model, layer, own, plan, allow_tied=allow_tied)
             plan.modules[path] = layer.host
             for name, places in own.items():
                 plan.add(layer, name, path, places, layer.erasures[name].side)
@@ -138,17 +138,17 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
                     plan.tied[target] = tied
                 for name in others:
                     plan.add(layers[path], name, target, places, "input")
-    _put_in_order(plan, layers, sites)
+    _sort_erasers(plan, layers, sites)
     return plan
 
 
-def _put_in_order(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[str, list[str]]) -> None:
+def _sort_erasers(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[str, list[str]]) -> None:
     """Add the erasers that are in the layers already, and sort all by the order in which they enter a weight."""
     for path in [*sites, *(eraser.path for module in plan.modules.values() for eraser in record.erasers_in(module))]:
-        plan.orders[path] = {site: _order(layers[path], sites.get(path, []), site) for site in SITES}
+        plan.orders[path] = {site: _merge_order(layers[path], sites.get(path, []), site) for site in SITES}
     place: dict[tuple[str, str], int] = {}  # (site, adapter) of an eraser → its position, from the weight outwards
     for path, order in plan.orders.items():
-        entering = [name for site in SITES for name in _from_the_weight(layers[path], site, order[site])]
+        entering = [name for site in SITES for name in _weight_outwards(layers[path], site, order[site])]
         place |= {(path, name): at for at, name in enumerate(entering)}
     for target, new in plan.erasers.items():
         # The layer's own erasers come before those of a norm in front of it.
@@ -182,7 +182,7 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
+def _refuse_other_changes(model: nn.Module, plan: MergePlan) -> None:
     """Refuse weights that other adapters change, too.
 
     An eraser in a weight would not act on the change that a GRADIEND adapter adds to this weight in the forward pass.
@@ -205,7 +205,7 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
             )
 
 
-def _refuse_direct(
+def _refuse_own_weights(
     model: nn.Module, layer: ErasureLayer, weights: dict[str, list[Place]], plan: MergePlan, *, allow_tied: bool
 ) -> None:
     """Refuse a module whose weights cannot take the erasers at its own sides."""
@@ -217,7 +217,7 @@ def _refuse_direct(
             head = getattr(model, "get_output_embeddings", lambda: None)()
             left = "the head's input stays un-erased" if host is head else "the embeddings stay un-erased"
             raise ValueError(
-                f"The erasure at {path!r} cannot be merged: its weight {tied_words(model, path, tied)}. Or fit it "
+                f"The erasure at {path!r} cannot be merged: its weight {describe_tie(model, path, tied)}. Or fit it "
                 f"again with exclude_modules=[{path!r}]; then {left}."
             )
         plan.tied[path] = tied
@@ -244,7 +244,7 @@ def _refuse_direct(
 
 def _folded_uses(
     model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
-) -> dict[str, Uses]:
+) -> dict[str, SiteUses]:
     """What takes the activations of sites that are not linear layers; raise an error unless linear layers do."""
     refused = f"The erasure at {next(iter(sites))!r} cannot be merged: the layers that take its activation are found by"
     if placement.is_offloaded(model):
@@ -257,8 +257,8 @@ def _folded_uses(
             f"{refused} running the model on a dummy input, but this {type(model).__name__} fails on it "
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
-    uses, fed = trace_uses(model, probe.run, sites, names)
-    found = {path: why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
+    uses, weight_uses = trace_uses(model, probe.run, sites, names)
+    found = {path: why_not_foldable(model, path, uses[path], weight_uses, allow_tied=allow_tied) for path in uses}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
         return uses
@@ -272,14 +272,14 @@ def _folded_uses(
         remedy = f"Use the adapter unmerged{', or ' + placement.FLOAT_FIRST if on_float else ''}."
     if isinstance(model.get_submodule(path), BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
-    remedy = f"{preset(model, sites.values())}{remedy}"
+    remedy = f"{advise_targets(model, sites.values())}{remedy}"
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
-def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+def _merge_order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     """The adapters that are merged at one side of a module after `names` are, in the order in which they act.
 
     They act in the order in which they are named, and after those that are merged already. If all merged adapters are
@@ -287,7 +287,7 @@ def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     between them and the weight raises an error.
     """
     here = [name for name in names if layer.erasures[name].side == site]
-    present = _from_the_weight(layer, site, layer.applied_adapters(site))
+    present = _weight_outwards(layer, site, layer.applied_adapters(site))
     merging = [name for name in present if name in here]
     if merging != present[: len(merging)]:
         raise ValueError(
@@ -300,44 +300,44 @@ def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     return acting if parts == [merged, here] else [*merged, *here]
 
 
-def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T]:
+def _weight_outwards(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T]:
     """Sort items in acting order by the order in which they enter the weight; at an input that is the reverse."""
     return ordered if site == "output" and record.is_weight_layer(layer.host) else ordered[::-1]
 
 
-def _run_before(layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
+def _unmerged_outputs(layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
     """The model's outputs while the erasers act unmerged, in the order in which they will act after the merge."""
-    modules = {id(m): m for m in [*plan.modules.values(), *(m for layer in layers.values() for m in layer.written)]}
+    modules = {id(m): m for m in [*plan.modules.values(), *(m for layer in layers.values() for m in layer.merged_into)]}
     snapshot = record.Snapshot(layers.values(), modules.values())
     try:
         for path, layer in layers.items():
             layer.merged_adapters, active = [], []
             for site, merged in plan.orders[path].items():
                 others = [name for name in layer.applied_adapters(site) if name not in merged]
-                first, second = _from_the_weight(layer, site, [merged, others])
+                first, second = _weight_outwards(layer, site, [merged, others])
                 active += first + second
             layer._active_adapter = active
         for module in modules.values():
             of_others = [eraser for eraser in record.erasers_in(module) if eraser.path not in layers]
-            for name, value in record.written_anew(module, of_others).items():
+            for name, value in record.values_with_erasers(module, of_others).items():
                 placement.set_parameter(module, name, value)
         return probe.run()
     finally:
         snapshot.restore()
 
 
-def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
+def _refuse_lost_means(model: nn.Module, plan: MergePlan) -> None:
     """Refuse erasers that keep a mean where a layer has no bias to hold it; the message names the sites."""
-    lacking: dict[str, str] = {}  # site → the first layer without a bias for its mean
+    without_bias: dict[str, str] = {}  # site → the first layer without a bias for its mean
     for target, module in plan.modules.items():
         for edit in plan.erasers[target]:
             if bool((edit.right @ edit.bias).any()) and not record.takes_mean(module, edit.parameter, edit.side):
-                lacking.setdefault(edit.path, target)
-    if not lacking:
+                without_bias.setdefault(edit.path, target)
+    if not without_bias:
         return
-    sites = list(lacking)
+    sites = list(without_bias)
     layers = erasure_layers(model)
-    why = f"for which {lacking[sites[0]]!r} would need a bias, and has none."
+    why = f"for which {without_bias[sites[0]]!r} would need a bias, and has none."
     edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
     holders = [layers[edit.path].erasures[edit.adapter].holder for edit in edits]
     biases = [holder.concept_erasure_bias[edit.adapter] for holder, edit in zip(holders, edits, strict=True)]
@@ -351,11 +351,11 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
         f"{why} Leave a target out, and fit it again with ConceptErasureConfig(affine=None), which takes the linear "
         "map that keeps the mean where layers have no bias, or with affine=False, "
-        f"{without}or use this adapter unmerged. {preset(model, [layers[site] for site in sites])}".rstrip()
+        f"{without}or use this adapter unmerged. {advise_targets(model, [layers[site] for site in sites])}".rstrip()
     )
 
 
-def _untied(model: nn.Module, plan: MergePlan) -> record.Untied | None:
+def _tied_weights(model: nn.Module, plan: MergePlan) -> record.TiedWeights | None:
     """An object that will untie the weights that erasers go into; None where none of them is tied."""
     for target, names in plan.tied.items():
         reason = record.why_not_untied(model, target)
@@ -364,4 +364,4 @@ def _untied(model: nn.Module, plan: MergePlan) -> record.Untied | None:
                 f"The erasure cannot be merged into {target!r}, whose weight is shared by {names}: {reason}. Fit it "
                 f"again with exclude_modules=[{target!r}], or use the adapter unmerged."
             )
-    return record.Untied(model) if plan.tied else None
+    return record.TiedWeights(model) if plan.tied else None

@@ -107,7 +107,7 @@ def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Ten
 
 
 @dataclass
-class Uses:
+class SiteUses:
     """What a forward pass does with the activation of one site."""
 
     weights: list[Weight] = field(default_factory=list)  # the weights that multiply it, in the order of the calls
@@ -119,13 +119,13 @@ class Uses:
 
 def trace_uses(
     model: nn.Module, run: Callable[[], Any], sites: dict[str, ErasureLayer], names: list[str]
-) -> tuple[dict[str, Uses], dict[Weight, set[str]]]:
+) -> tuple[dict[str, SiteUses], dict[Weight, set[str]]]:
     """Run the model on a small input and find where the activations of `sites` go, whose erasers will be folded.
 
     An erasure of an adapter that is not among `names` stays unmerged, and is an obstacle. Returns path of a site → its
     uses; and weight → what it is used for: paths of sites, or names of other operations.
     """
-    graph, uses = Graph(model, run), {path: Uses() for path in sites}
+    graph, uses = Graph(model, run), {path: SiteUses() for path in sites}
     erased = [
         (f"erasure at {path!r}" if path in sites else f"erasure of {name!r} at {path!r}", path, call, node, name)
         for path, layer in erasure_layers(model).items()
@@ -138,7 +138,7 @@ def trace_uses(
         for node in ([call.output] if site == "output" else call.inputs[:1])
         if node is not None
     ]
-    made: dict[Node | None, str] = {}
+    site_of: dict[Node | None, str] = {}
     for _, path, call, node, name in erased:
         if path not in sites:
             continue
@@ -157,28 +157,28 @@ def trace_uses(
             here.obstacles.append("operations on the model's inputs, which are not followed")
         for use in graph.uses:
             if use.input is node and (call.index in use.calls) == is_inside:
-                made[use.output] = path
-                _note(graph, use, axis, here)
+                site_of[use.output] = path
+                _record_use(graph, use, axis, here)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    fed: dict[int, set[str]] = {}
-    elsewhere = set()
+    weight_uses: dict[int, set[str]] = {}
+    used_elsewhere = set()
     for use in graph.uses:  # the products of which a weight is a factor are among its uses, too
         own, made_by = use.input.product, None if use.output is None or use.output.kind != "map" else use.output.product
         if own is None or made_by is None or (own.owner, own.parameter) != (made_by.owner, made_by.parameter):
-            elsewhere.add(use.input)
+            used_elsewhere.add(use.input)
     for node in graph.nodes:
-        if node.product is not None and (node.kind != "parameter" or node in elsewhere):
+        if node.product is not None and (node.kind != "parameter" or node in used_elsewhere):
             weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
             is_named = node.kind != "parameter" and node.operation != node.product.owner
             told = f"<{node.operation}>" if is_named else "another use"
-            fed.setdefault(id(weight), set()).add(made.get(node, told))
+            weight_uses.setdefault(id(weight), set()).add(site_of.get(node, told))
     for here in uses.values():
         here.weights += [other for other in sibling_experts(model, graph, here.weights) if other not in here.weights]
     known = {weight for here in uses.values() for weight in here.weights}
-    return uses, {w: fed.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
+    return uses, {w: weight_uses.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
 
 
-def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
+def _record_use(graph: Graph, use: Use, axis: int, uses: SiteUses) -> None:
     """Record what takes an activation: a weight that multiplies its features, or an obstacle."""
     if use.output is use.input and use.operation in _MOVES:  # the moved entries have uses of their own
         return
@@ -206,7 +206,7 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
 
 
 def why_not_foldable(
-    model: nn.Module, path: str, uses: Uses, fed: dict[Weight, set[str]], *, allow_tied: bool
+    model: nn.Module, path: str, uses: SiteUses, weight_uses: dict[Weight, set[str]], *, allow_tied: bool
 ) -> str | None:
     """The reason why a site cannot be folded into the layers that take its activation; None when it can."""
     if not uses.runs:
@@ -226,14 +226,14 @@ def why_not_foldable(
     for weight in uses.weights:
         target = weight.module
         if not allow_tied and (names := tied_to(model, target)):
-            return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
-        others = sorted(fed[weight] - {path, *(["<embedding>"] if allow_tied else [])})
+            return f"it goes into {target!r}, whose weight {describe_tie(model, target, names)}"
+        others = sorted(weight_uses[weight] - {path, *(["<embedding>"] if allow_tied else [])})
         if others:
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
     return None
 
 
-def sites_without_room(
+def sites_without_bias(
     model: nn.Module, name: str, config: ConceptErasureConfig, sites: dict[str, ErasureLayer], *, may_run: bool
 ) -> set[str]:
     """The sites of an unmerged adapter whose affine part would need a bias that a layer does not have.
@@ -278,7 +278,7 @@ def sites_without_room(
 # ---- what to do about an erasure that does not merge -----------------------------------------------------------------
 
 
-def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
+def advise_targets(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
     """A sentence with the word for sites that merge in this model, for an erasure at norms that does not; or empty."""
     if not all(is_norm(innermost(layer.host)) for layer in layers):
         return ""
@@ -297,7 +297,7 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
     return ""
 
 
-def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
+def describe_tie(model: nn.Module, path: str, names: list[str]) -> str:
     """Say which names share a weight and whether a merge may untie it, in words that follow "its weight"."""
     reason = why_not_untied(model, path)
     way = "A merge with untie=True (on the command line --untie) gives it a table of its own"

@@ -34,7 +34,7 @@ _AXES: dict[Any, dict[str, int]] = {
 # The record is a plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
 # The entry of a configuration that ties the embedding and the head, and all other weights that are shared.
-_ENTRY = "tie_word_embeddings"
+_TIE_FIELD = "tie_word_embeddings"
 # Bytes of a number → the integer type of the same size.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -111,8 +111,8 @@ def merged_parameters(
     for name, here in by_parameter.items():
         weight, bias_name, scale = parameters[name], bias_of(host, name), scale_of(host)
         bias = None if bias_name is None else parameters[bias_name]
-        if is_stack(host, name, here):
-            ones = [weight_change(*of_one, scale) for of_one in one_by_one(weight, bias, here)]
+        if is_expert_stack(host, name, here):
+            ones = [weight_change(*of_one, scale) for of_one in by_expert(weight, bias, here)]
             changed[name] = torch.stack([one.weight.to(weight.dtype) for one in ones])
             offset = torch.stack([one.offset for one in ones])
         else:
@@ -123,13 +123,13 @@ def merged_parameters(
     return changed
 
 
-def is_stack(host: nn.Module, parameter: str, edits: Iterable[EraserInWeight]) -> bool:
+def is_expert_stack(host: nn.Module, parameter: str, edits: Iterable[EraserInWeight]) -> bool:
     """Whether a weight is a stack of experts' matrices; they are changed one by one, since float64 takes memory."""
     is_cube = host._parameters[parameter].dim() == 3  # type: ignore[union-attr]
     return is_cube and not isinstance(host, CONVOLUTIONS) and all(edit.axis > 0 for edit in edits)
 
 
-def one_by_one(
+def by_expert(
     weight: Tensor, bias: Tensor | None, edits: Iterable[EraserInWeight]
 ) -> Iterator[tuple[Tensor, Tensor | None, list[EraserInWeight]]]:
     """The weight, the bias and the erasers of each expert of a stack."""
@@ -216,7 +216,7 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
 # ---- tied weights, which a merge must separate -----------------------------------------------------------------------
 
 
-class Untied:
+class TiedWeights:
     """The tied weights of a model, to be given separate values; the configuration is changed for reloading, too."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -228,12 +228,12 @@ class Untied:
         for config in configs:  # the loop also appends the configurations inside them, each once
             inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
             configs += [value for value in inner if not any(value is known for known in configs)]
-        ties = {id(config): config for config in configs if getattr(config, _ENTRY, False)}
-        self._configs = [(config, getattr(config, _ENTRY)) for config in ties.values()]
+        ties = {id(config): config for config in configs if getattr(config, _TIE_FIELD, False)}
+        self._configs = [(config, getattr(config, _TIE_FIELD)) for config in ties.values()]
         self._keys: list[tuple[Any, dict[str, str]]] = [
             (m, m.all_tied_weights_keys) for m in models if getattr(m, "all_tied_weights_keys", None)
         ]
-        self.is_open = False
+        self.is_untied = False
 
     @property
     def bytes(self) -> int:
@@ -242,9 +242,9 @@ class Untied:
 
     def untie(self) -> None:
         """Give each owner of a weight but the first a copy; the configuration then ties nothing."""
-        self.is_open = True
+        self.is_untied = True
         for config, _ in self._configs:
-            setattr(config, _ENTRY, False)
+            setattr(config, _TIE_FIELD, False)
         for model, _ in self._keys:
             model.all_tied_weights_keys = {}
         for places in self.owners.values():
@@ -254,16 +254,16 @@ class Untied:
         for module in self.modules:
             setattr(module, _RECORD, replace(record_of(module) or MergeRecord(), untied=self))
 
-    def tie_again(self) -> None:
+    def tie(self) -> None:
         """Put the shared weights back, with the values that their first owners have now."""
         for config, value in self._configs:
-            setattr(config, _ENTRY, value)
+            setattr(config, _TIE_FIELD, value)
         for model, keys in self._keys:
             model.all_tied_weights_keys = keys
-        for weight, places in self.owners.items() if self.is_open else ():
+        for weight, places in self.owners.items() if self.is_untied else ():
             for module, name in places:
                 module._parameters[name] = self._shared[weight]
-        self.is_open = False
+        self.is_untied = False
 
 
 def why_not_untied(model: nn.Module, path: str) -> str | None:
@@ -274,7 +274,7 @@ def why_not_untied(model: nn.Module, path: str) -> str | None:
     for places in _tied_by_configuration(model).values():
         if any(owner is module for owner, _ in places):
             return None
-    return f"{type(model).__name__} has no {_ENTRY} in its configuration that ties it"
+    return f"{type(model).__name__} has no {_TIE_FIELD} in its configuration that ties it"
 
 
 def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -306,7 +306,7 @@ class MergeRecord:
     # Name of a parameter that was changed → its values before any eraser.
     originals: dict[str, Tensor] = field(default_factory=dict)
     erasers: list[EraserInWeight] = field(default_factory=list)  # the one next to the weight first
-    untied: Untied | None = None  # the object that has untied the module's weight, if it was tied
+    untied: TiedWeights | None = None  # the object that has untied the module's weight, if it was tied
     digests: dict[str, int] = field(default_factory=dict)  # parameter name → `_digest` of the values written last
 
 
@@ -321,7 +321,7 @@ def erasers_in(module: nn.Module) -> list[EraserInWeight]:
     return (record_of(module) or MergeRecord()).erasers
 
 
-def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
+def values_with_erasers(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
     """The values, made from the originals, of all parameters that former erasers or these change, with only these."""
     record = record_of(module) or MergeRecord()
     values = placement.values_of(module) | record.originals
@@ -334,8 +334,8 @@ def rewrite(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tenso
     The erasers are in order, the one next to the weight first. Returns the values of the parameters that have changed.
     """
     record, present = record_of(module) or MergeRecord(), placement.values_of(module)
-    values, later = dict(written_anew(module, erasers)), changed_since(module)
-    before = written_anew(module, record.erasers) if later else {}
+    values, later = dict(values_with_erasers(module, erasers)), changed_since(module)
+    before = values_with_erasers(module, record.erasers) if later else {}
     originals = {name: present[name].clone() for name in values if name not in record.originals} | record.originals
     digests = {name: _digest(value) for name, value in values.items()}
     setattr(module, _RECORD, MergeRecord(originals, erasers, record.untied, digests))
@@ -348,7 +348,7 @@ def rewrite(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tenso
     return values
 
 
-def withdraw(module: nn.Module, path: str) -> None:
+def remove_site(module: nn.Module, path: str) -> None:
     """Remove the erasers of one site from a module's weights."""
     record = record_of(module)
     if record is None:
@@ -357,13 +357,13 @@ def withdraw(module: nn.Module, path: str) -> None:
     rewrite(module, left)
     if record.untied is not None:
         if not any(map(erasers_in, record.untied.modules)):
-            record.untied.tie_again()
-            forget(module)
+            record.untied.tie()
+            forget_record(module)
     elif not left:
-        forget(module)
+        forget_record(module)
 
 
-def forget(module: nn.Module) -> None:
+def forget_record(module: nn.Module) -> None:
     """Drop the record and its copies: merged erasers stay merged."""
     untied = (record_of(module) or MergeRecord()).untied
     for other in [module, *(untied.modules if untied is not None else [])]:
@@ -385,17 +385,17 @@ def _digest(value: Tensor) -> int:
 class Snapshot:
     """Present weights, records and attributes of layers; references are enough, since a merge makes new tensors."""
 
-    def __init__(self, layers: Iterable[Any], modules: Collection[nn.Module], untied: Untied | None = None) -> None:
-        notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
-        self.notes = [(layer, {name: copy.copy(getattr(layer, name)) for name in notes}) for layer in layers]
+    def __init__(self, layers: Iterable[Any], modules: Collection[nn.Module], tied: TiedWeights | None = None) -> None:
+        attributes = ("merged_adapters", "merged_into", "_active_adapter", "_disable_adapters", "sticky_adapters")
+        self.attributes = [(layer, {name: copy.copy(getattr(layer, name)) for name in attributes}) for layer in layers]
         self.values = [(m, {name: placement.value_of(m, name) for name in m._parameters}) for m in modules]
         self.records = [(module, record_of(module)) for module in modules]
-        self.untied = untied
+        self.tied = tied
 
     def restore(self) -> None:
         """Restore everything."""
-        for layer, notes in self.notes:
-            for name, value in notes.items():
+        for layer, attributes in self.attributes:
+            for name, value in attributes.items():
                 setattr(layer, name, value)
         for module, values in self.values:
             for name, value in values.items():
@@ -403,5 +403,5 @@ class Snapshot:
         for module, record in self.records:
             vars(module).pop(_RECORD, None)
             vars(module).update({} if record is None else {_RECORD: record})
-        if self.untied is not None:
-            self.untied.tie_again()
+        if self.tied is not None:
+            self.tied.tie()

@@ -17,12 +17,12 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
-from hf_erasure.adapters.common.acting import warn_of_what_is_off
+from hf_erasure.adapters.common.acting import warn_of_inactive
 from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
-from hf_erasure.adapters.loading.fingerprint import active_beside
+from hf_erasure.adapters.loading.fingerprint import other_acting_adapters
 from hf_erasure.fitting.report import rows_in_words
 from hf_erasure.models.heads import check_next_word, task_of
 from hf_erasure.models.model import bare_model, datasets, pandas
@@ -141,7 +141,7 @@ class GradiendTrainer:
         """
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
-        warn_of_what_is_off(self.model, self.adapter_name)
+        warn_of_inactive(self.model, self.adapter_name)
         was_fitted, pairs = self.config.fitted, self._pair_set(self.train_dataset)
         evaluation = next(map(self._pair_set, self._eval_sets().values()), None)
         progress = Progress(self.model, self.args, self.callbacks, self.processing_class, self._processes)
@@ -172,7 +172,7 @@ class GradiendTrainer:
             config.provenance.pop(key, None)
         config.provenance |= {
             "hf_erasure_version": __version__,
-            RECORD: active_beside(self.model, self.adapter_name),
+            RECORD: other_acting_adapters(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
             "examples": len(training.train),
