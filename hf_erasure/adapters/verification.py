@@ -143,6 +143,8 @@ def _erasure_text(found: FoundAdapter[Any]) -> tuple[str, str]:
     parts = [f"worst site {leakage_text(max(sites, key=lambda name: leakage[name][1]))}"] if sites else []
     parts += [leakage_text(name) for name in leakage if name == "last_hidden_state"]
     measured = f"Correlation with the concept on {provenance.measured_on or 'held-out data'} when fitted"
+    if config.dial is not None:
+        measured += ", with strength 1 and without a target"
     return effect, f"{guarded}{measured}: {', '.join(parts)}. {config.reach}"
 
 

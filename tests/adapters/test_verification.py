@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -11,9 +12,18 @@ import torch
 import transformers
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
-from hf_erasure.adapters import erasure_layers
+from hf_erasure.adapters import erasure_layers, set_strength, set_target
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle, config_of, fit, state_of
-from tests.small_models import ARCHITECTURES, distance, outputs_of, same, small_batch, small_batches
+from tests.small_models import (
+    ARCHITECTURES,
+    LABELS,
+    distance,
+    outputs_of,
+    same,
+    small_batch,
+    small_batches,
+    small_model,
+)
 
 CELL = Cell("bert", "norms", "output")
 LINEAR = Cell("bert", "all-linear", "output")
@@ -272,3 +282,13 @@ def test_an_eraser_of_rank_two_reloads_to_the_bit(dtype: torch.dtype, lifecycle:
     loaded = lifecycle.base("bert").to(dtype)
     loaded.load_adapter(tmp_path)
     assert same(outputs_of(loaded, small_batch("bert")), outputs_of(model, small_batch("bert")))
+
+
+@pytest.mark.parametrize("change", [lambda m: set_strength(m, NAME, 0.5), lambda m: set_target(m, NAME, "male")])
+def test_figures_of_fitting_are_said_to_be_those_of_the_whole_erasure(change):
+    model, batches = copy.deepcopy(small_model("bert")), small_batches("bert")
+    model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
+    fit_concept_erasure(model, batches, NAME, eval_batches=small_batches("bert", seed=200), progress=False)
+    assert "when fitted: worst" in verify_adapter(model, NAME).text
+    change(model)
+    assert "when fitted, with strength 1 and without a target: worst" in verify_adapter(model, NAME).text

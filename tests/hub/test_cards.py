@@ -164,6 +164,8 @@ def test_nothing_is_guaranteed_where_the_theorem_does_not_hold() -> None:
     assert guarantee not in card_of(erasure(method="inlp")).text
     assert "its own probes fail" in card_of(erasure(method="inlp")).text
     assert "rank was capped" in card_of(erasure(labels=["a", "b", "c"], rank=1)).text
+    half = card_of(erasure(strength=0.5)).text
+    assert "**No guarantee.** It acts at strength 0.5 and not at 1, so" in half and guarantee not in half
 
 
 def test_a_gradiend_says_how_it_is_steered_and_what_was_chosen() -> None:
