@@ -324,7 +324,7 @@ def finish_fit(
     _record_fit(task, fits, report)
     if left_out:
         _leave_out(task, left_out, labelled[0].uncovered)
-    if report.shortfall:
+    if report.residuals or report.unsettled:
         warnings.warn(report.shortfall, stacklevel=3)
     if report.outlook and _FEATURES_PER_TEXT * report.groups < max(line.width or 0 for line in lines):
         logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)

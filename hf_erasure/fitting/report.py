@@ -244,7 +244,10 @@ class ErasureReport:
         correlation without the adapter. None for concepts other than two classes, for methods other than LEACE, with
         counterfactuals, which leave less than the formula says, and without `eval_batches`.
         """
-        if self.classes != 2 or self.counterfactuals or self.method != "leace" or (line := self._last_measured) is None:
+        if self.classes != 2 or self.counterfactuals or self.method != "leace" or not self.eval_examples:
+            return None
+        line = self._last_measured
+        if line is None:
             return None
         return expected_accuracy(_accuracy(line.correlation_before or 0.0), line.width or 1, self.groups)
 
@@ -256,8 +259,8 @@ class ErasureReport:
     @property
     def outlook(self) -> str:
         """What a linear probe is expected to read on other texts, in words; empty if `expected_reading` is None."""
-        reads, line = self.expected_reading, self._last_measured
-        if reads is None or line is None:
+        reads = self.expected_reading
+        if reads is None or (line := self._last_measured) is None:
             return ""
         of = f"{self.examples} texts" + (f" in {self.environments} environments" if self.environments else "")
         most = "at most" if self.environments else "about"  # the formula is of LEACE, which erases less
