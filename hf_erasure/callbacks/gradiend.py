@@ -58,7 +58,7 @@ class GradiendCallback(LoggingCallback):
         super().__init__(adapter_name, {"encoded": [], "guarded": []})
         self.mode, self.log_steps = mode, log_steps
         self._encoder: FeatureEncoder | None = None
-        self._weights: list[Trained] = []
+        self._weights: list[TrainedWeight] = []
         self._guard: _Guard | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
@@ -95,12 +95,12 @@ class GradiendCallback(LoggingCallback):
             }
             self.memory["encoded"].append(self._encoder.encode(gradients))
         if self._guard is not None:
-            self._guard.before()
+            self._guard.record_weights()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the feature's direction out of what the optimizer has done."""
         if self._guard is not None:
-            self.memory["guarded"].append(self._guard.after())
+            self.memory["guarded"].append(self._guard.remove_component())
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """The means since the last log."""
@@ -116,7 +116,7 @@ class GradiendCallback(LoggingCallback):
 
 
 @dataclass
-class Trained:
+class TrainedWeight:
     """One weight of the base model, by its full name, that training changes: the weight itself, or only its `lora`.
 
     An entry of `lora` is A `(rank, in)`, B `(out, rank)`, and the factor of `B A`, which a LoRA adds to the weight.
@@ -162,7 +162,7 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
+def trained_weights(model: nn.Module, adapter_name: str) -> list[TrainedWeight]:
     """The weights that a GRADIEND adapter targets and that are trained. Raises `ValueError` if there are none."""
     found = []
     modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
@@ -175,7 +175,9 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
             trained = [n for n in module.active_adapters if n in a and a[n].weight.requires_grad]
             lora = [(a[n].weight, b[n].weight, scaling[n]) for n in trained]
         if weight.requires_grad or lora:
-            found.append(Trained(name, weight, lora, module is not None and isinstance(innermost(module), Conv1D)))
+            found.append(
+                TrainedWeight(name, weight, lora, module is not None and isinstance(innermost(module), Conv1D))
+            )
     if not found:
         raise ValueError(
             f"Training changes none of the weights that the GRADIEND adapter {adapter_name!r} knows: there is nothing "
@@ -187,7 +189,7 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
 class _Guard:
     """Takes the component along the decoder's Wd out of every change of the weights."""
 
-    def __init__(self, weights: list[Trained], decoder: FeatureDecoder) -> None:
+    def __init__(self, weights: list[TrainedWeight], decoder: FeatureDecoder) -> None:
         self.weights = [w for w in weights if w.name in decoder.weight and decoder.weight[w.name].numel()]
         if not self.weights:
             raise ValueError("The adapter changes none of the trained weights: there is nothing to guard.")
@@ -195,17 +197,17 @@ class _Guard:
         self.index = {name: None if i is None else i.to(device, torch.long) for name, (i, device) in found.items()}
         self.direction = {w.name: decoder.weight[w.name].to(w.weight.device, torch.float32) for w in self.weights}
         self.norm = math.sqrt(sum(float(d.double().square().sum()) for d in self.direction.values()))
-        self.kept: dict[str, Tensor] = {}
+        self.recorded: dict[str, Tensor] = {}
 
-    def before(self) -> None:
+    def record_weights(self) -> None:
         """Keep a copy of the weights, at the entries of the direction."""
-        self.kept = {w.name: self._values(w) for w in self.weights}
+        self.recorded = {w.name: self._values(w) for w in self.weights}
 
-    def after(self) -> float:
+    def remove_component(self) -> float:
         """Take the component out; returns the cosine between the change and the direction before that."""
         along = size = 0.0
         for weight in self.weights:
-            change = self._values(weight) - self.kept[weight.name]
+            change = self._values(weight) - self.recorded[weight.name]
             along += float((change * self.direction[weight.name]).double().sum())
             size += float(change.double().square().sum())
             if weight.lora:
@@ -213,15 +215,15 @@ class _Guard:
                     self._correct_lora(weight)
             else:
                 self._correct_rows(weight, change)
-        self.kept = {}
+        self.recorded = {}
         return along / (self.norm * math.sqrt(size)) if size > 0 else 0.0
 
-    def _values(self, weight: Trained) -> Tensor:
+    def _values(self, weight: TrainedWeight) -> Tensor:
         """`(count,)` float32: the weight, or what its LoRA adds, at the entries of the direction."""
         flat, index = weight.value().reshape(-1).float(), self.index[weight.name]
         return flat.clone() if index is None else flat[index]
 
-    def _correct_rows(self, weight: Trained, change: Tensor) -> None:
+    def _correct_rows(self, weight: TrainedWeight, change: Tensor) -> None:
         """Take the component out of every output of the layer; a norm or a bias is one row."""
         direction, index = self.direction[weight.name], self.index[weight.name]
         rows = weight.rows(index)
@@ -229,12 +231,12 @@ class _Guard:
         along = change.new_zeros(count).index_add_(0, rows, change * direction)
         squares = change.new_zeros(count).index_add_(0, rows, direction.square())
         share = along / squares.clamp_min(torch.finfo(torch.float32).tiny)
-        _add(weight.weight, -share[rows] * direction, index)
+        _add_change(weight.weight, -share[rows] * direction, index)
 
-    def _correct_lora(self, weight: Trained) -> None:
+    def _correct_lora(self, weight: TrainedWeight) -> None:
         """Move a LoRA's matrices in the steepest direction, until to first order no component is left."""
         direction, index = self.direction[weight.name], self.index[weight.name]
-        along = float(((self._values(weight) - self.kept[weight.name]) * direction).double().sum())
+        along = float(((self._values(weight) - self.recorded[weight.name]) * direction).double().sum())
         dense = torch.zeros(weight.weight.numel(), device=direction.device)
         dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
         steps: list[tuple[nn.Parameter, Tensor]] = []
@@ -244,11 +246,11 @@ class _Guard:
             steps.append((a, scaling * b.detach().float().T @ toward))
         total = sum(float(step.double().square().sum()) for _, step in steps)
         for parameter, step in steps if total > 0 else ():
-            _add(parameter, -along / total * step, None)
+            _add_change(parameter, -along / total * step, None)
 
 
 @torch.no_grad()
-def _add(parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
+def _add_change(parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
     change = change.to(parameter.dtype)
     if index is None:
         parameter.data.add_(change.view_as(parameter))

@@ -72,8 +72,8 @@ class LoggingCallback(TrainerCallback):
             found = self.figures(state, model)
         config = child_configs(model).get(self.adapter_name)
         if found and config is not None:
-            told = {"step": state.global_step, "figures": found, "measured_on": self.measured_on}
-            config.provenance = config.provenance | {TRAINING: told}
+            entry = {"step": state.global_step, "figures": found, "measured_on": self.measured_on}
+            config.provenance = config.provenance | {TRAINING: entry}
         return found
 
 
@@ -85,7 +85,7 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
             "frozen the model. Call model.requires_grad_(True) to fine-tune it whole, or add a LoRA: "
             "model.add_adapter(LoraConfig(…)) and model.set_adapter([…]) with both names."
         )
-    if not is_sharded() or not is_lost(model):
+    if not is_sharded() or not loses_weights(model):
         return  # all that is trained is saved and loaded, see below
     if args.load_best_model_at_end:
         raise ValueError(
@@ -106,7 +106,7 @@ def is_sharded() -> bool:
 
 
 def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
-    own = own_trained(model)
+    own = own_trained_weights(model)
     if own:
         warn_user(
             f"{len(own)} weights of the model itself are trained, but {when}Trainer saves only the adapter of a model "
@@ -114,12 +114,12 @@ def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
         )
 
 
-def _warn_of_what_is_left_out(model: nn.Module) -> None:
+def _warn_of_unsaved_adapters(model: nn.Module) -> None:
     """Warn of adapters that checkpoints will lack, or of a save that will fail, without a callback of ours."""
     holder = _saved_by_trainer(model)
     if holder is None:
         return
-    ours, active = list(child_configs(holder)), _active(holder)
+    ours, active = list(child_configs(holder)), _active_adapters(holder)
     if len(active) > 1:  # where `_saves_all`, all of them are saved
         acting = [name for name in active if name in ours]
         others = [name for name in active if name not in ours]
@@ -135,7 +135,7 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
     if names:
         now = adapters_now(holder)
         acts = {True: "acts while it is trained", False: "does not act"}
-        told = ", ".join(f"the {now.loaded[name]} {name!r}, which {acts[name in now.acting]}" for name in names)
+        unsaved = ", ".join(f"the {now.loaded[name]} {name!r}, which {acts[name in now.acting]}" for name in names)
         if holder is model:
             together = (
                 f"Call model.set_adapter({[*names, *active]}) before training to train with them on; checkpoints then "
@@ -144,8 +144,8 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
         else:
             together = "To train with them on, write sticky=True in their configuration. Save"
         warn_user(
-            f"Trainer will save {active} without {told}. {together} {names} yourself: model.set_adapter({names[0]!r}) "
-            "and model.save_pretrained(folder)."
+            f"Trainer will save {active} without {unsaved}. {together} {names} yourself: "
+            f"model.set_adapter({names[0]!r}) and model.save_pretrained(folder)."
         )
 
 
@@ -160,7 +160,7 @@ def _saved_by_trainer(model: nn.Module) -> Any:
     return next(inside, None) if hasattr(model, "save_pretrained") else None
 
 
-def _active(model: Any) -> list[str]:
+def _active_adapters(model: Any) -> list[str]:
     """The active adapters of a model with an adapter of ours that transformers saves; it cannot save several."""
     if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
         return []
@@ -175,16 +175,16 @@ def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if not _saves_all(trainer):
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
             refuse_lost_adapters(trainer.model)  # its first save would
-        _warn_of_what_is_left_out(trainer.model)
-    _give_own_methods(trainer)
+        _warn_of_unsaved_adapters(trainer.model)
+    _replace_methods(trainer)
     return original(*args, **kwargs)
 
 
 def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
     """`Trainer._save`, which saves the active adapter alone: save all that training changes instead."""
-    _give_own_methods(trainer)
+    _replace_methods(trainer)
     if _saves_all(trainer):
-        if is_lost(trainer.model):
+        if loses_weights(trainer.model):
             with saving_all(trainer.model):
                 return original(*args, **kwargs)
     elif child_configs(trainer.model):
@@ -196,7 +196,7 @@ def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
     return original(*args, **kwargs)
 
 
-def _ours(trainer: Any) -> list[LoggingCallback]:
+def _callbacks(trainer: Any) -> list[LoggingCallback]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoggingCallback)]
 
 
@@ -204,17 +204,17 @@ def _saves_all(trainer: Any) -> bool:
     """Whether checkpoints hold all that training changes: with a callback of ours, and where several are active."""
     model = trainer.model
     is_whole = isinstance(model, (PreTrainedModel, PeftModel)) and not is_sharded()
-    return is_whole and bool(child_configs(model)) and (bool(_ours(trainer)) or len(_active(model)) > 1)
+    return is_whole and bool(child_configs(model)) and (bool(_callbacks(trainer)) or len(_active_adapters(model)) > 1)
 
 
-def _log(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+def _log_figures(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
     """Add what our callbacks measure to a log before it is written; not to an evaluation's, which has no `loss`."""
-    for callback in _ours(trainer) if "loss" in logs else ():
+    for callback in _callbacks(trainer) if "loss" in logs else ():
         logs.update(callback.logged(trainer.state, trainer.callback_handler.model))
     original(logs, *args, **kwargs)
 
 
-def _load(original: Callable, trainer: Any, folder: str | None = None, model: Any = None) -> None:
+def _load_checkpoint(original: Callable, trainer: Any, folder: str | None = None, model: Any = None) -> None:
     """Load the checkpoint in a folder, from which training continues; without a folder the best model, at the end."""
     if _saves_all(trainer):
         load_trained(trainer.model if model is None else model, Path(folder or trainer.state.best_model_checkpoint))
@@ -231,41 +231,41 @@ def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None
             save_adapters(trainer.model, target, only=places)
         if config is not None:
             repo_id = getattr(trainer, "hub_model_id", None)
-            cards.kept_quiet(target, cards.write_card, config, repo_id=repo_id, **cards.told_by(trainer.model))
+            cards.write_or_warn(target, cards.write_card, config, repo_id=repo_id, **cards.model_facts(trainer.model))
     original(folder)
 
 
 # Method of a trainer whose model has adapters of ours → the function in its place; its first argument is the method.
 OWN_METHODS: dict[str, Callable[..., Any]] = {
-    "log": _log,
-    "_load_from_checkpoint": _load,
-    "_load_best_model": _load,
+    "log": _log_figures,
+    "_load_from_checkpoint": _load_checkpoint,
+    "_load_best_model": _load_checkpoint,
     "_push_from_checkpoint": _push_from_checkpoint,
     "create_model_card": create_model_card,
 }
 
 
-def _give_own_methods(trainer: Any) -> None:
+def _replace_methods(trainer: Any) -> None:
     if not adapter_children(trainer.model):
         return
     for name, method in OWN_METHODS.items():
-        theirs = getattr(type(trainer), name, None)
-        if theirs is not None and name not in vars(trainer):
-            setattr(trainer, name, functools.partial(method, theirs.__get__(trainer), trainer))
+        replaced = getattr(type(trainer), name, None)
+        if replaced is not None and name not in vars(trainer):
+            setattr(trainer, name, functools.partial(method, replaced.__get__(trainer), trainer))
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
 
 
-def own_trained(model: nn.Module) -> list[str]:
+def own_trained_weights(model: nn.Module) -> list[str]:
     """The names of the model's own weights that are trained, without those of adapters."""
     trained = [name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad]
     return list(_plain_names(model, trained))
 
 
-def is_lost(model: nn.Module) -> bool:
+def loses_weights(model: nn.Module) -> bool:
     """Whether Trainer by itself would save less of a model than training changes, or could not load what it saves."""
-    return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
+    return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained_weights(model)))
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def saving_all(model: Any) -> Iterator[None]:
             return
         others = [name for name, config in configs_of(model).items() if not isinstance(config, ChildConfig)]
         top = others[0] if len(others) == 1 else None
-        if own_trained(model):
+        if own_trained_weights(model):
             base: Any = unwrapped(model)
             tensors, loaded, top = base.state_dict(), base._hf_peft_config_loaded, None
             state = {plain: tensors[key] for key, plain in _plain_names(model, tensors).items()}
@@ -317,8 +317,8 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 @on_cpu()  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Load what `saving_all`, or PEFT for a `PeftModel`, has written. Raises `ValueError` if a part is missing."""
-    told = "it was saved without a callback of hf_erasure, or for another model."
-    own = own_trained(model)
+    reason = "it was saved without a callback of hf_erasure, or for another model."
+    own = own_trained_weights(model)
     if own:
         base, found = unwrapped(model), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
         values = {key: found[plain] for key, plain in _plain_names(model, base.state_dict()).items() if plain in found}
@@ -326,7 +326,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         if missing:
             raise ValueError(
                 f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are "
-                f"trained: {told}"
+                f"trained: {reason}"
             )
         base.load_state_dict(values, strict=False)
     for name, config in configs_of(model).items():
@@ -334,7 +334,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         known = {place: PeftConfig.from_pretrained(str(place)) for place in places}
         place = next((place for place in places if known[place].peft_type == config.peft_type), None)
         if place is None:
-            raise ValueError(f"{str(folder)!r} does not have the adapter {name!r}: {told}")
+            raise ValueError(f"{str(folder)!r} does not have the adapter {name!r}: {reason}")
         saved: Any = known[place]
         tensors = load_file(place / WEIGHTS)
         if isinstance(config, ConceptErasureConfig):

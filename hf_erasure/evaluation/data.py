@@ -103,7 +103,7 @@ class DataFolder:
         rows: list[tuple[str, str, str]] = []
         for path in sorted(self.part("bias-in-bios").glob("*.csv")):
             named = readers.csv_rows(path, ("profession", "gender"))
-            rows += self._noted(readers.good_rows(path, named, _biography, LAYOUT["bias-in-bios"]))
+            rows += self._record(readers.good_rows(path, named, _read_biography, LAYOUT["bias-in-bios"]))
         rows = readers.spread(sorted(rows, key=lambda row: row[:2]), self.limit)
         return Biographies([r[2] for r in rows], [r[0] for r in rows], [r[1] for r in rows])
 
@@ -111,7 +111,9 @@ class DataFolder:
         """Sentences of the treebank, with the part of speech of each word."""
         folder = self.part("ud-ewt")
         files = sorted(folder.glob("*test*.conllu")) or sorted(folder.glob("*.conllu"))
-        return readers.spread([sentence for path in files for sentence in self._noted(read_treebank(path))], self.limit)
+        return readers.spread(
+            [sentence for path in files for sentence in self._record(read_treebank(path))], self.limit
+        )
 
     def texts(self) -> dict[str, list[str]]:
         """Kind of running text → its paragraphs, of long ones the beginning.
@@ -129,7 +131,7 @@ class DataFolder:
         path, expected = self.file(name), f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
         lines = [(where, line.strip()) for where, line in readers.lines_of(path)]
         long = [(where, line) for where, line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
-        return readers.spread(self._noted(readers.good_rows(path, long, _cut, expected)), self.limit)
+        return readers.spread(self._record(readers.good_rows(path, long, _shorten, expected)), self.limit)
 
     def occupations(self) -> list[tuple[str, str]]:
         """Occupations and the gender of most people who have them, as WinoBias lists them."""
@@ -138,23 +140,25 @@ class DataFolder:
             path = folder / f"{gender}_occupations.txt"
             if not path.is_file():
                 raise MissingData(f"{folder} has no {path.name}: add {LAYOUT['winobias']}")
-            names = self._noted(readers.good_rows(path, readers.content_lines(path), str.strip, "an occupation a line"))
+            names = self._record(
+                readers.good_rows(path, readers.content_lines(path), str.strip, "an occupation a line")
+            )
             found += [(name, gender) for name in names]
         return found
 
-    def _noted(self, rows: readers.Rows[T]) -> readers.Rows[T]:
+    def _record(self, rows: readers.Rows[T]) -> readers.Rows[T]:
         self.left_out |= {entry.file: entry for entry in rows.left_out}
         return rows
 
 
-def _biography(cells: dict[str, str]) -> tuple[str, str, str]:
+def _read_biography(cells: dict[str, str]) -> tuple[str, str, str]:
     text = cells.get("hard_text") or cells.get("text")
     if not text or not text.strip():
         raise readers.BadRow("lacks hard_text (or text)")
     return readers.text_at(cells, "profession").strip(), readers.text_at(cells, "gender").strip().lower(), text
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     """The beginning of a text in whole words; in whole characters if its words are not separated by spaces."""
     beginning = text[:_MOST_CHARACTERS]
     space = beginning.rfind(" ")

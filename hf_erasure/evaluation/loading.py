@@ -90,8 +90,8 @@ class Adapter:
                 wrapper.enable_adapters(True)
             switched.set_adapter(active)
         change = distance(now, without)
-        deed = "changes" if change else "does not act: it does not change"
-        return change > 0, f"Adapter {self.name!r} ({self.kind}) {deed} the outputs ({change:.2%})."
+        verb = "changes" if change else "does not act: it does not change"
+        return change > 0, f"Adapter {self.name!r} ({self.kind}) {verb} the outputs ({change:.2%})."
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,18 @@ class Loader:
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         others = filter(None, (model_class(Provenance.of(adapter.config).base_class, self._config) for adapter in ours))
         # The class in which the model is loaded.
-        self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._lacking(kind, ours)), own)
+        self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._unfit_adapters(kind, ours)), own)
         notes = []
         if getattr(self._config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
         if self.kind is not own:
             notes.append(
                 f"loaded as {self.kind.__name__} and not as {own.__name__}, which lacks modules that "
-                f"{self._lacking(own, ours)[0]} was fitted on"
+                f"{self._unfit_adapters(own, ours)[0]} was fitted on"
             )
         self.note = "; ".join(notes)
 
-    def _lacking(self, kind: Any, adapters: list[Adapter]) -> list[str]:
+    def _unfit_adapters(self, kind: Any, adapters: list[Adapter]) -> list[str]:
         """The names of the adapters whose modules a model of a class does not have."""
         with torch.device("meta"):
             model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
@@ -210,24 +210,24 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
     found: dict[str, Any] = {}
     for adapter in adapters:
         own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
-        kept = Provenance.of(adapter.config).fingerprint
-        if kept:
-            own["base"] = resample(adapter.host(model) or model, kept)
+        sample = Provenance.of(adapter.config).fingerprint
+        if sample:
+            own["base"] = resample(adapter.host(model) or model, sample)
     with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 
 
-def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
+def verify_entry(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
     """What `Adapter.acts` says about each adapter of an entry.
 
     Raises `AdapterDoesNotAct` if one does not act, unless `allow_inactive`.
     """
-    said = {}
+    messages = {}
     for adapter in entry.adapters:
         acts, text = adapter.acts(model)
-        said[adapter.name] = text
+        messages[adapter.name] = text
         if not acts and not allow_inactive:
             raise AdapterDoesNotAct(
                 f"{text} Its numbers would be those of the base. (--allow-inactive measures it nevertheless.)"
             )
-    return said
+    return messages

@@ -46,7 +46,7 @@ class Measure:
     ideal: float  # the value of a model without the bias, or without loss
     says: str  # what the number is, in a sentence
     # A subject that pools as the measure does → the metric's whole result with `intervals`.
-    take: Callable[[Subject], dict[str, Any]]
+    compute: Callable[[Subject], dict[str, Any]]
     needs_head: bool = False  # whether the model must predict words
     source: str = ""  # paper and address, if the measure is an established one
     harness: str | None = None  # the task of lm-evaluation-harness that measures the same on causal models
@@ -60,8 +60,8 @@ class Measure:
         return {**{name: getattr(self, name) for name in names}, "ideal": ideal}
 
 
-def _of_metric(
-    metric: str, key: str, title: str, take: Callable[[Subject], dict[str, Any]], says: str, **changed: Any
+def _metric_measure(
+    metric: str, key: str, title: str, compute: Callable[[Subject], dict[str, Any]], says: str, **changed: Any
 ) -> Measure:
     """A measure whose direction, ideal and source are those of a metric."""
     facts = METRICS[metric].facts
@@ -69,15 +69,15 @@ def _of_metric(
         "figure": facts.figure, "better": facts.better, "ideal": facts.ideal, "harness": facts.harness,
         "purpose": "bias", **changed,
     }  # fmt: skip
-    return Measure(key, title, says=says, take=take, source=f"{facts.paper}, {facts.url}", **given)
+    return Measure(key, title, says=says, compute=compute, source=f"{facts.paper}, {facts.url}", **given)
 
 
-def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
+def _tag_leakage(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
     """Leakage of parts of speech; tags that are too rare to be in every fold are left out and named."""
-    of_tag: dict[str, set[int]] = {}
+    sentences_of_tag: dict[str, set[int]] = {}
     for tag, sentence in zip(tokens.tags, tokens.sentences, strict=True):
-        of_tag.setdefault(tag, set()).add(sentence)
-    rare = sorted(tag for tag, own in of_tag.items() if len(own) < 2 * _TOKEN_FOLDS)
+        sentences_of_tag.setdefault(tag, set()).add(sentence)
+    rare = sorted(tag for tag, own in sentences_of_tag.items() if len(own) < 2 * _TOKEN_FOLDS)
     kept = [i for i, tag in enumerate(tokens.tags) if tag not in rare]
     if not kept:
         raise ValueError("No part of speech occurs in enough sentences: raise --limit.")
@@ -97,12 +97,12 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
     step = max(1, math.ceil(len(tokens.tags) / most_tokens))
     fewer = TokenStates({}, tokens.tags[::step], tokens.sentences[::step])
     return [
-        {"layer": layer, **_of_tags(state[::step], fewer, **subject.statistics)}
+        {"layer": layer, **_tag_leakage(state[::step], fewer, **subject.statistics)}
         for layer, state in tokens.layers.items()
     ]
 
 
-def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
+def _probes(key: str, title: str, compute: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
     """A linear probe of a concept, and nonlinear ones; the kernel is for texts only, as it reads all pairs of rows."""
     kinds = {
         "linear": ("linear", says),
@@ -110,46 +110,46 @@ def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, *
         "rbf": ("RBF-SVM", "the same with a support vector machine and a radial basis function"),
     }
     return [
-        _of_metric("linear_leakage", f"{key}_{kind}", f"{of}, {name} probe − majority", partial(take, **READERS[kind]),
-                   told, **changed)
-        for kind, (name, told) in kinds.items() if kind != "rbf" or key == "gender"
+        _metric_measure("linear_leakage", f"{key}_{kind}", f"{title}, {name} probe − majority",
+                        partial(compute, **READERS[kind]), sentence, **changed)
+        for kind, (name, sentence) in kinds.items() if kind != "rbf" or key == "gender"
     ]  # fmt: skip
 
 
-def _asked(subject: Subject, ask: Callable[..., dict[str, Any]], source: Path, **options: Any) -> dict[str, Any]:
-    return ask(subject.model, subject.tokenizer, source, limit=subject.data.limit, **options, **subject.statistics)
+def _benchmark(subject: Subject, run: Callable[..., dict[str, Any]], source: Path, **options: Any) -> dict[str, Any]:
+    return run(subject.model, subject.tokenizer, source, limit=subject.data.limit, **options, **subject.statistics)
 
 
 def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
     """StereoSet, computed once for a subject: two measures are figures of one result."""
     key = f"stereoset {bias_types}"
-    if key not in subject.kept:
-        subject.kept[key] = _asked(
+    if key not in subject.results:
+        subject.results[key] = _benchmark(
             subject, benchmarks.stereoset, subject.data.file("stereoset"), bias_types=bias_types,
             convention=subject.plan.stereoset,
         )  # fmt: skip
-    return subject.kept[key]
+    return subject.results[key]
 
 
-def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
+def _language_bias(bias_type: str, bias_types: Sequence[str] | None) -> list[Measure]:
     """StereoSet and CrowS-Pairs, for one kind of bias or for all."""
     stereoset = partial(_stereoset, bias_types=bias_types)
-    name, suffix = f" ({of or 'all kinds'})", f"_{of}" if of else ""
+    name, suffix = f" ({bias_type or 'all kinds'})", f"_{bias_type}" if bias_type else ""
     return [
-        _of_metric(
+        _metric_measure(
             "crows_pairs", f"crows_pairs{suffix}", f"CrowS-Pairs{name}, % stereotype",
-            lambda subject: _asked(
+            lambda subject: _benchmark(
                 subject, benchmarks.crows_pairs, subject.data.file("crows-pairs"), bias_types=bias_types
             ),
             "share of pairs in which the stereotype is likelier; 50 is ideal", needs_head=True,
         ),
-        _of_metric(
+        _metric_measure(
             "stereoset", f"stereoset_ss{suffix}", f"StereoSet SS{name}, % stereotype", stereoset,
             "share of terms for which the stereotype is likelier than the anti-stereotype; 50 is ideal. A masked model "
             "is asked for the word in the blank, a causal one for the whole sentence (the JSON names the convention)",
             needs_head=True, figure="ss", better="closer", ideal=50.0,
         ),
-        _of_metric(
+        _metric_measure(
             "stereoset", f"stereoset_lms{suffix}", f"StereoSet LMS{name}", stereoset,
             "share of items in which a meaningful word is likelier than an unrelated one", needs_head=True,
             figure="lms", purpose="capability",
@@ -158,15 +158,15 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
 
 
 def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
-    def take(subject: Subject) -> dict[str, Any]:
+    def compute(subject: Subject) -> dict[str, Any]:
         folder = subject.data.part("seat")
         chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
         return benchmarks.seat(
             subject.model, subject.tokenizer, folder, tests=chosen, pool=subject.pool, **subject.statistics
         )
 
-    return _of_metric(
-        "weat", key, title, take,
+    return _metric_measure(
+        "weat", key, title, compute,
         "mean over the tests of |effect size|; each test with its permutation p value is in the JSON",
         figure="mean_absolute_effect_size", better="lower", pool="mean",
     )  # fmt: skip
@@ -181,14 +181,14 @@ _GENDER = [
         "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
         "share of the larger gender", pool="mean",
     ),
-    _of_metric(
+    _metric_measure(
         "minimum_description_length", "gender_mdl", "Gender, MDL compression",
         lambda subject: minimum_description_length.score(
             subject.states[FINAL], subject.biographies.genders, **subject.statistics
         ),
         "how much shorter the online code of the gender is than a uniform one; 1 is not shorter", pool="mean",
     ),
-    _of_metric(
+    _metric_measure(
         "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)",
         lambda subject: tpr_gap.score(
             subject.professions, subject.biographies.professions, subject.biographies.genders, **subject.statistics
@@ -197,16 +197,18 @@ _GENDER = [
         "linear probe fitted on the same states", pool="mean",
     ),
     _seat_mean("seat_gender", "SEAT gender, mean |d|", GENDER_SEAT),
-    _of_metric(
+    _metric_measure(
         "pronoun_gap", "winobias", "WinoBias pronoun gap",
-        lambda subject: _asked(subject, benchmarks.winobias, subject.data.part("winobias")),
+        lambda subject: _benchmark(subject, benchmarks.winobias, subject.data.part("winobias")),
         "how much more often the pronoun of the occupation's stereotype is likelier", needs_head=True,
     ),
     *_language_bias("gender", ["gender"]),
 ]  # fmt: skip
 _POS = _probes(
     "pos", "Part of speech",
-    lambda subject, **options: _of_tags(subject.tokens.layers[FINAL], subject.tokens, **options, **subject.statistics),
+    lambda subject, **options: _tag_leakage(
+        subject.tokens.layers[FINAL], subject.tokens, **options, **subject.statistics
+    ),
     "accuracy of a cross-validated logistic regression on the last hidden states of tokens, sentences never "
     "split, minus the share of the most frequent tag",
 )  # fmt: skip
@@ -228,7 +230,7 @@ def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
 
 def _distortion(subject: Subject) -> dict[str, Any]:
     texts = [text for part in subject.data.texts().values() for text in spread(part, _DISTORTION_TEXTS)]
-    now, before = subject.final(texts), subject.base_states
+    now, before = subject.final_states(texts), subject.base_states
     if subject.is_base:
         before[:] = now
     if not before:
@@ -250,7 +252,7 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
     kinds = [name for name in ("wikitext-2", "tinystories-sample") if (data.path / name).is_dir()] or ["wikitext-2"]
     return [
         *(
-            _of_metric(
+            _metric_measure(
                 "perplexity", f"perplexity_{name}", f"Perplexity, {name}", partial(_perplexity, name=name),
                 "exp of the mean loss of a token; of a masked model, of its pseudo-likelihood",
                 purpose="capability", needs_head=True, figure="perplexity", ideal=1.0,

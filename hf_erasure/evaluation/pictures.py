@@ -48,14 +48,14 @@ def plane_of(states: Tensor, labels: list[str]) -> Callable[[Tensor], list[dict[
     fitted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % 2 == 0
     shown = spread((~fitted).nonzero().flatten().tolist(), _POINTS)
     x = states.double()[fitted]
-    of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
-    if len(kinds) < 2 or not {*kinds[:2]} <= {*of} or not shown:
+    fitted_labels = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
+    if len(kinds) < 2 or not {*kinds[:2]} <= {*fitted_labels} or not shown:
         raise ValueError(
             f"{len(labels)} biographies of the genders {kinds} are too few for a plane: its directions come from one "
             "half of them and its points from the other: raise --limit."
         )
     mean = x.mean(0)
-    means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
+    means = [x[[i for i, label in enumerate(fitted_labels) if label == kind]].mean(0) for kind in kinds[:2]]
     along = means[1] - means[0]
     along = along / along.norm()
     rest = x - mean
@@ -110,8 +110,8 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
     handle = GradiendAdapter.of(adapter.host(subject.model), adapter.name)
     handle.encoders()  # raises an error if there are none
     pair = list(handle.config.pair or (handle.config.pairs or [])[0])
-    table = _words(adapter, list(handle.config.classes or []))
-    texts = _sentences(subject.data)
+    table = _class_words(adapter, list(handle.config.classes or []))
+    texts = _short_sentences(subject.data)
     config = getattr(subject.model, "config", None)
     rows = pairs_from_sentences(texts, {name: table[name] for name in pair}, pair, single=True)
     rows = rows.select(usable_rows(rows, pair, tokenizer, head, config))
@@ -131,12 +131,12 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
     for batch in neutral_batches(neutral, tokenizer, head, feature_words, batch_size=16, config=config):
         values["neutral"] += handle.encode(batch, pair).tolist()
     labels = [sign for name, sign in zip(values, (1, -1, 0), strict=True) for _ in values[name]]
-    every = [value for own in values.values() for value in own]
-    figures = encoder_correlation.score(every, labels, **subject.statistics)
+    all_values = [value for own in values.values() for value in own]
+    figures = encoder_correlation.score(all_values, labels, **subject.statistics)
     return {"feature": handle.config.feature, "pair": pair, "values": values, **figures}
 
 
-def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
+def _class_words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
     """Counterpart words of each class."""
     recipe = Path(adapter.folder) / RECIPE_FILE
     if recipe.is_file():
@@ -154,7 +154,7 @@ def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _sentences(data: DataFolder) -> list[str]:
+def _short_sentences(data: DataFolder) -> list[str]:
     """Short sentences of the data folder's texts, the simplest kind of text first."""
     texts = DataFolder(data.path).texts()
     paragraphs = [text for name in sorted(texts) for text in spread(texts[name], 1500)]

@@ -23,7 +23,7 @@ from hf_erasure.fitting.report import figures
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.scorer import FINAL
 
-from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
+from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, number_text, reason_of
 
 NO_PICTURES = "This report has no pictures, which need matplotlib: pip install 'hf-erasure[plot]'."
 # Variable of the page, which has a colour for light and one for dark → the colour that matplotlib draws in its place.
@@ -52,7 +52,7 @@ class Picture:
 
     figure: Any  # a figure of matplotlib
     title: str  # the name of the picture
-    said: str  # what the picture shows, for a screen reader
+    alt: str  # what the picture shows, for a screen reader
     caption: str = ""  # the text above it; the title if empty
     note: str = ""  # the text below it
 
@@ -71,7 +71,7 @@ class Picture:
         for name, colour in _INK.items():
             body = body.replace(colour, f"var(--{name})")
         box = re.search(r'viewBox="[^"]*"', head)
-        label = escape(f"{self.title}. {self.said}")
+        label = escape(f"{self.title}. {self.alt}")
         return Markup(f'<svg {box and box[0]} role="img" aria-label="{label}">{body}')  # matplotlib escapes all text
 
 
@@ -97,7 +97,7 @@ def _axes(height: float, ideal: float | None, axis: str) -> Any:
     return axes
 
 
-def _of_series(number: int) -> dict[str, Any]:
+def _series_style(number: int) -> dict[str, Any]:
     """The colour, marker and dashes of a series."""
     marker = list(MARKERS.values())[number % len(MARKERS)]
     return {"color": _INK[f"s{number % 7}"], "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
@@ -121,19 +121,19 @@ def interval_bars(results: Results) -> Iterator[Picture]:
         is_far = measure["better"] == "lower" and min(map(abs, values)) >= 2 * (max(values) - min(values))
         axes = _axes(_ROW * len(cells) + 34, None if is_far else measure["ideal"], "x")
         for row, (_, cell) in enumerate(cells):
-            style = _of_series(row)
+            style = _series_style(row)
             if cell is not None:
                 axes.plot(cell["value"], row, color=style["color"], marker=style["marker"])
             if cell is not None and cell["interval"]:
                 axes.plot(cell["interval"], [row, row], color=style["color"], marker="|", markersize=8)
-            beside = "not measured" if cell is None else shown(cell["value"])
+            beside = "not measured" if cell is None else number_text(cell["value"])
             axes.annotate(beside, (1, row), (6, 0), ("axes fraction", "data"), "offset points", va="center")
         axes.set_yticks(range(len(cells)), [shortened(name, 14) for name, _ in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=5)
-        said = "; ".join(f"{n}: {shown(c['value'])}{interval_text(c['interval'])}" for n, c in cells if c)
+        alt = "; ".join(f"{n}: {number_text(c['value'])}{interval_text(c['interval'])}" for n, c in cells if c)
         title = measure["title"]
-        yield Picture(axes.get_figure(), title, said, f"{title} {direction(measure)}", measure["says"])
+        yield Picture(axes.get_figure(), title, alt, f"{title} {direction(measure)}", measure["says"])
 
 
 def depth(results: Results) -> Iterator[Picture]:
@@ -141,7 +141,7 @@ def depth(results: Results) -> Iterator[Picture]:
     for concept, entries in results.depth.items():
         axes = _axes(220, 0, "y")
         for name, rows in entries.items():
-            style, places = _of_series(results.names.index(name)), range(len(rows))
+            style, places = _series_style(results.names.index(name)), range(len(rows))
             lows, highs = zip(*(row["intervals"]["leakage"] for row in rows), strict=True)
             axes.vlines(places, lows, highs, color=style["color"], linewidth=0.8, alpha=0.75)
             axes.plot(places, [row["leakage"] for row in rows], label=name, markersize=5, **style)
@@ -150,19 +150,19 @@ def depth(results: Results) -> Iterator[Picture]:
         ticks = range(0, len(layers), 1 if len(layers) <= 14 else len(layers) // 7)
         axes.set_xticks(ticks, [short[i] for i in ticks])
         axes.set_xlabel("layer (0: the embeddings)")
-        said = "; ".join(f"{n}: {', '.join(shown(row['leakage']) for row in rows)}" for n, rows in entries.items())
+        alt = "; ".join(f"{n}: {', '.join(number_text(row['leakage']) for row in rows)}" for n, rows in entries.items())
         title = f"Linear leakage of {'part of speech' if concept == 'pos' else concept} by depth"
         note = "Accuracy of a linear probe minus that of the most frequent label (0, dashed)."
-        yield Picture(_with_legend(axes), title, said, note=note)
+        yield Picture(_with_legend(axes), title, alt, note=note)
 
 
 def embeddings(results: Results) -> Iterator[Picture]:
     """Biographies in a plane, a panel for each entry, all with the same axes."""
-    every = [point for points in results.embedding.values() for point in points]
-    kinds = sorted({point["label"] for point in every})
-    for name, points in results.embedding.items() if every else ():
+    all_points = [point for points in results.embedding.values() for point in points]
+    kinds = sorted({point["label"] for point in all_points})
+    for name, points in results.embedding.items() if all_points else ():
         axes, means = _figure(250).subplots(), []
-        axes.update_datalim([(point["x"], point["y"]) for point in every])
+        axes.update_datalim([(point["x"], point["y"]) for point in all_points])
         # Series 0 has the colour of the base.
         for series, kind in enumerate(kinds, 1):
             x, y = ([point[of] for point in points if point["label"] == kind] for of in ("x", "y"))
@@ -186,17 +186,17 @@ def shifts(results: Results) -> Iterator[Picture]:
         found = [by[row["occupation"]] for by in shares.values()]
         axes.plot([min(found), max(found)], [place, place], color=_INK["muted"], linewidth=0.7)
     for name, by in shares.items():
-        style = _of_series(results.names.index(name)) | {"linestyle": ""}
+        style = _series_style(results.names.index(name)) | {"linestyle": ""}
         axes.plot([by[row["occupation"]] for row in rows], places, label=name, markersize=5, **style)
     axes.set_yticks(places, [f"{shortened(row['occupation'], 13)} ({row['stereotype'][0]})" for row in rows])
     axes.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="P(she) / (P(she) + P(he))")
     spreads = {n: sum(abs(v - 0.5) for v in by.values()) / len(by) for n, by in shares.items()}
-    said = "; ".join(f"{name}: mean distance from one half {value:.3f}" for name, value in spreads.items())
+    alt = "; ".join(f"{name}: mean distance from one half {value:.3f}" for name, value in spreads.items())
     note = f"{len(rows)} of {len(first)} occupations, ordered by the base; (f), (m): most who have it are women, men."
     if left_out := results.shifts[names[0]]["left_out"]:
         note += f" {left_out} unknown to the tokenizer."
-    yield Picture(_with_legend(axes), "Share of “she” after “The … said that”", said, note=note)
+    yield Picture(_with_legend(axes), "Share of “she” after “The … said that”", alt, note=note)
 
 
 def neurons(results: Results) -> Iterator[Picture]:
@@ -211,27 +211,27 @@ def neurons(results: Results) -> Iterator[Picture]:
             panel.set_yticks([max(panel.get_ylim()) / 2], [f"{shortened(label, 12)}\n{len(values)} texts"])
             panel.tick_params("y", length=0)
         panels[-1].set(xticks=[-1, -0.5, 0, 0.5, 1], xlabel="value of the feature neuron")
-        said = "; ".join(f"{label}: mean {sum(v) / len(v):.3f} of {len(v)} texts" for label, v in groups)
-        figures = [f"{key} {shown(found[key])}{interval_text(found['intervals'].get(key))}"
+        alt = "; ".join(f"{label}: mean {sum(v) / len(v):.3f} of {len(v)} texts" for label, v in groups)
+        figures = [f"{key} {number_text(found[key])}{interval_text(found['intervals'].get(key))}"
                    for key in ("cor", "cor_enc") if isinstance(found.get(key), float)]  # fmt: skip
         note = f"{found['pair'][0]} is +1, {found['pair'][1]} −1. Correlation: {', '.join(figures)}."
-        yield Picture(figure, f"Feature neuron of {name}", said, note=note)
+        yield Picture(figure, f"Feature neuron of {name}", alt, note=note)
 
 
 def frontiers(results: Results) -> Iterator[Picture]:
     """Bias against capability, a point for each entry: lower points have less bias."""
     for panel in results.frontiers():
-        points, paid, bias = panel["points"], panel["capability"], panel["bias"]
+        points, cost, bias = panel["points"], panel["capability"], panel["bias"]
         axes = _axes(200, 0, "y")
         for point in points:
-            style = _of_series(results.names.index(point["name"])) | {"linestyle": ""}
+            style = _series_style(results.names.index(point["name"])) | {"linestyle": ""}
             axes.plot(point["capability"], point["bias"], label=point["name"], **style)
         axes.margins(x=0.12)
         axes.locator_params(axis="x", nbins=4)
-        axes.set_xlabel(f"{paid['title']} {direction(paid)}")
-        said = "; ".join(f"{p['name']}: {shown(p['bias'])} at {shown(p['capability'])}" for p in points)
-        title = f"{bias['title']}: distance from the ideal, against {paid['title']}"
-        yield Picture(_with_legend(axes), title, said, f"{bias['title']}, distance from the ideal ↓")
+        axes.set_xlabel(f"{cost['title']} {direction(cost)}")
+        alt = "; ".join(f"{p['name']}: {number_text(p['bias'])} at {number_text(p['capability'])}" for p in points)
+        title = f"{bias['title']}: distance from the ideal, against {cost['title']}"
+        yield Picture(_with_legend(axes), title, alt, f"{bias['title']}, distance from the ideal ↓")
 
 
 def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
@@ -239,11 +239,11 @@ def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data, page = results.save(folder), folder / REPORT_FILE
-    write_text(page, rendered(results))
+    write_text(page, html_page(results))
     return data, page
 
 
-def rendered(results: Results) -> str:
+def html_page(results: Results) -> str:
     """The report as HTML; it loads no other file."""
     environment = Environment(
         loader=PackageLoader("hf_erasure.evaluation"), autoescape=True, undefined=StrictUndefined,
@@ -253,7 +253,7 @@ def rendered(results: Results) -> str:
     has_pictures = find_spec("matplotlib") is not None
     return environment.get_template("report.html.j2").render(
         results=results, sections=_sections(results) if has_pictures else [], tables=results.tables(), limits=LIMITS,
-        marks=[names[i % len(names)] for i in range(len(results.names))], numbers=_numbers(results),
+        marks=[names[i % len(names)] for i in range(len(results.names))], numbers=_number_tables(results),
         pools=results.pooling(), no_pictures="" if has_pictures else NO_PICTURES,
     )  # fmt: skip
 
@@ -292,12 +292,12 @@ def _sections(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def _numbers(results: Results) -> list[dict[str, Any]]:
+def _number_tables(results: Results) -> list[dict[str, Any]]:
     """What is drawn beside the measures, as tables for readers who cannot see the drawings."""
     found = []
     for concept, entries in results.depth.items():
         layers = zip(*entries.values(), strict=True)
-        rows = [[layer[0]["layer"], *[shown(row["leakage"]) for row in layer]] for layer in layers]
+        rows = [[layer[0]["layer"], *[number_text(row["leakage"]) for row in layer]] for layer in layers]
         found.append({"title": f"Leakage of {concept} by depth", "head": ["layer", *entries], "rows": rows})
     if results.shifts:
         jobs = [row["occupation"] for row in next(iter(results.shifts.values()))["occupations"]]

@@ -75,10 +75,10 @@ class Results:
 
     def groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
         """The measures under their headings: bias by concept, concepts of none of the adapters, and capability."""
-        told = [entry.get("concepts") or [None] for entry in self.entries if entry["adapters"]]
-        concepts = {concept for each in told for concept in each}
+        concept_lists = [entry.get("concepts") or [None] for entry in self.entries if entry["adapters"]]
+        concepts = {concept for each in concept_lists for concept in each}
         # An adapter of another library does not name its concept.
-        all_count = not told or any(None in each for each in told)
+        all_count = not concept_lists or any(None in each for each in concept_lists)
         found: dict[str, list[dict[str, Any]]] = {}
         for measure in (m for m in self.measures if m["purpose"] == "bias"):
             concept = measure.get("concept")
@@ -87,32 +87,32 @@ class Results:
             found.setdefault(title if is_own else OTHER, []).append(measure)
         if OTHER in found:
             found[OTHER] = found.pop(OTHER)
-        paid = [measure for measure in self.measures if measure["purpose"] == "capability"]
-        return [*found.items(), *([("Capability kept", paid)] if paid else [])]
+        capability = [measure for measure in self.measures if measure["purpose"] == "capability"]
+        return [*found.items(), *([("Capability kept", capability)] if capability else [])]
 
     def frontiers(self) -> list[dict[str, Any]]:
         """For every bias a panel: distance from the ideal against capability, a point for each entry."""
-        capabilities = [m for m in self.measures if m["purpose"] == "capability" and self._complete(m)]
+        capabilities = [m for m in self.measures if m["purpose"] == "capability" and self._has_all_values(m)]
         if not capabilities:
             return []
         # Perplexity shows most of the cost; the next best is what can still be read from the states.
         rank = {"perplexity": 0, "profession": 1}
-        paid = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
+        cost = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
         panels = []
         for bias in (m for title, group in self.groups() if title != OTHER for m in group):
-            if bias["purpose"] == "bias" and self._complete(bias):
+            if bias["purpose"] == "bias" and self._has_all_values(bias):
                 points = [
                     {
                         "name": name,
                         "bias": badness(self.values[name][bias["key"]]["value"], bias["better"], bias["ideal"]),
-                        "capability": self.values[name][paid["key"]]["value"],
+                        "capability": self.values[name][cost["key"]]["value"],
                     }
                     for name in self.names
                 ]
-                panels.append({"bias": bias, "capability": paid, "points": points})
+                panels.append({"bias": bias, "capability": cost, "points": points})
         return panels
 
-    def _complete(self, measure: dict[str, Any]) -> bool:
+    def _has_all_values(self, measure: dict[str, Any]) -> bool:
         return all(self.cell(name, measure["key"]) is not None for name in self.names)
 
     def to_json(self) -> str:
@@ -145,7 +145,7 @@ class Results:
         cells = []
         for name in self.names:
             cell = self.cell(name, measure["key"])
-            value, interval = ("not measured", None) if cell is None else (shown(cell["value"]), cell["interval"])
+            value, interval = ("not measured", None) if cell is None else (number_text(cell["value"]), cell["interval"])
             cells.append({"value": value, "interval": interval_text(interval), "verdict": self.verdict(name, measure)})
         return {"measure": measure, "direction": direction(measure), "cells": cells}
 
@@ -198,11 +198,11 @@ def direction(measure: dict[str, Any]) -> str:
     return ARROWS[measure["better"]]
 
 
-def shown(value: float) -> str:
+def number_text(value: float) -> str:
     """A number with one decimal from 20 on, and with three below."""
     return f"{value:,.1f}" if abs(value) >= 20 else f"{value:.3f}"
 
 
 def interval_text(interval: list[float] | None) -> str:
     """An interval as the text after its value."""
-    return "" if interval is None else f" [{shown(interval[0])}, {shown(interval[1])}]"
+    return "" if interval is None else f" [{number_text(interval[0])}, {number_text(interval[1])}]"

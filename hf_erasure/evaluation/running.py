@@ -19,7 +19,7 @@ from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
 from hf_erasure.models.scorer import FINAL
 
 from .data import DataFolder, MissingData
-from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verified
+from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verify_entry
 from .measures import Measure, leakage_by_depth, measures_of
 from .pictures import neuron_values, plane_of, pronoun_shares
 from .results import Results, reason_of
@@ -92,17 +92,17 @@ class _Run:
             self.output.mkdir(parents=True, exist_ok=True)
         for entry in self.entries:
             self.results.values[entry.name] = {}
-            subject = self._load(entry)
-            for what, take in () if subject is None else self._cells(entry, subject):
-                self.progress(f"{entry.name}: {what}")
-                self._try(what, entry, take)
+            subject = self._load_subject(entry)
+            for title, compute in () if subject is None else self._steps(entry, subject):
+                self.progress(f"{entry.name}: {title}")
+                self._run_or_record(title, entry, compute)
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
         tried = self.plan.limit is not None and self.too_few  # a first look at a few items; some measures need more
         if not tried and not any(own & set(values) for values in self.results.values.values()):
             lines = "; ".join(self.results.notes())
             raise MissingData(f"Nothing of the suite {self.plan.suite!r} can be measured: {lines}.")
         self.results.about["finished"] = True
-        self._keep()
+        self._update_results()
         return self.results
 
     def _verify(self) -> None:
@@ -111,7 +111,7 @@ class _Run:
             said: dict[str, str] = {}
             if entry.adapters:
                 self.progress(f"verify {entry.name}")
-                said = verified(self.loader.load(entry), entry, allow_inactive=self.plan.allow_inactive)
+                said = verify_entry(self.loader.load(entry), entry, allow_inactive=self.plan.allow_inactive)
             kinds = ", ".join(adapter.kind for adapter in entry.adapters)
             names = [adapter.name for adapter in entry.adapters]
             concepts = [concept_of_config(adapter.config) for adapter in entry.adapters]
@@ -121,56 +121,56 @@ class _Run:
                  "verified": said}
             )  # fmt: skip
 
-    def _load(self, entry: Entry) -> Subject | None:
+    def _load_subject(self, entry: Entry) -> Subject | None:
         """The model of an entry; None if it cannot be loaded, and then nothing is measured for the entry."""
-        model = self._try("Every measure", entry, functools.partial(self.loader.load, entry))
+        model = self._run_or_record("Every measure", entry, functools.partial(self.loader.load, entry))
         if model is None:
             return None
         given = self.plan, self.data, self.base_states
         subject = Subject(model, self.loader.tokenizer, *given, entry.name == BASE, self.pools[0])
         if subject.is_base:
             self.results.about |= {"class": type(model).__name__, "predicts": subject.head}
-            found = self._try("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
+            found = self._run_or_record("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
             self.results.fingerprints = found or {}
         return subject
 
-    def _cells(self, entry: Entry, subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
+    def _steps(self, entry: Entry, subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
         """For an entry the name of each result and a function that takes it: measures, drawings, and the harness."""
         name, suite = entry.name, self.plan.suite
         for measure in self.measures:
-            yield measure.title, functools.partial(self._take, measure, name, subject)
+            yield measure.title, functools.partial(self._add_measure, measure, name, subject)
         for concept in ("gender", "pos"):
             if suite in (concept, "all"):
-                yield f"Leakage of {concept} by depth", functools.partial(self._take_depth, concept, name, subject)
+                yield f"Leakage of {concept} by depth", functools.partial(self._add_depth, concept, name, subject)
         if suite in ("gender", "all"):
-            yield "Embeddings in two dimensions", functools.partial(self._take_embedding, name, subject)
+            yield "Embeddings in two dimensions", functools.partial(self._add_embedding, name, subject)
             yield "Probability shifts", lambda: self.results.shifts.update({name: pronoun_shares(subject)})
         if len(entry.adapters) == 1 and entry.strength == 1 and isinstance(entry.adapters[0].config, GradiendConfig):
             read = functools.partial(neuron_values, subject, entry.adapters[0])
             yield "Feature neuron", lambda: self.results.neurons.update({name: read()})
         if self.plan.harness:
-            yield "lm-evaluation-harness", functools.partial(self._take_harness, name, subject)
+            yield "lm-evaluation-harness", functools.partial(self._add_harness, name, subject)
 
-    def _take(self, measure: Measure, name: str, subject: Subject) -> None:
+    def _add_measure(self, measure: Measure, name: str, subject: Subject) -> None:
         if measure.needs_head:
             subject.require_head()
-        found = measure.take(subject.at(measure.pool))
+        found = measure.compute(subject.with_pool(measure.pool))
         value = found[measure.figure]
         if value is None or not math.isfinite(value):
             raise ValueError(f"{measure.figure} has no value on these items")
         interval = found.get("intervals", {}).get(measure.figure)
         self.results.values[name][measure.key] = {"value": float(value), "interval": interval, "details": found}
 
-    def _take_depth(self, concept: str, name: str, subject: Subject) -> None:
+    def _add_depth(self, concept: str, name: str, subject: Subject) -> None:
         self.results.depth.setdefault(concept, {})[name] = leakage_by_depth(subject, concept)
 
-    def _take_embedding(self, name: str, subject: Subject) -> None:
+    def _add_embedding(self, name: str, subject: Subject) -> None:
         if self.points is None and not subject.is_base:
             raise ValueError("the plane is fitted on the base, whose biographies could not be drawn")
         self.points = self.points or plane_of(subject.states[FINAL], subject.biographies.genders)
         self.results.embedding[name] = self.points(subject.states[FINAL])
 
-    def _take_harness(self, name: str, subject: Subject) -> None:
+    def _add_harness(self, name: str, subject: Subject) -> None:
         for figure, cell in run_harness(subject, list(self.plan.harness), self.plan.harness_tasks).items():
             key, better = f"harness.{figure}", cell.pop("better")
             self.harness_measures.setdefault(key, {
@@ -180,36 +180,36 @@ class _Run:
             })  # fmt: skip
             self.results.values[name][key] = cell | {"details": {}}
 
-    def _try(self, what: str, entry: Entry, take: Callable[[], T]) -> T | None:
+    def _run_or_record(self, title: str, entry: Entry, compute: Callable[[], T]) -> T | None:
         """Take one cell; an error becomes the reason why the cell is missing, and the other cells are still taken."""
         found = None
         try:
-            found = take()
+            found = compute()
         except Exception as error:
             reason, refused = reason_of(error), type(error) is ValueError
             if refused and self.plan.limit is not None and "raise --limit" not in reason:
                 reason = f"{reason.rstrip('.')}. With --limit {self.plan.limit} there may be too few items: raise it"
-            self.reasons.setdefault(what, {})[entry.name] = reason
+            self.reasons.setdefault(title, {})[entry.name] = reason
             self.too_few |= refused
-        self._keep()
+        self._update_results()
         return found
 
-    def _keep(self) -> None:
+    def _update_results(self) -> None:
         """Bring the lists of the results up to date, and write them."""
         results = self.results
         cells = [cell for values in results.values.values() for cell in values.values()]
-        taken = {key for values in results.values.values() for key in values}
-        results.measures = [m.described() for m in self.measures if m.key in taken] + [*self.harness_measures.values()]
+        keys = {key for values in results.values.values() for key in values}
+        results.measures = [m.described() for m in self.measures if m.key in keys] + [*self.harness_measures.values()]
         left_out = {name: asdict(rows) for name, rows in self.data.left_out.items()}
         for cell in cells:
             left_out |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}
         results.left_out = list(left_out.values())
         results.not_measured = []
-        for what, by_entry in self.reasons.items():
+        for title, by_entry in self.reasons.items():
             # One line for a reason that all entries share.
             same = len(set(by_entry.values())) == 1 and len(by_entry) == len(self.entries)
             for name, reason in list(by_entry.items())[: 1 if same else None]:
-                results.not_measured.append({"measure": what, "entry": None if same else name, "reason": reason})
+                results.not_measured.append({"measure": title, "entry": None if same else name, "reason": reason})
         if self.output is not None:
             results.save(self.output)
 

@@ -21,9 +21,9 @@ from hf_erasure.models.slots import longest_input
 from .data import Biographies, DataFolder
 
 T = TypeVar("T")
-_ROWS = 32  # texts of a forward pass
+_BATCH_ROWS = 32  # texts of a forward pass
 _LONGEST = 256  # the most tokens of a text; the rest of a longer text is cut off
-_TAGGED = 2000  # the most labelled tokens that are probed
+_MOST_TAGGED = 2000  # the most labelled tokens that are probed
 
 
 class NotForThisModel(ValueError):
@@ -72,14 +72,14 @@ class Subject:
     base_states: list[Tensor] = field(default_factory=list)
     is_base: bool = True
     pool: str = "mean"  # how the states of a text become one vector
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # results that several measures read
-    others: dict[str, Subject] = field(default_factory=dict)  # the same model with other pools
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # results that several measures read
+    other_pools: dict[str, Subject] = field(default_factory=dict)  # the same model with other pools
 
-    def at(self, pool: str | None) -> Subject:
+    def with_pool(self, pool: str | None) -> Subject:
         """The same model with another pool for texts; this subject if `pool` is None or the same."""
         if pool is None or pool == self.pool:
             return self
-        return self.others.setdefault(pool, replace(self, pool=pool, kept={}, others={}))
+        return self.other_pools.setdefault(pool, replace(self, pool=pool, results={}, other_pools={}))
 
     @functools.cached_property
     def head(self) -> str | None:
@@ -115,13 +115,15 @@ class Subject:
         rows = self._read(texts, lambda _, states: {n: pooled_text(state, self.pool) for n, state in states.items()})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def final(self, texts: Sequence[str]) -> list[Tensor]:
+    def final_states(self, texts: Sequence[str]) -> list[Tensor]:
         """The last hidden states of each text, `(tokens, width)`."""
-        return self._read(texts, lambda _, states: states[FINAL], every=False)
+        return self._read(texts, lambda _, states: states[FINAL], all_layers=False)
 
-    def _read(self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], every: bool = True) -> list[T]:
-        options: dict[str, Any] = {"batch_size": _ROWS, "max_length": self.longest, "truncate": True}
-        return text_states(self.model, self.tokenizer, texts, keep, all_layers=every, **options)
+    def _read(
+        self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], all_layers: bool = True
+    ) -> list[T]:
+        options: dict[str, Any] = {"batch_size": _BATCH_ROWS, "max_length": self.longest, "truncate": True}
+        return text_states(self.model, self.tokenizer, texts, keep, all_layers=all_layers, **options)
 
     @functools.cached_property
     def biographies(self) -> Biographies:
@@ -135,7 +137,7 @@ class Subject:
 
     @functools.cached_property
     def tokens(self) -> TokenStates:
-        """States at the tokens of the data's sentences that have a tag, at most `_TAGGED`, evenly spread."""
+        """States at the tokens of the data's sentences that have a tag, at most `_MOST_TAGGED`, evenly spread."""
         if not self.tokenizer.is_fast:
             raise ValueError("The tokenizer does not give the places of tokens in a text, so words cannot be matched.")
         sentences = self.data.sentences()
@@ -151,7 +153,7 @@ class Subject:
         rows = self._read(texts, at_tags)
         tags = [tag for own, _ in rows for tag in own]
         owners = [number for number, (own, _) in enumerate(rows) for _ in own]
-        keep = spread(range(len(tags)), _TAGGED)
+        keep = spread(range(len(tags)), _MOST_TAGGED)
         layers = {name: torch.cat([states[name] for _, states in rows])[keep] for name in rows[0][1]}
         return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
 

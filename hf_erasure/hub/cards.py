@@ -28,14 +28,14 @@ from hf_erasure.models.heads import HEAD_OF
 from hf_erasure.models.model import base_of
 
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
-from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, card_of, draw, intact, rendered
+from .rendering import OURS, REPLACED_TAGS, Card, adapter_card, adapter_tags, draw, fill_template, unchanged_block
 
 # Each of these files makes a folder the folder of a model or of another adapter.
 _MODEL_FILES = ("config.json", CONFIG)
 # The errors of reading metadata that are not those of a card.
-_UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError)
+_METADATA_ERRORS = (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError)
 # Lines that libraries write by themselves, in all their releases.
-_FILLED_IN_BY_NOBODY = re.compile(
+_LIBRARY_LINES = re.compile(
     r"""
     .*\[More\ Information\ Needed\]
     | This\ is\ the\ model\ card\ of\ a\ .*\ that\ has\ been\ pushed\ on\ the\ Hub\..*
@@ -80,7 +80,7 @@ def write_card(
     beside: str | Path | None = None,
     redraw: bool = False,
     overwrite: bool = False,
-    **told: Any,
+    **details: Any,
 ) -> WrittenCard:
     """Make or update the card of an adapter's folder.
 
@@ -97,7 +97,7 @@ def write_card(
         beside: A folder that has more adapters, in folders of their names.
         redraw: Draw the picture anew if it exists.
         overwrite: Replace text that somebody has written or changed.
-        **told: `tags`, which are added to the metadata; `base_class`, the class of the base model, if the
+        **details: `tags`, which are added to the metadata; `base_class`, the class of the base model, if the
             configuration does not have it; `training`, Markdown on the training run that ended with the adapter.
 
     Returns:
@@ -107,16 +107,16 @@ def write_card(
         ValueError: If the folder holds no adapter of ours.
     """
     folder = Path(folder)
-    facts = gather(folder, config, base_model=base_model, redraw=redraw)
+    facts = gather_facts(folder, config, base_model=base_model, redraw=redraw)
     if facts.subfolder and beside is not None:
         more = {name: plain(other.described) for name, other in own_adapters(Path(beside)) if name != facts.subfolder}
         facts.others = more | facts.others
-    told["base_class"] = facts.base_class or told.get("base_class")
-    facts = replace(facts, repo_id=repo_id, subfolder=subfolder or facts.subfolder, **told)
-    return write_into(folder / CARD, rendered(facts), present, overwrite=overwrite)
+    details["base_class"] = facts.base_class or details.get("base_class")
+    facts = replace(facts, repo_id=repo_id, subfolder=subfolder or facts.subfolder, **details)
+    return write_readme(folder / CARD, adapter_card(facts), present, overwrite=overwrite)
 
 
-def gather(
+def gather_facts(
     folder: Path, config: ChildConfig | None = None, *, base_model: str | None = None, redraw: bool = False
 ) -> CardFacts:
     """Gather the facts of the adapter in a folder; its picture is drawn if there is none."""
@@ -167,8 +167,8 @@ def holds_adapters_only(folder: Path) -> bool:
 
 def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     """Write the card of an adapter that is about to be saved, and of the folder with several; see `ON_STAGED`."""
-    known, root = told_by(model), root_of(folder)
-    kept_quiet(folder, write_card, model.peft_config[adapter_name], redraw=True, **known)
+    known, root = model_facts(model), root_of(folder)
+    write_or_warn(folder, write_card, model.peft_config[adapter_name], redraw=True, **known)
     if root == folder:
         return
     target = target_of(root)
@@ -176,17 +176,17 @@ def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     is_ours = next(own_adapters(root), None) is not None
     is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
     if is_ours and is_free:
-        kept_quiet(root, write_card, beside=target, **known)
+        write_or_warn(root, write_card, beside=target, **known)
 
 
-def told_by(model: Any) -> dict[str, Any]:
+def model_facts(model: Any) -> dict[str, Any]:
     """The tags and the class of the base model, for the card of an adapter of the model."""
     base = base_of(model) if hasattr(model, "get_base_model") else model
     library = ["transformers"] if isinstance(base, PreTrainedModel) else []
     return {"tags": [*library, *(getattr(base, "model_tags", None) or [])], "base_class": type(base).__name__}
 
 
-def kept_quiet(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwargs: Any) -> None:
+def write_or_warn(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwargs: Any) -> None:
     """Write a card into a folder; an adapter is worth more than its card, so an error becomes a warning."""
     try:
         written = write(where, *args, **kwargs)
@@ -215,8 +215,8 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     head = HEAD_OF.get(names[0] if isinstance(names[0], str) else None)
     title = f"{facts.base_id or facts.base_class or 'A model'} with {_noun(facts)} merged into its weights"
     names_of = {"what": what, "adapter": hub_id(str(adapter))}
-    card = card_of(facts, "merged", title, head, ["merged", "debiasing"], "transformers", **names_of)
-    return write_into(folder / CARD, card)
+    card = fill_template(facts, "merged", title, head, ["merged", "debiasing"], "transformers", **names_of)
+    return write_readme(folder / CARD, card)
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
@@ -244,8 +244,8 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     head, noun = HEAD_OF.get(facts.base_class), _noun(facts)
     title = f"{noun[:1].upper()}{noun[1:]} as a LoRA" + (f" for {facts.base_id}" if facts.base_id else "")
     reasons = list(dict.fromkeys(exported.unmergeable.values()))
-    card = card_of(facts, "lora", title, head, ["lora", "debiasing"], exported=exported, reasons=reasons)
-    write_into(exported.folder / CARD, card)
+    card = fill_template(facts, "lora", title, head, ["lora", "debiasing"], exported=exported, reasons=reasons)
+    write_readme(exported.folder / CARD, card)
     return exported
 
 
@@ -263,7 +263,7 @@ def is_generic(text: str) -> bool:
     lines = [line.strip() for line in without_comments.splitlines() if line.strip()]
     template = TEMPLATE_MODELCARD_PATH.read_text(encoding="utf-8").splitlines()
     headings = {line.strip() for line in template if line.startswith("##")}
-    return all(line in headings or _FILLED_IN_BY_NOBODY.fullmatch(line) for line in lines)
+    return all(line in headings or _LIBRARY_LINES.fullmatch(line) for line in lines)
 
 
 def has_own_text(present: str | None) -> bool:
@@ -271,19 +271,19 @@ def has_own_text(present: str | None) -> bool:
     if present is None:
         return False
     text = REGEX_YAML_BLOCK.sub("", present.replace("\r\n", "\n"), count=1)
-    found = intact(text)
+    found = unchanged_block(text)
     if found is not None:
         text = text[: found.start()] + text[found.end() :]
     return bool(text.strip()) and not is_generic(text)
 
 
-def write_into(path: Path, card: Card, present: str | None = None, *, overwrite: bool = False) -> WrittenCard:
-    """Bring a README.md up to date by `updated`, from the text `present`, or else from the text of the file."""
+def write_readme(path: Path, card: Card, present: str | None = None, *, overwrite: bool = False) -> WrittenCard:
+    """Bring a README.md up to date by `updated_readme`, from the text `present`, or else from the text of the file."""
     try:
         present = text_of(path) if present is None else present
     except UnicodeDecodeError as error:
         return WrittenCard(path, "left", f"it is not text in UTF-8 ({error}). Correct or delete it.")
-    text, outcome, reason = updated(present, card, overwrite=overwrite)
+    text, outcome, reason = updated_readme(present, card, overwrite=overwrite)
     if outcome != "left":
         write_text(path, text)
     return WrittenCard(path, outcome, reason)
@@ -294,19 +294,19 @@ def text_of(path: Path) -> str | None:
     return path.read_bytes().decode("utf-8-sig") if path.is_file() else None
 
 
-def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tuple[str, str, str]:
+def updated_readme(present: str | None, card: Card, *, overwrite: bool = False) -> tuple[str, str, str]:
     """A README.md with the card in it: its new text, the outcome and its reason, as in `WrittenCard`."""
     if present is None or not present.strip():
         return str(card), "made", ""
     try:
         readme = ModelCard(present)
-        data = merged(readme.data, card.data)
-    except _UNREADABLE as error:
+        data = merged_metadata(readme.data, card.data)
+    except _METADATA_ERRORS as error:
         return present, "left", f"its metadata cannot be read ({plain(error)}). Correct or delete it."
     text = readme.text.replace("\r\n", "\n")
     if is_generic(text) or overwrite:
         return str(Card(data, card.text)), "made anew" if overwrite else "made", ""
-    found = intact(text)
+    found = unchanged_block(text)
     if found is None:
         readme.data = data
         return str(readme), "metadata", ""
@@ -314,7 +314,7 @@ def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tupl
     return f"---\n{data.to_yaml()}\n---\n\n{kept}\n", "made anew", ""
 
 
-def merged(present: Any, ours: ModelCardData) -> ModelCardData:
+def merged_metadata(present: Any, ours: ModelCardData) -> ModelCardData:
     """Merge the metadata of a card with ours: ours for all that is about the adapter, the card's for the rest."""
     found: Any = ModelCardData()
     found.__dict__.update(present.__dict__)
@@ -328,32 +328,32 @@ def merged(present: Any, ours: ModelCardData) -> ModelCardData:
         found["base_model_relation"] = relation
     else:
         found.pop("base_model_relation")
-    found.tags = [tag for tag in _together(present.tags) if not tag.startswith(REPLACED_TAGS)]
+    found.tags = [tag for tag in _union(present.tags) if not tag.startswith(REPLACED_TAGS)]
     found.eval_results = [r for r in present.eval_results or [] if (r.metric_args or {}).get("measured_by") != OURS]
-    _fill(found, ours)
-    found.tags = _together(found.tags, adapter_tags(found.base_model) if found.library_name == "peft" else [])
+    _add_metadata(found, ours)
+    found.tags = _union(found.tags, adapter_tags(found.base_model) if found.library_name == "peft" else [])
     if not found.eval_results:
         found.eval_results = found.model_name = None
     return found
 
 
-def filled(present: str, other: str | None) -> str:
+def with_metadata(present: str, other: str | None) -> str:
     """Add the metadata of another README.md to a README.md; return it unchanged if one of them cannot be read."""
     if not other:
         return present
     try:
         card = ModelCard(present)
-        _fill(card.data, ModelCard(other).data)
+        _add_metadata(card.data, ModelCard(other).data)
         return str(card)
-    except _UNREADABLE:
+    except _METADATA_ERRORS:
         return present
 
 
-def _fill(data: Any, more: Any) -> None:
+def _add_metadata(data: Any, more: Any) -> None:
     """Add licence, languages, task, data sets, tags and results of other metadata; newer results replace the same."""
     for name in ("license", "language", "pipeline_tag"):
         data[name] = data.get(name) or more.get(name)
-    data.tags, data.datasets = _together(data.tags, more.tags) or None, _together(data.datasets, more.datasets) or None
+    data.tags, data.datasets = _union(data.tags, more.tags) or None, _union(data.datasets, more.datasets) or None
     if more.eval_results:
         known = data.eval_results or []
         new = [r for r in more.eval_results if not any(r.is_equal_except_value(other) for other in known)]
@@ -361,7 +361,7 @@ def _fill(data: Any, more: Any) -> None:
         data.eval_results, data.model_name = [*kept, *new], data.model_name or more.model_name
 
 
-def _together(*lists: Any) -> list[str]:
+def _union(*lists: Any) -> list[str]:
     """All lists one after the other, nothing twice; a text stands for a list of one."""
     known = [value if isinstance(value, (list, tuple)) else [value] for value in lists if value is not None]
     return list(dict.fromkeys(str(entry) for value in known for entry in value))

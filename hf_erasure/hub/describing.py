@@ -51,25 +51,27 @@ def describe(
         ValueError: If there is no such adapter of ours, or a name is not the name of a repository.
     """
     config = adapter_of(model, adapter_name, ChildConfig).config
-    tell(config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language)
+    describe_config(
+        config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language
+    )
 
 
-def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> None:
+def describe_config(config: ChildConfig, *, base_model: str | None = None, **details: Any) -> None:
     """Write the arguments of `describe` into a configuration. Raises `ValueError` if a name is not a repository's."""
-    datasets = told.get("datasets")
-    told["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
-    for name in [*told["datasets"], *([base_model] if base_model else [])]:
+    datasets = details.get("datasets")
+    details["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
+    for name in [*details["datasets"], *([base_model] if base_model else [])]:
         if hub_id(name) is None:
             raise ValueError(f"{name!r} is not a name on the Hub: write it as in 'user/name', not as a folder.")
     if base_model:
         config.base_model_name_or_path = base_model
     known = config.provenance.get(TOLD)
     known = known if isinstance(known, dict) else {}
-    config.provenance = config.provenance | {TOLD: known | {key: value for key, value in told.items() if value}}
+    config.provenance = config.provenance | {TOLD: known | {key: value for key, value in details.items() if value}}
 
 
 def describe_folder(
-    folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **told: Any
+    folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **details: Any
 ) -> list[Measured]:
     """Do with a saved adapter what `describe` does, and keep what `hf-erasure evaluate` has measured for it.
 
@@ -77,7 +79,7 @@ def describe_folder(
         folder: The folder of the adapter.
         results: The `results.json` of `hf-erasure evaluate`, or its folder.
         names: Names of the adapter in the results; by default it is found by its values.
-        **told: Further arguments of `describe`.
+        **details: Further arguments of `describe`.
 
     Returns:
         The rows that were taken from the results.
@@ -91,8 +93,8 @@ def describe_folder(
         within = [name for name, _ in own_adapters(folder)]
         where = f"; there is one in {within}, give such a folder" if within else f", with its {CONFIG}"
         raise ValueError(f"{folder} itself holds no adapter of hf_erasure{where}.")
-    rows = [] if results is None else of_evaluation(results, names, config, folder)
-    tell(config, **told)
+    rows = [] if results is None else evaluation_rows(results, names, config, folder)
+    describe_config(config, **details)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
         config.provenance[TOLD] = config.provenance[TOLD] | kept
@@ -106,7 +108,7 @@ def describe_folder(
     return rows
 
 
-def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
+def evaluation_rows(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
     """The rows of a folder's adapter in results of `hf-erasure evaluate`. Raises `ValueError` if it is not in them."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -115,7 +117,7 @@ def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, f
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
     rows, concept = [], concept_of_config(config)
     try:
-        name, about = _column(content, list(names), config, folder, path), content.get("about", {})
+        name, about = _adapter_column(content, list(names), config, folder, path), content.get("about", {})
         data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
         limit = about.get("limit")
         data += f", at most {limit} items a data set" if is_number(limit) else ""
@@ -139,14 +141,14 @@ def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, f
     return rows
 
 
-def _column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
+def _adapter_column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
     """The column of the adapter, recognised by its values and those of its base; `names` only choose among equals."""
-    again = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
-    prints = content.get("fingerprints")
-    if not isinstance(prints, dict) or not isinstance(prints.get("adapters"), dict):
-        raise ValueError(f"{path} has no fingerprints of the adapters and the base that were measured. {again}")
+    remedy = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
+    fingerprints = content.get("fingerprints")
+    if not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("adapters"), dict):
+        raise ValueError(f"{path} has no fingerprints of the adapters and the base that were measured. {remedy}")
     alone = [e["name"] for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
-    known = {name: own for name in alone if isinstance(own := prints["adapters"].get(name), dict)}
+    known = {name: own for name in alone if isinstance(own := fingerprints["adapters"].get(name), dict)}
     digest = digest_of(folder, config)
     same = [name for name, own in known.items() if digest is not None and own.get("adapter") == digest]
     chosen = [name for name in names if name in same] if names else same
@@ -154,17 +156,17 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
         wanted = f" under the name {names[0]!r}" if names else ""
         raise ValueError(
             f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
-            f"them{wanted}: it is another one, or was fitted or steered anew after that. {again}"
+            f"them{wanted}: it is another one, or was fitted or steered anew after that. {remedy}"
         )
-    kept, seen = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
-    if not isinstance(seen, dict) or not kept.keys() & seen.keys():
+    sample, measured = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
+    if not isinstance(measured, dict) or not sample.keys() & measured.keys():
         warn_user(
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
-            f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}."
+            f"{'the adapter keeps no sample of it' if not sample else 'its weights could not be read there'}."
         )
-    elif weight := most_different_weight(kept, seen):
+    elif weight := most_different_weight(sample, measured):
         raise ValueError(
             f"{path} was measured on another base than the {config.described} was fitted on, as the weight {weight!r} "
-            f"shows, so its figures are not those of this adapter. {again}"
+            f"shows, so its figures are not those of this adapter. {remedy}"
         )
     return chosen[0]

@@ -36,10 +36,10 @@ PICTURES = {
     "surface.png": "All edits that were tried.",
 }
 # Columns of GRADIEND's tables → what they are, and which direction is better.
-_GRADIEND = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
+_EDIT_FIGURES = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
 _GOALS = ("balance", "bpi", "fpi", "mpi")
 # The ending of a figure of `GradiendCallback` → what the figure is.
-_WATCHED = {
+_CALLBACK_FIGURES = {
     "_encoded": "mean value of the feature neuron on the gradients of training",
     "_guarded": "mean cosine between the change of the weights and the feature's direction, which was taken out",
 }
@@ -120,14 +120,14 @@ class CardFacts:
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
     """Gather the facts in the configuration of an adapter, and the names of the pictures in its folder."""
-    made = Provenance.of(config)
-    told, run, is_gradiend = made.card, made.recipe, isinstance(config, GradiendConfig)
+    provenance = Provenance.of(config)
+    card, run, is_gradiend = provenance.card, provenance.recipe, isinstance(config, GradiendConfig)
     # What its maker told comes first; other names are left out if they cannot be names on the Hub.
-    datasets = [*map(plain, told.datasets), *map(hub_id, map(plain, [*run.datasets, *made.data.datasets]))]
+    datasets = [*map(plain, card.datasets), *map(hub_id, map(plain, [*run.datasets, *provenance.data.datasets]))]
     here = {name: version(name) for name in ("peft", "transformers", "torch")}
     configured = getattr(config, "peft_version", None)
     versions = {
-        "hf-erasure (fitted with)": made.hf_erasure_version,
+        "hf-erasure (fitted with)": provenance.hf_erasure_version,
         "hf-erasure": __version__,
         **here,
         "peft (configured with)": configured if configured != here["peft"] else None,
@@ -138,24 +138,24 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         classes=list(map(plain, getattr(config, "classes" if is_gradiend else "labels", None) or ())),
         fitted=bool(config.fitted),
         base_id=hub_id(base_model or config.base_model_name_or_path),
-        base_class=plain(made.base_class) or None,
+        base_class=plain(provenance.base_class) or None,
         base_revision=plain(config.revision or "") or None,
-        examples=made.examples,
-        counterfactuals=made.counterfactuals,
-        tokens=made.tokens,
+        examples=provenance.examples,
+        counterfactuals=provenance.counterfactuals,
+        tokens=provenance.tokens,
         datasets=list(dict.fromkeys(filter(None, datasets))),
-        labels_from=plain(told.labels_from or run.labels_from or made.data.labels_from) or None,
-        fingerprint=digest_of_data(made.fingerprint),
-        parts=list(map(plain, made.combined_from)),
+        labels_from=plain(card.labels_from or run.labels_from or provenance.data.labels_from) or None,
+        fingerprint=digest_of_data(provenance.fingerprint),
+        parts=list(map(plain, provenance.combined_from)),
         versions={name: plain(value, 60) for name, value in versions.items() if value},
         pictures={name: text for name, text in PICTURES.items() if folder is not None and (folder / name).is_file()},
-        license=plain(told.license) or None,
-        language=list(map(plain, told.language)),
+        license=plain(card.license) or None,
+        language=list(map(plain, card.language)),
     )
-    rows = kept_rows(told.results) if told.results and told.results_of == state_of(config) else []
-    rows += of_training(facts.concept, made) if made.training.figures else []
+    rows = stored_rows(card.results) if card.results and card.results_of == state_of(config) else []
+    rows += training_rows(facts.concept, provenance) if provenance.training.figures else []
     if isinstance(config, ConceptErasureConfig):
-        rows += kept_rows(run.results) + _add_erasure(facts, config, made)
+        rows += stored_rows(run.results) + _add_erasure(facts, config, provenance)
     elif isinstance(config, GradiendConfig):
         now = {name: getattr(config, name) for name in ("feature_factor", "learning_rate", "pair")}
 
@@ -163,9 +163,11 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
             then = {name: edit.best.get(name, value) for name, value in now.items()}  # an older edit lacks some
             return edit if digest_of_data(then) == digest_of_data(now) else ChosenEdit()
 
-        tested, chosen = if_steered(run.edit), if_steered(made.selection)
-        facts.method = _gradiend_method(config, made, chosen)
-        rows += of_edit(tested, config, TESTED_ON) or of_edit(chosen, config, "the data that the edit was chosen on")
+        tested, chosen = if_steered(run.edit), if_steered(provenance.selection)
+        facts.method = _gradiend_method(config, provenance, chosen)
+        rows += edit_rows(tested, config, TESTED_ON) or edit_rows(
+            chosen, config, "the data that the edit was chosen on"
+        )
     facts.measured = [asdict(row) | {"change": row.change} for row in rows]
     return facts
 
@@ -178,13 +180,13 @@ def state_of(config: ChildConfig) -> str:
     return str(digest_of_data([{name: known.get(name) for name in names}, made]))
 
 
-def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenance) -> list[Measured]:
+def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, provenance: Provenance) -> list[Measured]:
     """Add the sites and the method of an erasure; returns what was measured when it was fitted."""
     measured: dict[str, dict[str, Any]] = {}  # site → the correlation with the concept, and the intervals about it
-    for site, pair in made.leakage.items():
+    for site, pair in provenance.leakage.items():
         if all(map(is_number, pair)):
             before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
-            ends = made.leakage_intervals.get(site, ())
+            ends = provenance.leakage_intervals.get(site, ())
             intervals = {"before_interval": interval_of(ends[:2]), "after_interval": interval_of(ends[2:])}
             measured[plain(site)] = {"before": before, "after": after} | intervals
     # The last hidden states come after the sites.
@@ -196,20 +198,20 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     finals = leakage.keys() - {site["name"] for site in sites}
     facts.finals = [{"name": n, "width": None, "rank": None, **own} for n, own in leakage.items() if n in finals]
     ranks = [site["rank"] for site in facts.sites]
-    on = _figures_on(made, plain(made.measured_on) or "held-out examples")
+    on = _figures_on(provenance, plain(provenance.measured_on) or "held-out examples")
     # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
     needed = config.concept_dim if config.labels is None else len(config.labels) - 1
     is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
     is_guarded = is_guarded and config.strength == 1
-    left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
+    left = {plain(site): float(value) for site, value in provenance.residuals.items() if is_number(value)}
     facts.method = {
         "name": config.method, "side": config.site, "affine": config.affine, "sites": len(sites),
         "modules": len(config.fitted_modules), "reach": config.reach,
-        "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
+        "pool": plain(provenance.pool) or None, "reader": plain(provenance.reader) or None, "figures_on": on,
         "strength": config.strength, "target": None if config.target is None else plain(str(config.target)),
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
         "left": [max(left, key=lambda site: left[site]), max(left.values()), len(left)] if left else None,
-        "unsettled": [plain(site) for site in made.unsettled],
+        "unsettled": [plain(site) for site in provenance.unsettled],
     }  # fmt: skip
     shown = {site: site for site in leakage if FINAL in site}
     worst = max((site for site in leakage if site not in shown), key=lambda s: leakage[s]["after"], default=None)
@@ -222,15 +224,16 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     ]
 
 
-def _figures_on(made: Provenance, measured_on: str) -> str:
+def _figures_on(provenance: Provenance, measured_on: str) -> str:
     """The rows and the vectors that figures were measured on, in words."""
-    return f"{measured_on}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else measured_on
+    return f"{measured_on}, of {IN_WORDS[provenance.pool]}" if provenance.pool in IN_WORDS else measured_on
 
 
-def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdit) -> dict[str, Any]:
+def _gradiend_method(config: GradiendConfig, provenance: Provenance, chosen: ChosenEdit) -> dict[str, Any]:
     sizes = [(math.prod(size["shape"]), size.get("count")) for size in (config.fitted_parameters or {}).values()]
     return {
-        "estimator": plain(made.estimator) or None, "task": plain(made.task) or None, "source": config.source,
+        "estimator": plain(provenance.estimator) or None, "task": plain(provenance.task) or None,
+        "source": config.source,
         "pair": list(map(plain, config.pair or (config.pairs[0] if config.pairs else config.classes) or ())),
         "pairs": [list(map(plain, pair)) for pair in config.pairs or []], "feature_factor": config.feature_factor,
         "learning_rate": config.learning_rate, "density": config.density, "parameters": len(sizes),
@@ -239,7 +242,7 @@ def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdi
         "has_encoder": bool(config.keep_encoder), "goal": plain(chosen.goal) or None,
         "budget": chosen.budget if is_number(chosen.budget) else None,
         "kept_share": chosen.kept_share if is_number(chosen.kept_share) else None,
-        "correlation": {plain(pair): value for pair, value in made.correlation.items() if is_number(value)},
+        "correlation": {plain(pair): value for pair, value in provenance.correlation.items() if is_number(value)},
     }  # fmt: skip
 
 
@@ -261,23 +264,23 @@ class Measured:
     @property
     def change(self) -> str:
         """`"better"`, `"worse"` or `"no change"`; empty if there is no interval to decide by."""
-        way = self.better.partition(" ")[0]
-        if self.before is None or self.after_interval is None or way not in ("lower", "higher", "closer"):
+        direction = self.better.partition(" ")[0]
+        if self.before is None or self.after_interval is None or direction not in ("lower", "higher", "closer"):
             return ""
-        return verdict(self.before, self.after, self.after_interval, way, self.ideal) or "no change"
+        return verdict(self.before, self.after, self.after_interval, direction, self.ideal) or "no change"
 
 
-def of_edit(chosen: ChosenEdit, config: GradiendConfig, data: str) -> list[Measured]:
+def edit_rows(chosen: ChosenEdit, config: GradiendConfig, data: str) -> list[Measured]:
     """The effect of an edit of a GRADIEND adapter on some data, a row for each figure."""
     data += f", {plain(chosen.measured_on)}" if "fitted" in chosen.measured_on else ""
-    base, best = _flat(chosen.base, config), _flat(chosen.best, config)
+    base, best = _figures_of_point(chosen.base, config), _figures_of_point(chosen.best, config)
     rows = []
     for name, before in base.items():
         after = best.get(name)
         if not (is_number(before) and is_number(after)):
             continue
-        if name in _GRADIEND:
-            title, better = _GRADIEND[name]
+        if name in _EDIT_FIGURES:
+            title, better = _EDIT_FIGURES[name]
             rows.append(Measured(name, title, before, after, better, data))
         elif name.startswith("P("):
             rows.append(Measured("class_probability", f"mean probability {plain(name)}", before, after, "", data))
@@ -288,7 +291,7 @@ def of_edit(chosen: ChosenEdit, config: GradiendConfig, data: str) -> list[Measu
     return rows
 
 
-def _flat(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
+def _figures_of_point(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
     """Name → figure, in an order that writing to a file does not change."""
     order = dict.fromkeys([_GOALS[0], *(config.classes or ()), *_GOALS[1:]])
     found: dict[str, Any] = {}
@@ -296,14 +299,14 @@ def _flat(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
         own = point.get(part)
         known = own if isinstance(own, dict) else {}
         found |= {form.format(name): known[name] for name in order | known if name in known}
-    return found | {name: point.get(name) for name in _GRADIEND}
+    return found | {name: point.get(name) for name in _EDIT_FIGURES}
 
 
-def of_training(concept: str, made: Provenance) -> list[Measured]:
+def training_rows(concept: str, provenance: Provenance) -> list[Measured]:
     """The last figures that a callback of ours logged while the model under the adapter was trained."""
-    figures = made.training.figures
-    where = f"at step {made.training.step} of training"
-    held_out = f"{_figures_on(made, plain(made.training.measured_on) or 'held-out batches')}, {where}"
+    figures = provenance.training.figures
+    where = f"at step {provenance.training.step} of training"
+    held_out = f"{_figures_on(provenance, plain(provenance.training.measured_on) or 'held-out batches')}, {where}"
     refits = figures.get("erasure_refits")
     held_out += f", refitted {refits:g} times by then" if is_number(refits) else ""
     rows = []
@@ -315,13 +318,13 @@ def of_training(concept: str, made: Provenance) -> list[Measured]:
             where_it_leaks = "the site that leaks most" if site == name else plain(site)
             title = f"correlation with {concept}: {where_it_leaks}"
             rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
-        for suffix, title in _WATCHED.items():
+        for suffix, title in _CALLBACK_FIGURES.items():
             if name.endswith(suffix):
                 rows.append(Measured(suffix[1:], title, None, value, "", f"the steps up to the log {where}"))
     return rows
 
 
-def kept_rows(rows: list[Any]) -> list[Measured]:
+def stored_rows(rows: list[Any]) -> list[Measured]:
     """Rows that were kept in an adapter's configuration."""
     found = []
     for row in rows:

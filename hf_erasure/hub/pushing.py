@@ -33,7 +33,7 @@ from hf_erasure.adapters.saving import PUSHED_FROM
 
 from . import cards
 from .facts import PICTURES, hub_id, plain, read_object
-from .rendering import SOMEWHERE, Card, rendered
+from .rendering import FOLDER_PLACEHOLDER, Card, adapter_card
 
 _REMEDIES = {
     401: "Log in with `hf auth login`, or give a valid token.",
@@ -43,7 +43,7 @@ _REMEDIES = {
     412: "Somebody else changes the repository at the same time: try again.",
     429: "Wait a little, and try again.",
 }
-_AGAIN = "Try again; a second push sends only what has not arrived."
+_RETRY = "Try again; a second push sends only what has not arrived."
 # The most characters of the Hub's answer that are shown.
 _LONGEST = 400
 
@@ -57,7 +57,7 @@ class PushError(OSError):
 
 
 @contextmanager
-def explained(repo_id: str) -> Iterator[None]:
+def explained_errors(repo_id: str) -> Iterator[None]:
     """Turn the errors of the client, while it works on a repository, into a `PushError` that says what to do."""
     try:
         yield
@@ -69,10 +69,10 @@ def explained(repo_id: str) -> Iterator[None]:
         what = f" ({plain(error).rstrip('.')})" if isinstance(error, RuntimeError) else ""
         status = _status_of(reason)
         if status is None:
-            why = f"the connection to the Hub broke ({type(reason).__name__}: {plain(reason, _LONGEST)}). {_AGAIN}"
+            why = f"the connection to the Hub broke ({type(reason).__name__}: {plain(reason, _LONGEST)}). {_RETRY}"
         else:
             said = plain(getattr(reason, "server_message", None) or "no reason given", _LONGEST)
-            remedy = _REMEDIES.get(status, f"The fault is the Hub's. {_AGAIN}" if status >= 500 else "")
+            remedy = _REMEDIES.get(status, f"The fault is the Hub's. {_RETRY}" if status >= 500 else "")
             why = f"the Hub answered {status} ({said}). {remedy}".rstrip()
         raise PushError(f"Pushing to {repo_id!r} failed{what}: {why}", status) from error
 
@@ -82,7 +82,7 @@ def _status_of(error: HTTPError) -> int | None:
 
 
 # Name of a file → its present text in the repository; None if the repository lacks the file.
-Present = Callable[[str], str | None]
+RemoteText = Callable[[str], str | None]
 # The files of a model's repository, by suffix; training states and pickles are left out.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
 # How often a push is tried if somebody else commits in between.
@@ -136,16 +136,16 @@ def push_adapter(
     def within(*parts: str) -> str:
         return str(PurePosixPath(place, *parts))
 
-    def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
-        facts = cards.gather(folder, base_model=base_model)
-        facts.repo_id = to
+    def files(remote_text: RemoteText, repo: str) -> Iterator[CommitOperationAdd]:
+        facts = cards.gather_facts(folder, base_model=base_model)
+        facts.repo_id = repo
         if place:
             facts.subfolder = within(facts.subfolder or "")
             facts.others = {within(name): what for name, what in facts.others.items()}
         written = {"": facts}
         for name in filter(None, adapters):
-            own = cards.gather(folder / name, base_model=base_model)
-            written[name] = replace(own, repo_id=to, subfolder=within(name))
+            own = cards.gather_facts(folder / name, base_model=base_model)
+            written[name] = replace(own, repo_id=repo, subfolder=within(name))
         # Recipes and training states are not uploaded.
         for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
             content: Path | bytes = folder / name / file
@@ -156,11 +156,11 @@ def push_adapter(
             if (folder / name / file).is_file():
                 yield CommitOperationAdd(within(name, file), content)
         for name, own in written.items():
-            yield _readme(rendered(own), cards.text_of(folder / name / CARD), present, within(name, CARD))
-        if place and present(CARD) is None:
+            yield _add_readme(adapter_card(own), cards.text_of(folder / name / CARD), remote_text, within(name, CARD))
+        if place and remote_text(CARD) is None:
             # The Hub shows the card at the top of a repository; a new repository would not have one.
             facts.pictures = {within(name): text for name, text in facts.pictures.items()}
-            yield _readme(rendered(facts), None, present, CARD)
+            yield _add_readme(adapter_card(facts), None, remote_text, CARD)
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 
@@ -185,13 +185,13 @@ def push_model(
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} holds no weights in safetensors: there is nothing to push.")
 
-    def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
+    def files(remote_text: RemoteText, repo: str) -> Iterator[CommitOperationAdd]:
         for name in names:
             yield CommitOperationAdd(name, folder / name)
         here = cards.text_of(folder / CARD)
         card = None if here is None else Card.read(here)
         if card is not None:
-            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, present, CARD)
+            yield _add_readme(replace(card, text=card.text.replace(FOLDER_PLACEHOLDER, repo)), here, remote_text, CARD)
         elif here is not None:
             yield CommitOperationAdd(CARD, here.encode("utf-8"))
 
@@ -200,7 +200,7 @@ def push_model(
 
 def _push(
     repo_id: str,
-    files: Callable[[Present, str], Iterator[CommitOperationAdd]],
+    files: Callable[[RemoteText, str], Iterator[CommitOperationAdd]],
     message: str,
     private: bool | None,
     revision: str | None,
@@ -210,23 +210,23 @@ def _push(
     """Commit files to a repository; try again if somebody else commits in between."""
     validate_repo_id(repo_id)
     api, attempts = HfApi(token=token), 0
-    with explained(repo_id):
-        to = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with explained_errors(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr/"):
             try:
-                api.create_branch(to, branch=revision, exist_ok=True)
+                api.create_branch(repo, branch=revision, exist_ok=True)
             except HfHubHTTPError as error:
                 # A user who may only propose changes cannot create branches; the commit fails if the branch is missing.
                 if not create_pr or _status_of(error) != 403:
                     raise
         while True:
-            head = api.model_info(to, revision=revision).sha
-            present = functools.partial(_card_at, to, head or revision, token)
+            head = api.model_info(repo, revision=revision).sha
+            remote_text = functools.partial(_download_card, repo, head or revision, token)
             attempts += 1
             try:
                 return api.create_commit(
-                    to, list(files(present, to)), commit_message=message, revision=revision, create_pr=create_pr,
-                    parent_commit=head,
+                    repo, list(files(remote_text, repo)), commit_message=message, revision=revision,
+                    create_pr=create_pr, parent_commit=head,
                 )  # fmt: skip
             except HfHubHTTPError as error:
                 # 412: the README.md that ours was made from is no longer the latest.
@@ -234,7 +234,7 @@ def _push(
                     raise
 
 
-def _card_at(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
+def _download_card(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
     """The present text of a card in a repository; None if the repository does not have it."""
     try:
         return cards.text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
@@ -242,9 +242,9 @@ def _card_at(repo_id: str, revision: str | None, token: str | bool | None, name:
         return None  # but if the Hub cannot be asked, an error: somebody's card would be overwritten
 
 
-def _readme(card: Card, here: str | None, present: Present, path: str) -> CommitOperationAdd:
+def _add_readme(card: Card, here: str | None, remote_text: RemoteText, path: str) -> CommitOperationAdd:
     """Put the card into the text that somebody has written, in the folder or on the Hub."""
-    text, outcome, reason = cards.updated(here if cards.has_own_text(here) else present(path), card)
+    text, outcome, reason = cards.updated_readme(here if cards.has_own_text(here) else remote_text(path), card)
     if outcome == "left":
         raise ValueError(f"The {CARD} of the repository or of the folder cannot be kept: {reason}")
     return CommitOperationAdd(path, text.encode("utf-8"))
@@ -273,25 +273,25 @@ def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kw
     """The card that `push_to_hub` of transformers writes over the present one; for adapters of ours, write our card."""
     card: Any = original(repo_id, *args, **kwargs)
     token = inspect.signature(original).bind(repo_id, *args, **kwargs).arguments.get("token")
-    save_as_it_is = card.save
+    original_save = card.save
 
     def save(filepath: Path | str) -> None:
         path = Path(filepath)
         if path.name != CARD or not cards.holds_adapters_only(path.parent):
-            return save_as_it_is(filepath)
+            return original_save(filepath)
         # Of the cards in the folder and on the Hub, the one that somebody has written into is kept.
         pushed_from = PUSHED_FROM.get()
-        here = cards.text_of(path if pushed_from is None else pushed_from / CARD)
-        there = str(card)
-        if not cards.has_own_text(there):
-            with explained(repo_id):  # transformers ignores the error if the Hub cannot be asked
-                known = _card_at(repo_id, None, token, CARD)
-            there = known if known is not None and cards.has_own_text(known) else there
-        present = here if cards.has_own_text(here) else cards.filled(there, cards.text_of(path))
+        local = cards.text_of(path if pushed_from is None else pushed_from / CARD)
+        remote = str(card)
+        if not cards.has_own_text(remote):
+            with explained_errors(repo_id):  # transformers ignores the error if the Hub cannot be asked
+                known = _download_card(repo_id, None, token, CARD)
+            remote = known if known is not None and cards.has_own_text(known) else remote
+        present = local if cards.has_own_text(local) else cards.with_metadata(remote, cards.text_of(path))
         tags = card.data.get("tags") or []
-        cards.kept_quiet(path.parent, cards.write_card, repo_id=repo_id, present=present, tags=tags)
+        cards.write_or_warn(path.parent, cards.write_card, repo_id=repo_id, present=present, tags=tags)
         for name in [name for name, _ in cards.own_adapters(path.parent) if name]:
-            cards.kept_quiet(path.parent / name, cards.write_card, repo_id=repo_id, subfolder=name)
+            cards.write_or_warn(path.parent / name, cards.write_card, repo_id=repo_id, subfolder=name)
 
     card.save = save
     return card
@@ -304,20 +304,20 @@ def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: An
     if not trainer.is_world_process_zero() or not cards.holds_adapters_only(folder):
         original(*args, **kwargs)
         return
-    with TemporaryDirectory() as elsewhere:
+    with TemporaryDirectory() as empty_folder:
         # The folder is empty: if Trainer finds a card of PEFT, it calls a method that only a PeftModel has.
-        object.__setattr__(trainer.args, "output_dir", elsewhere)
+        object.__setattr__(trainer.args, "output_dir", empty_folder)
         try:
             original(*args, **kwargs)
         finally:
             object.__setattr__(trainer.args, "output_dir", output_dir)
-        theirs = ModelCard(cards.text_of(Path(elsewhere, CARD)) or "")
-    cards.kept_quiet(folder, _with_training, theirs, getattr(trainer, "hub_model_id", None))
+        trainer_card = ModelCard(cards.text_of(Path(empty_folder, CARD)) or "")
+    cards.write_or_warn(folder, _write_training_card, trainer_card, getattr(trainer, "hub_model_id", None))
 
 
-def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> cards.WrittenCard:
+def _write_training_card(folder: Path, trainer_card: ModelCard, repo_id: str | None) -> cards.WrittenCard:
     """Our card with the text on the training run, and with the metadata, of Trainer's card."""
-    training = theirs.text.partition(_TRAINING)[2].partition("<!-- hf-erasure end")[0].strip()
-    present = cards.filled(cards.text_of(folder / CARD) or "---\n{}\n---\n", str(theirs))
+    training = trainer_card.text.partition(_TRAINING)[2].partition("<!-- hf-erasure end")[0].strip()
+    present = cards.with_metadata(cards.text_of(folder / CARD) or "---\n{}\n---\n", str(trainer_card))
     text = f"{_TRAINING}\n\n{training}" if training else ""
     return cards.write_card(folder, repo_id=repo_id, training=text, present=present)

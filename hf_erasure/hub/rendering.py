@@ -28,7 +28,7 @@ from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
 
 OURS = "hf-erasure"
 # What stands in a card for the name of a repository that is not known yet.
-SOMEWHERE = "path/to/this/folder"
+FOLDER_PLACEHOLDER = "path/to/this/folder"
 # How to install this package; cards take the text from here.
 INSTALL = "`pip install .` in a clone of its repository, and `pip install hf-erasure` once it is on the index"
 # Such tags of an earlier card may name another base, or a folder on somebody's disk.
@@ -63,28 +63,28 @@ class Card:
     @classmethod
     def read(cls, readme: str) -> Card | None:
         """The card in a README.md; None if there is none, or somebody has changed it."""
-        found = intact(readme.replace("\r\n", "\n"))
+        found = unchanged_block(readme.replace("\r\n", "\n"))
         return None if found is None else cls(ModelCard(readme).data, found[2])  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"---\n{self.data.to_yaml()}\n---\n\n{self.block}\n"
 
 
-def intact(text: str) -> re.Match[str] | None:
+def unchanged_block(text: str) -> re.Match[str] | None:
     """The part of a README.md that is ours, if nobody has changed it."""
     found = _BLOCK.search(text)
     is_ours = found is not None and hashlib.sha256(found[2].encode("utf-8")).hexdigest().startswith(found[1])
     return found if is_ours else None
 
 
-def rendered(facts: CardFacts) -> Card:
+def adapter_card(facts: CardFacts) -> Card:
     """Make the card of an adapter from its facts."""
     head, where = HEAD_OF.get(facts.base_class), facts.base_id or facts.base_class
     what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"
     title = plain(f"{what} “{facts.concept}”" + (f" in {where}" if where else ""))
     method = facts.method.get("name")
     tags = [*_TAGS[facts.kind], *([method] if method in ("leace", "inlp") else [])]
-    card = card_of(facts, facts.kind, title, head, tags)
+    card = fill_template(facts, facts.kind, title, head, tags)
     data, text = card.data, card.text + (f"\n\n{facts.training.strip()}" if facts.training else "")
     theirs = [tag for tag in facts.tags if not tag.startswith(REPLACED_TAGS)]
     data.tags = list(dict.fromkeys([*(data.tags or ()), *theirs]))
@@ -108,7 +108,7 @@ def rendered(facts: CardFacts) -> Card:
     return Card(data, text)
 
 
-def card_of(
+def fill_template(
     facts: CardFacts,
     template: str,
     title: str,
@@ -125,14 +125,10 @@ def card_of(
     is_adapter = library == "peft"
     of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
     data = ModelCardData(
-        library_name=library,
-        base_model=facts.base_id,
-        pipeline_tag=None if head is None else head.pipeline_tag,
-        tags=[OURS, *tags, *of_base],
-        datasets=facts.datasets or None,
-        license=facts.license,
+        library_name=library, base_model=facts.base_id, pipeline_tag=None if head is None else head.pipeline_tag,
+        tags=[OURS, *tags, *of_base], datasets=facts.datasets or None, license=facts.license,
         language=facts.language or None,
-    )
+    )  # fmt: skip
     if facts.base_id is not None:
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"
     return Card(data, text)
@@ -166,7 +162,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals |= {"somewhere": SOMEWHERE, "install": Markdown(INSTALL)}
+    made.globals |= {"somewhere": FOLDER_PLACEHOLDER, "install": Markdown(INSTALL)}
     made.filters |= {
         "code": code,
         "number": number,

@@ -82,7 +82,7 @@ class Measure(evaluate.Metric):
         return self.score(*columns, **given)
 
 
-def either_kind(labels: list[str], **others: Any) -> list[Features]:
+def label_columns(labels: list[str], **others: Any) -> list[Features]:
     """The possible columns: each column of labels may have strings or whole numbers."""
     kinds = product(("string", "int64"), repeat=len(labels))
     # `evaluate` takes the order of the inputs from the first entry: predictions must be first.

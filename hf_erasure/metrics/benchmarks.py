@@ -90,7 +90,7 @@ def stereoset(
     if convention not in CAUSAL_CONVENTIONS:
         raise ValueError(f"convention={convention!r}: write one of {', '.join(map(repr, CAUSAL_CONVENTIONS))}.")
     read, scorer = readers.read_stereoset(path), LanguageScorer(model, tokenizer, batch_size=batch_size)
-    found = _measured(
+    found = _figures(
         scorer, read, lambda item: stereoset_queries(scorer, item, convention),
         lambda scores, items: stereoset_metric.score(scores, [item.term for item in items], **statistics),
         kind="bias_type", kinds=bias_types, limit=limit, varying="term", score=stereoset_score,
@@ -115,7 +115,7 @@ def crows_pairs(
     `asked`, `left_out` and `bad_rows`.
     """
     read, scorer = readers.read_crows_pairs(path), LanguageScorer(model, tokenizer, batch_size=batch_size)
-    return _measured(
+    return _figures(
         scorer, read, lambda item: crows_queries(scorer, item),
         lambda scores, items: crows_pairs_metric.score(scores, [item.direction for item in items], **statistics),
         kind="bias_type", kinds=bias_types, limit=limit,
@@ -150,7 +150,7 @@ def winobias(
     Returns and raises the same as `crows_pairs`, with `by_type` in place of `by_bias_type`.
     """
     read, scorer = readers.read_winobias(folder, splits, types), LanguageScorer(model, tokenizer, batch_size=batch_size)
-    return _measured(
+    return _figures(
         scorer, read, lambda item: pronoun_queries(scorer, item),
         lambda scores, items: pronoun_gap_metric.score(scores, [item.stereotype for item in items], **statistics),
         kind="type", limit=limit, varying="stereotype",
@@ -197,7 +197,7 @@ def seat(
         raise ValueError(f"{folder}: the tokenizer knows no text completely, so nothing can be embedded.")
     vectors = pooled_embeddings(model, tokenizer, known, pool=pool, batch_size=batch_size).double().numpy()
     row = {text: i for i, text in enumerate(known)}
-    found, taken, skipped, total, used = {}, [], dict(sets.skipped), 0, 0
+    found, usable_tests, skipped, total, used = {}, [], dict(sets.skipped), 0, 0
     for name, parts in sets.items():
         rows = {key: [row[text] for text in part if text in row] for key, part in parts.items()}
         size, kept = sum(map(len, parts.values())), sum(map(len, rows.values()))
@@ -207,11 +207,11 @@ def seat(
             continue
         arrays = (vectors[rows[key]] for key in weat_metric.SETS)
         found[name] = {**weat_metric.score(*arrays, **statistics), "coverage": kept / size}
-        taken.append(rows)
+        usable_tests.append(rows)
     if not found:
         raise ValueError(f"{folder}: the tokenizer knows too few words for any of {', '.join(sets)}.")
     drawing = {key: value for key, value in statistics.items() if key != "permutations"}
-    mean = weat_metric.mean_absolute_effect(taken, vectors, **drawing)
+    mean = weat_metric.mean_absolute_effect(usable_tests, vectors, **drawing)
     counts = {"coverage": used / total, "asked": total, "left_out": {UNKNOWN: total - used} if used < total else {}}
     counts["bad_rows"] = [asdict(rows) for rows in sets.left_out]
     return {"tests": found, **mean, "skipped": skipped, "pool": pool, **counts}
@@ -253,7 +253,7 @@ def text_perplexity(
     return {**found, "unknown_share": unknown, "pseudo": scorer.task == "masked", "task": scorer.task}
 
 
-def _measured(
+def _figures(
     scorer: LanguageScorer,
     read: readers.Rows[Item],
     queries_of: Callable[[Item], list[list[Row]]],
@@ -271,9 +271,9 @@ def _measured(
     `(items, sentences)`. A kind whose items all have the same value of the attribute `varying` has no figures. The
     score of a sentence is the sum of its log-probabilities, or what `score` computes from them.
     """
-    there = sorted({str(getattr(item, kind)) for item in read})
-    if unknown := [name for name in kinds or () if name not in there]:
-        raise ValueError(f"{kind}s: the file has no {unknown[0]!r}; write some of {', '.join(there)}.")
+    kinds_in_file = sorted({str(getattr(item, kind)) for item in read})
+    if unknown := [name for name in kinds or () if name not in kinds_in_file]:
+        raise ValueError(f"{kind}s: the file has no {unknown[0]!r}; write some of {', '.join(kinds_in_file)}.")
     items = readers.spread([item for item in read if kinds is None or getattr(item, kind) in kinds], limit)
     kept, queries, reasons = [], [], Counter[str]()
     for item in items:
@@ -315,7 +315,7 @@ def stereoset_queries(
     """
     rows = []
     for sentence in item.sentences:
-        encoding, blank = _encoded(scorer, sentence), item.blank(sentence)
+        encoding, blank = _encode(scorer, sentence), item.blank(sentence)
         if scorer.task == "causal":
             _check_known(encoding, encoding.places if blank is None else encoding.within(*blank))
             if convention == "sentence":
@@ -352,22 +352,22 @@ def crows_queries(scorer: LanguageScorer, item: readers.CrowSPair) -> list[list[
     Raises:
         LeftOut: If a sentence is empty or too long, or the tokenizer does not know, or does not keep, the difference.
     """
-    both = [_encoded(scorer, sentence) for sentence in (item.more, item.less)]
+    both = [_encode(scorer, sentence) for sentence in (item.more, item.less)]
     tokens = [[encoding.ids[p] for p in encoding.places] for encoding in both]
     if tokens[0] == tokens[1]:
         # If the only difference is a word that the tokenizer does not know, both sentences have the same tokens.
         raise LeftOut(UNKNOWN if any(encoding.unknown for encoding in both) else ALIKE)
     blocks = SequenceMatcher(None, tokens[0], tokens[1], autojunk=False).get_matching_blocks()
     shared = [{block[side] + step for block in blocks for step in range(block[2])} for side in (0, 1)]
-    alike = []
+    shared_places = []
     for encoding, own in zip(both, shared, strict=True):
         _check_known(encoding, [p for i, p in enumerate(encoding.places) if i not in own])
-        alike.append([encoding.places[i] for i in sorted(own)])
+        shared_places.append([encoding.places[i] for i in sorted(own)])
     if scorer.task == "causal":
         return [scorer.queries(encoding) for encoding in both]
-    if not alike[0]:
+    if not shared_places[0]:
         raise LeftOut(NOTHING_SHARED)
-    return [scorer.queries(encoding, places) for encoding, places in zip(both, alike, strict=True)]
+    return [scorer.queries(encoding, places) for encoding, places in zip(both, shared_places, strict=True)]
 
 
 def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[list[Row]]:
@@ -380,7 +380,7 @@ def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[l
         raise LeftOut(NOT_A_PAIR)
     rows, sizes, is_masked = [], [], scorer.task == "masked"
     for sentence, slots in zip((item.pro, item.anti), item.slots, strict=True):
-        encoding = _encoded(scorer, sentence)
+        encoding = _encode(scorer, sentence)
         places = [place for slot in slots for place in encoding.within(*slot)]
         _check_known(encoding, places)
         sizes.append(len(places))
@@ -390,7 +390,7 @@ def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[l
     return rows
 
 
-def _encoded(scorer: LanguageScorer, sentence: str) -> Encoding:
+def _encode(scorer: LanguageScorer, sentence: str) -> Encoding:
     encoding = scorer.encode(sentence)
     # A sum over no tokens is 0, which is greater than the sum of any other sentence.
     if not sentence.strip() or not encoding.places:

@@ -35,8 +35,8 @@ def score(scores: Any, directions: Any, **drawing: Any) -> dict[str, Any]:
         ValueError: If the input is malformed or a direction is neither of the two.
     """
     values = base.numbers("predictions", scores, width=2)
-    of = np.array(base.labels("references", directions, len(values)))
-    if unknown := set(of.tolist()) - set(DIRECTIONS):
+    named = np.array(base.labels("references", directions, len(values)))
+    if unknown := set(named.tolist()) - set(DIRECTIONS):
         raise ValueError(f"references hold {sorted(map(str, unknown))}: write 'stereo' or 'antistereo'.")
     wins = (values[:, 0] > values[:, 1]) + (values[:, 0] == values[:, 1]) / 2
 
@@ -45,7 +45,7 @@ def score(scores: Any, directions: Any, **drawing: Any) -> dict[str, Any]:
         return {"score": percent, "distance": abs(percent - 50)}
 
     found = resampling.bootstrap(figures, len(wins), **drawing)
-    each = {name: float(100 * wins[of == name].mean()) if (of == name).any() else None for name in DIRECTIONS}
+    each = {name: float(100 * wins[named == name].mean()) if (named == name).any() else None for name in DIRECTIONS}
     ties = int((wins == 0.5).sum())
     p_value = resampling.sign_test(int((wins == 1).sum()), len(wins) - ties)
     return {**found, **each, "items": len(wins), "ties": ties, "p_value": p_value}
@@ -66,5 +66,5 @@ class CrowSPairs(base.Measure):
         interval="bootstrap over pairs; p value by a sign test against 50",
         harness="crows_pairs_english",
     )
-    inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
+    inputs = base.label_columns([], predictions=Sequence(Value("float64")), references=Value("string"))
     score = staticmethod(score)

@@ -31,21 +31,21 @@ def score(values: Any, labels: Any, **drawing: Any) -> dict[str, Any]:
         ValueError: If +1 or −1 has no text, a label is another number, or the input is malformed.
     """
     found = base.numbers("predictions", values, dims=1)
-    of = np.array(base.labels("references", labels, len(found)))
-    if not set(of.tolist()) <= {-1, 0, 1} or not {-1, 1} <= set(of.tolist()):
+    signs = np.array(base.labels("references", labels, len(found)))
+    if not set(signs.tolist()) <= {-1, 0, 1} or not {-1, 1} <= set(signs.tolist()):
         raise ValueError(
-            f"references hold {sorted(set(of.tolist()))}: give texts of +1 and of −1, and 0 for neutral texts."
+            f"references hold {sorted(set(signs.tolist()))}: give texts of +1 and of −1, and 0 for neutral texts."
         )
 
     def figures(index: base.Ints) -> dict[str, float]:
-        return encoded(found[index].tolist(), of[index].astype(int).tolist(), ("+1", "-1")).metrics()
+        return encoded(found[index].tolist(), signs[index].astype(int).tolist(), ("+1", "-1")).metrics()
 
     measured = figures(np.arange(len(found)))
     # A figure that has no value for all texts has no interval either.
     defined = [name for name, value in measured.items() if np.isfinite(value)]
     drawn = resampling.bootstrap(
         lambda index: {name: value for name, value in figures(index).items() if name in defined},
-        len(found), strata=of.tolist(), **drawing,
+        len(found), strata=signs.tolist(), **drawing,
     )  # fmt: skip
     return {**measured, "texts": len(found), **drawn}
 

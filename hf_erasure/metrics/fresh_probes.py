@@ -51,19 +51,19 @@ def score(
     if unknown := [reader for reader in readers if reader not in READERS]:
         raise ValueError(f"readers={list(readers)}: {unknown[0]!r} is not one of {list(READERS)}.")
     x, labels = base.numbers("predictions", x), base.labels("references", labels, len(x))
-    belongs = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
+    row_groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
 
     def accuracy(reader: str, y: list[Any], split_by: list[Any] | None) -> dict[str, Any]:
-        given = linear_leakage.held_out_answers(x, y, split_by, folds=folds, seed=seed, **READERS[reader])
-        found = linear_leakage.accuracy(given, y, belongs, seed=seed, **drawing)
+        answers = linear_leakage.held_out_answers(x, y, split_by, folds=folds, seed=seed, **READERS[reader])
+        found = linear_leakage.accuracy(answers, y, row_groups, seed=seed, **drawing)
         return {"accuracy": found["accuracy"], "interval": found["intervals"]["accuracy"]}
 
     majority = max(labels.count(label) for label in set(labels)) / len(labels)
-    found: dict[str, Any] = {"rows": len(labels), "groups": len(set(belongs)), "majority": majority}
-    found["by_group"] = {reader: accuracy(reader, labels, belongs) for reader in readers}
+    found: dict[str, Any] = {"rows": len(labels), "groups": len(set(row_groups)), "majority": majority}
+    found["by_group"] = {reader: accuracy(reader, labels, row_groups) for reader in readers}
     if groups is not None:
         found["by_row"] = {reader: accuracy(reader, labels, None) for reader in readers}
-        found["control"] = accuracy(readers[0], control_labels(labels, belongs, seed), None)["accuracy"]
+        found["control"] = accuracy(readers[0], control_labels(labels, row_groups, seed), None)["accuracy"]
     return found
 
 

@@ -66,8 +66,8 @@ def score(
     x = base.numbers("predictions", x)
     labels = base.labels("references", labels, len(x))
     groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
-    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear, kernel=kernel)
-    found = accuracy(given, labels, groups, seed=seed, **drawing)
+    answers = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear, kernel=kernel)
+    found = accuracy(answers, labels, groups, seed=seed, **drawing)
     return {**found, "folds": int(folds), "groups": len(set(groups))}
 
 
@@ -89,19 +89,19 @@ def held_out_answers(
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", labels)
-    belongs, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
+    row_groups, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
     if not 2 <= base.whole("folds", folds, 2) <= len(all_groups):
         raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number from 2 to that count.")
     if not l2 > 0:
         raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
-    given = np.empty(len(y), dtype=np.int64)
+    answers = np.empty(len(y), dtype=np.int64)
     splits = model_selection.StratifiedGroupKFold(int(folds), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A class with fewer groups than folds is allowed if every probe sees it, which is checked below. The perceptron
         # takes the same number of steps for all data, so it always warns that it stops early.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations", UserWarning)
-        for fitted, held in splits.split(x, y, belongs):
+        for fitted, held in splits.split(x, y, row_groups):
             if absent := set(range(len(names))) - set(y[fitted].tolist()):
                 raise ValueError(
                     f"All rows of the class {str(names[min(absent)])!r} are in one fold, so no probe could learn it: "
@@ -117,16 +117,16 @@ def held_out_answers(
             else:
                 probe = linear_model.LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
             standardised = pipeline.make_pipeline(preprocessing.StandardScaler(), probe)
-            given[held] = standardised.fit(x[fitted], y[fitted]).predict(x[held])
-    return [names[answer] for answer in given]
+            answers[held] = standardised.fit(x[fitted], y[fitted]).predict(x[held])
+    return [names[answer] for answer in answers]
 
 
-def accuracy(given: list[Any], labels: list[Any], groups: list[Any] | None = None, **drawing: Any) -> dict[str, Any]:
+def accuracy(answers: list[Any], labels: list[Any], groups: list[Any] | None = None, **drawing: Any) -> dict[str, Any]:
     """Accuracy of a probe's answers, and how far it is above the accuracy of always the most frequent label.
 
     Rows of one group are drawn together for the intervals; `drawing` are keyword arguments of `resampling.bootstrap`.
     """
-    correct = np.array([answer == label for answer, label in zip(given, labels, strict=True)], dtype=np.float64)
+    correct = np.array([answer == label for answer, label in zip(answers, labels, strict=True)], dtype=np.float64)
     counts = Counter(labels)
     majority = max(counts.values()) / len(labels)
     found = resampling.bootstrap(
@@ -150,5 +150,5 @@ class LinearLeakage(base.Measure):
         ideal=0.0,
         interval="bootstrap over groups of the held-out answers; the probes are not fitted again",
     )
-    inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
+    inputs = base.label_columns(["references"], predictions=Sequence(Value("float64")))
     score = staticmethod(score)

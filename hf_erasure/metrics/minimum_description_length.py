@@ -68,7 +68,7 @@ def score(
     ends = sorted({int(np.ceil(share / 100 * len(x))) for share in shares})
     order = np.random.default_rng(seed).permutation(len(x)) if shuffle else np.arange(len(x))
     penalties = sorted(np.atleast_1d(np.asarray(l2, dtype=float)).tolist())
-    bits = _code(x[order], y[order], len(names), ends, penalties)
+    bits = _code_lengths(x[order], y[order], len(names), ends, penalties)
     uniform = float(np.log2(len(names)))
 
     def figures(index: base.Ints) -> dict[str, float]:
@@ -80,7 +80,7 @@ def score(
     return {**found, "uniform_bits": uniform * len(x), **sizes}
 
 
-def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
+def _code_lengths(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
     """`(rows,)` The bits of each label."""
     if not penalties[0] > 0:
         raise ValueError(f"l2={penalties[0]}: write a number above 0, or the probe has no unique minimum.")
@@ -119,5 +119,5 @@ class MinimumDescriptionLength(base.Measure):
         ideal=1.0,
         interval="bootstrap over the rows' code lengths, with the same order and probes",
     )
-    inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
+    inputs = base.label_columns(["references"], predictions=Sequence(Value("float64")))
     score = staticmethod(score)

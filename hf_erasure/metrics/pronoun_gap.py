@@ -48,18 +48,18 @@ def score(scores: Any, stereotypes: Any, *, permutations: int = 1000, seed: int 
     odds = np.where(male, 1, -1) * (values[:, 0] - values[:, 1])  # log P(he) − log P(she)
     prefers = (odds > 0) + (odds == 0) / 2
 
-    def gap(index: base.Ints, of: Any) -> float:
-        return float(prefers[index][of].mean() - prefers[index][~of].mean())
+    def gap(index: base.Ints, is_male: Any) -> float:
+        return float(prefers[index][is_male].mean() - prefers[index][~is_male].mean())
 
     def figures(index: base.Ints) -> dict[str, float]:
-        of = male[index]
-        difference = float(odds[index][of].mean() - odds[index][~of].mean()) / 2
-        shares = {"male": prefers[index][of].mean(), "female": 1 - prefers[index][~of].mean()}
-        return {"gap": gap(index, of), "log_odds_gap": difference, **shares}
+        is_male = male[index]
+        difference = float(odds[index][is_male].mean() - odds[index][~is_male].mean()) / 2
+        shares = {"male": prefers[index][is_male].mean(), "female": 1 - prefers[index][~is_male].mean()}
+        return {"gap": gap(index, is_male), "log_odds_gap": difference, **shares}
 
-    everything = np.arange(len(values))
-    test = resampling.shuffled(
-        lambda index: abs(gap(everything, male[index])), len(values), permutations=permutations, seed=seed
+    all_pairs = np.arange(len(values))
+    test = resampling.shuffle_test(
+        lambda index: abs(gap(all_pairs, male[index])), len(values), permutations=permutations, seed=seed
     )
     found = resampling.bootstrap(figures, len(values), strata=male.tolist(), seed=seed, **drawing)
     counts = {"items": len(values), "ties": int((odds == 0).sum())}
@@ -80,5 +80,5 @@ class PronounGap(base.Measure):
         ideal=0.0,
         interval="bootstrap over pairs within each stereotype; p value by shuffling stereotypes",
     )
-    inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
+    inputs = base.label_columns([], predictions=Sequence(Value("float64")), references=Value("string"))
     score = staticmethod(score)

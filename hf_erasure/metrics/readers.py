@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 Raw = TypeVar("Raw")
 Source = str | Path
 
-_NAMED = 20  # the most bad rows of a file that are named; the others are counted
+_MOST_NAMED = 20  # the most bad rows of a file that are named; the others are counted
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _COMMENT = re.compile(r"\s*(#|//)")
 # Male and female pronouns that WinoBias exchanges; "her" stands for "him" as well as for "his".
@@ -33,9 +33,9 @@ PRONOUNS = {"male": {"he", "him", "his", "himself"}, "female": {"she", "her", "h
 _WORDS = re.compile(r"\w+|[^\w\s]")
 # Letters beside "BLANK" make another word of it ("BLANKET"); Chinese characters do not.
 _BLANK = re.compile(r"(?<![A-Za-z])BLANK(?![A-Za-z])")
-_CROWS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
-_SETS = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
-_ENDINGS = ("stereotype", "anti-stereotype", "unrelated")
+_CROWS_COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
+_SEAT_KEYS = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
+_GOLD_LABELS = ("stereotype", "anti-stereotype", "unrelated")
 
 
 class UnusableFile(ValueError):
@@ -97,7 +97,7 @@ def good_rows(
         first = f" Its first bad row: {bad[0]['row']} {bad[0]['reason']}." if bad else ""
         raise UnusableFile(f"{path} has no good row.{first} It should hold {expected}.")
     if bad:
-        found.left_out.append(LeftOutRows(str(path), len(bad), bad[:_NAMED]))
+        found.left_out.append(LeftOutRows(str(path), len(bad), bad[:_MOST_NAMED]))
         warnings.warn(str(found.left_out[0]), stacklevel=2)
     return found
 
@@ -177,13 +177,13 @@ def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, s
 
 def text_at(content: Any, key: str) -> str:
     """The text at a key. Raises `BadRow` if it is missing or empty."""
-    value = _at(content, key)
+    value = _value(content, key)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"lacks {key}")
     return value
 
 
-def _at(value: Any, *keys: str) -> Any:
+def _value(value: Any, *keys: str) -> Any:
     """The value in nested dictionaries under some keys; None if one of the keys is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -241,30 +241,30 @@ def read_stereoset(path: Source) -> Rows[StereoSetItem]:
     """
     found = json_of(path)
     if isinstance(found, dict):
-        found = _at(found, "data", "intrasentence")
+        found = _value(found, "data", "intrasentence")
     if not isinstance(found, list) or not found:
         raise UnusableFile(f"{path} has no intrasentence items: give dev.json or test.json of StereoSet.")
-    names = [repr(_at(entry, "id")) if _at(entry, "id") else number for number, entry in enumerate(found, 1)]
+    names = [repr(_value(entry, "id")) if _value(entry, "id") else number for number, entry in enumerate(found, 1)]
     named = [(f"item {name}", entry) for name, entry in zip(names, found, strict=True)]
     return good_rows(path, named, _stereoset_item, "intrasentence items, as dev.json of StereoSet does")
 
 
 def _stereoset_item(entry: Any) -> StereoSetItem:
     context, term, kind = (text_at(entry, key) for key in ("context", "target", "bias_type"))
-    sentences = {_at(part, "gold_label"): _at(part, "sentence") for part in entry.get("sentences") or ()}
-    if lacking := [label for label in _ENDINGS if not isinstance(sentences.get(label), str)]:
+    sentences = {_value(part, "gold_label"): _value(part, "sentence") for part in entry.get("sentences") or ()}
+    if lacking := [label for label in _GOLD_LABELS if not isinstance(sentences.get(label), str)]:
         raise BadRow(f"lacks {lacking[0]!r} among its sentences")
-    first, second, third = (sentences[label] for label in _ENDINGS)
+    first, second, third = (sentences[label] for label in _GOLD_LABELS)
     return StereoSetItem(term, kind, context, (first, second, third))
 
 
 def read_crows_pairs(path: Source) -> Rows[CrowSPair]:
     """Pairs of crows_pairs_anonymized.csv. Raises `ValueError` if the file lacks a column or has no pair."""
-    return good_rows(path, csv_rows(path, _CROWS), _crows_pair, "pairs, as crows_pairs_anonymized.csv does")
+    return good_rows(path, csv_rows(path, _CROWS_COLUMNS), _crows_pair, "pairs, as crows_pairs_anonymized.csv does")
 
 
 def _crows_pair(cells: dict[str, str]) -> CrowSPair:
-    more, less, direction, kind = (cells[name] for name in _CROWS)
+    more, less, direction, kind = (cells[name] for name in _CROWS_COLUMNS)
     if direction.strip() not in DIRECTIONS:
         raise BadRow(f"has the stereo_antistereo {direction!r}, not {' or '.join(map(repr, DIRECTIONS))}")
     if not kind.strip():
@@ -310,18 +310,18 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
 def _seat_test(path: Path, left_out: list[LeftOutRows]) -> dict[str, list[str]]:
     sets = json_of(path)
     found = {}
-    for short, key in _SETS.items():
-        texts = _at(sets, key, "examples")
+    for short, key in _SEAT_KEYS.items():
+        texts = _value(sets, key, "examples")
         if not isinstance(texts, list) or not texts:
-            raise UnusableFile(f"{path} lacks {key}: it should hold {', '.join(_SETS.values())}.")
+            raise UnusableFile(f"{path} lacks {key}: it should hold {', '.join(_SEAT_KEYS.values())}.")
         named = [(f"{key}, example {number}", text) for number, text in enumerate(texts, 1)]
-        rows = good_rows(path, named, _text, f"texts under {key}")
+        rows = good_rows(path, named, _checked_text, f"texts under {key}")
         found[short] = list(rows)
         left_out += rows.left_out
     return found
 
 
-def _text(value: Any) -> str:
+def _checked_text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"is {value!r}, which is not a text")
     return value

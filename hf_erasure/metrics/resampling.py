@@ -19,12 +19,12 @@ from .base import Floats, Ints, whole
 Statistic = Callable[[Ints], Mapping[str, float]]
 
 # The relative difference up to which two sums count as equal: in another order they differ by rounding only.
-_SAME = 1e-9
+_ROUNDING = 1e-9
 # The most numbers that are permuted at once: 32 MB of float64.
 _CHUNK = 4_000_000
 
 
-def tails(confidence: float) -> tuple[float, float]:
+def tail_quantiles(confidence: float) -> tuple[float, float]:
     """The two quantiles between which the share `confidence` of a distribution is."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a share between 0 and 1, such as 0.95.")
@@ -60,10 +60,10 @@ def bootstrap(
             the resamples.
     """
     whole("resamples", resamples, 2)
-    tails(confidence)
+    tail_quantiles(confidence)
     if strata is not None and clusters is not None:
         raise ValueError("Both strata and clusters are given: give one of them.")
-    generator, everything = np.random.default_rng(seed), np.arange(whole("count", count))
+    generator, all_items = np.random.default_rng(seed), np.arange(whole("count", count))
     keys, name = (strata, "strata") if clusters is None else (clusters, "clusters")
     if keys is not None and len(keys) != count:
         raise ValueError(f"{len(keys)} {name}, but {count} items: give one for each.")
@@ -80,7 +80,7 @@ def bootstrap(
         for name, value in statistic(np.concatenate(parts)).items():
             drawn.setdefault(name, []).append(float(value))
     intervals = percentiles({name: np.array(values) for name, values in drawn.items()}, confidence)
-    return {**{name: float(value) for name, value in statistic(everything).items()}, **intervals}
+    return {**{name: float(value) for name, value in statistic(all_items).items()}, **intervals}
 
 
 def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> di
     resamples it had no value, because nothing varied there. Raises `ValueError` if the confidence is not a share, or a
     figure is undefined in more than half of the resamples.
     """
-    ends, bounds, undefined = tails(confidence), {}, {}
+    ends, bounds, undefined = tail_quantiles(confidence), {}, {}
     for name, values in resampled.items():
         defined = values[np.isfinite(values)]
         if missing := len(values) - len(defined):
@@ -101,14 +101,16 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> di
     return {"intervals": bounds, **({"undefined_resamples": undefined} if undefined else {})}
 
 
-def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> dict[str, Any]:
+def permutation_test(
+    observed: float, null: Floats, *, exact: bool = False, scale: float | None = None
+) -> dict[str, Any]:
     """Test whether a statistic is greater than its values after permutations: all of them (`exact`), or a sample.
 
     Rounding is relative to `scale`, by default to the statistic itself. Returns `p_value`, the share of the
     permutations whose statistic is at least the observed one, never 0; `exact`; and how many `permutations` there were.
     The observed order is one of them if `exact`, and is added to the sample if not.
     """
-    reached = int((null >= observed - _SAME * (abs(observed) if scale is None else scale)).sum())
+    reached = int((null >= observed - _ROUNDING * (abs(observed) if scale is None else scale)).sum())
     p_value = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
     return {"p_value": p_value, "exact": exact, "permutations": len(null)}
 
@@ -119,7 +121,7 @@ def subset_sums(
     """Test whether the first `size` values have a greater sum than a random choice of `size` values (one-sided).
 
     All choices are used if there are at most `permutations`; otherwise `permutations` choices are drawn. Returns what
-    `among` returns, and the sums of the choices.
+    `permutation_test` returns, and the sums of the choices.
     """
     whole("permutations", permutations)
     if not 0 < size < len(values):
@@ -133,19 +135,19 @@ def subset_sums(
             tiled = np.tile(values, (min(rows, permutations - start), 1))
             parts.append(generator.permuted(tiled, axis=1)[:, :size].sum(1))
         null = np.concatenate(parts)
-    return among(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum())), null
+    return permutation_test(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum())), null
 
 
-def shuffled(
+def shuffle_test(
     statistic: Callable[[Ints], float], count: int, *, permutations: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """Test whether a statistic is greater than after shuffling items; two-sided if the statistic is an absolute value.
 
-    The statistic is called with `(count,)` places from which the items are taken. Returns what `among` returns.
+    The statistic is called with `(count,)` places from which the items are taken. Returns what `permutation_test` does.
     """
-    generator, everything = np.random.default_rng(seed), np.arange(count)
-    draws = (generator.permutation(everything) for _ in range(whole("permutations", permutations)))
-    return among(statistic(everything), np.array([statistic(index) for index in draws]))
+    generator, all_items = np.random.default_rng(seed), np.arange(count)
+    draws = (generator.permutation(all_items) for _ in range(whole("permutations", permutations)))
+    return permutation_test(statistic(all_items), np.array([statistic(index) for index in draws]))
 
 
 def sign_test(successes: int, trials: int) -> float:

@@ -33,11 +33,11 @@ def score(scores: Any, terms: Any, **drawing: Any) -> dict[str, Any]:
         ValueError: If the input is malformed, or all items have the same term, so that resamples do not differ.
     """
     values = base.numbers("predictions", scores, width=3)
-    of, names = base.class_ids("references", base.labels("references", terms, len(values)))
-    sensible = (_beats(values[:, 0], values[:, 2]) + _beats(values[:, 1], values[:, 2])) / 2
-    stereotyped = _beats(values[:, 0], values[:, 1])
-    sizes = np.bincount(of)
-    lms, ss = (np.bincount(of, part) / sizes for part in (sensible, stereotyped))
+    term_ids, names = base.class_ids("references", base.labels("references", terms, len(values)))
+    sensible = (_wins(values[:, 0], values[:, 2]) + _wins(values[:, 1], values[:, 2])) / 2
+    stereotyped = _wins(values[:, 0], values[:, 1])
+    sizes = np.bincount(term_ids)
+    lms, ss = (np.bincount(term_ids, part) / sizes for part in (sensible, stereotyped))
 
     def figures(index: base.Ints) -> dict[str, float]:
         mean_lms, mean_ss = 100 * lms[index].mean(), 100 * ss[index].mean()
@@ -50,7 +50,7 @@ def score(scores: Any, terms: Any, **drawing: Any) -> dict[str, Any]:
     return {**found, "items": len(values), "terms": len(names), "ties": ties}
 
 
-def _beats(left: base.Floats, right: base.Floats) -> base.Floats:
+def _wins(left: base.Floats, right: base.Floats) -> base.Floats:
     return (left > right) + (left == right) / 2
 
 
@@ -68,5 +68,5 @@ class StereoSet(base.Measure):
         ideal=100.0,
         interval="bootstrap over target terms",
     )
-    inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
+    inputs = base.label_columns(["references"], predictions=Sequence(Value("float64")))
     score = staticmethod(score)

@@ -46,9 +46,9 @@ def score(
     Raises:
         ValueError: If there are not two groups, no class has rows of both, or the input is malformed.
     """
-    resampling.tails(confidence)
+    resampling.tail_quantiles(confidence)
     draws, shuffles = base.whole("resamples", resamples, 2), base.whole("permutations", permutations)
-    all_sizes, all_hits, classes = _counted(predictions, references, groups, positive)
+    all_sizes, all_hits, classes = _hits(predictions, references, groups, positive)
     both = np.asarray((all_sizes > 0).all(0))
     if not both.any():
         raise ValueError("No class has rows of both groups, so no gap is defined: give both groups in some class.")
@@ -66,7 +66,7 @@ def score(
     # Shuffled within a class, the number of right rows in a group has a hypergeometric distribution.
     right = hits.sum(0)
     one = np.random.default_rng(seed).hypergeometric(right, sizes.sum(0) - right, sizes[0], (shuffles, len(right)))
-    test = resampling.among(rms, _rms(_gaps(np.stack([one, right - one], 1), sizes)))
+    test = resampling.permutation_test(rms, _rms(_gaps(np.stack([one, right - one], 1), sizes)))
     rows = int(sizes.sum())
     return {
         "rms": rms, "correlation": None if np.isnan(correlation) else correlation,
@@ -76,7 +76,7 @@ def score(
     }  # fmt: skip
 
 
-def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> tuple[base.Ints, base.Ints, list[str]]:
+def _hits(predictions: Any, references: Any, groups: Any, positive: Any) -> tuple[base.Ints, base.Ints, list[str]]:
     """`(2, classes)` each: the rows of the positive and the other group by class, and how many of them are right."""
     truth = base.labels("references", references, len(references))
     predicted = base.labels("predictions", predictions, len(truth), of="references")
@@ -131,5 +131,5 @@ class TPRGap(base.Measure):
         ideal=0.0,
         interval="bootstrap over rows within class and group; p value by shuffling groups within classes",
     )
-    inputs = base.either_kind(["predictions", "references", "groups"])
+    inputs = base.label_columns(["predictions", "references", "groups"])
     score = staticmethod(score)

@@ -57,30 +57,30 @@ def score(
     first, second = len(sets[0]), len(sets[1])
     if min(first, second) < 2:
         raise ValueError(f"X has {first} and Y {second} targets: a deviation needs at least two of each.")
-    cosines = _unit(np.concatenate(sets[:2])) @ _unit(np.concatenate(sets[2:])).T
+    cosines = _unit_vectors(np.concatenate(sets[:2])) @ _unit_vectors(np.concatenate(sets[2:])).T
     s = _associations(cosines, len(sets[2]))
     if np.ptp(s) < 1e-12:
         raise ValueError("All targets have the same association, so there is no effect size: are the vectors constant?")
     test, sums = resampling.subset_sums(s, first, permutations=permutations, seed=seed)
     differences = sums / first - (s.sum() - sums) / second
-    null = np.quantile(differences / s.std(ddof=1), resampling.tails(confidence))
+    null = np.quantile(differences / s.std(ddof=1), resampling.tail_quantiles(confidence))
 
     def figures(index: base.Ints) -> dict[str, float]:
         targets, attributes = index[: first + second], index[first + second :] - first - second
         drawn = _associations(cosines[targets][:, attributes], len(sets[2]))
-        return {"effect_size": _effect(drawn, first)}
+        return {"effect_size": _effect_size(drawn, first)}
 
     strata = [name for name, part in zip(SETS, sets, strict=True) for _ in part]
     found = resampling.bootstrap(
         figures, len(strata), strata=strata, resamples=resamples, confidence=confidence, seed=seed
     )
     return {
-        **found, "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
+        **found, "effect_size": _effect_size(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
         **test, "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)),
     }  # fmt: skip
 
 
-def _unit(vectors: base.Floats) -> base.Floats:
+def _unit_vectors(vectors: base.Floats) -> base.Floats:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (norms == 0).any():
         raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out, and report it.")
@@ -92,7 +92,7 @@ def _associations(cosines: base.Floats, attributes_a: int) -> base.Floats:
     return cosines[:, :attributes_a].mean(1) - cosines[:, attributes_a:].mean(1)
 
 
-def _effect(s: base.Floats, first: int) -> float:
+def _effect_size(s: base.Floats, first: int) -> float:
     deviation = s.std(ddof=1)
     return float((s[:first].mean() - s[first:].mean()) / deviation) if deviation > 0 else float("nan")
 
@@ -113,11 +113,11 @@ def mean_absolute_effect(
 
     Each test is a mapping: the name of a set → the rows of `vectors` `(items, width)` that are in it.
     """
-    unit = _unit(base.numbers("vectors", vectors))
+    unit = _unit_vectors(base.numbers("vectors", vectors))
     weights = np.random.default_rng(seed).exponential(size=(base.whole("resamples", resamples), len(unit)))
     even = np.ones((1, len(unit)))
     mean, drawn = (np.mean([np.abs(_weighted_effect(unit, test, w)) for test in tests], 0) for w in (even, weights))
-    bounds = [float(bound) for bound in np.quantile(drawn, resampling.tails(confidence))]
+    bounds = [float(bound) for bound in np.quantile(drawn, resampling.tail_quantiles(confidence))]
     return {"mean_absolute_effect_size": float(mean[0]), "intervals": {"mean_absolute_effect_size": bounds}}
 
 
@@ -127,12 +127,12 @@ def _weighted_effect(unit: base.Floats, test: Mapping[str, Sequence[int]], weigh
     first = len(test["X"])
     s = np.zeros((len(weights), len(targets)))
     for sign, name in ((1, "A"), (-1, "B")):
-        of = weights[:, test[name]]
-        s += sign * (of / of.sum(1, keepdims=True)) @ (unit[test[name]] @ unit[targets].T)
-    of = weights[:, targets] / weights[:, targets].sum(1, keepdims=True)
-    centred = s - (of * s).sum(1, keepdims=True)
-    deviation = np.sqrt((of * centred**2).sum(1) * len(targets) / (len(targets) - 1))
-    means = [(of[:, part] * s[:, part]).sum(1) / of[:, part].sum(1) for part in (slice(first), slice(first, None))]
+        w = weights[:, test[name]]
+        s += sign * (w / w.sum(1, keepdims=True)) @ (unit[test[name]] @ unit[targets].T)
+    w = weights[:, targets] / weights[:, targets].sum(1, keepdims=True)
+    centred = s - (w * s).sum(1, keepdims=True)
+    deviation = np.sqrt((w * centred**2).sum(1) * len(targets) / (len(targets) - 1))
+    means = [(w[:, part] * s[:, part]).sum(1) / w[:, part].sum(1) for part in (slice(first), slice(first, None))]
     return (means[0] - means[1]) / deviation
 
 
@@ -159,5 +159,5 @@ class WEAT(base.Measure):
         ideal=0.0,
         interval="bootstrap over targets and attributes; one-sided permutation p value, exact if there are few splits",
     )
-    inputs = base.either_kind([], predictions=ListOf(Value("float64")), references=Value("string"))
+    inputs = base.label_columns([], predictions=ListOf(Value("float64")), references=Value("string"))
     score = staticmethod(_score_of_rows)

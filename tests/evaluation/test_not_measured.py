@@ -153,13 +153,13 @@ def test_without_the_bases_states_nothing_is_relative_to_an_adapters(
     data = small_data(assets, tmp_path / "data", ("tinystories-sample", "winobias"))
     monkeypatch.setattr(running, "measures_of", only(data, "winobias", "distortion"))
     calls: list[int] = []
-    final = Subject.final
+    final = Subject.final_states
 
     def fails_first(self: Subject, texts: Any) -> Any:
         calls.append(1)
         return final(self, texts) if len(calls) > 1 else _raising(RuntimeError("boom"))()
 
-    monkeypatch.setattr(Subject, "final", fails_first)
+    monkeypatch.setattr(Subject, "final_states", fails_first)
     results = evaluate(Evaluation(story, data, [str(adapters[0])], limit=8, resamples=10))
     assert [list(values) for values in results.values.values()] == [["winobias"]] * 2
     reasons = [note["reason"] for note in results.not_measured if note["entry"] == "erasure"]

@@ -50,7 +50,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return report.rendered(made_up())
+    return report.html_page(made_up())
 
 
 def test_it_is_well_formed_and_loads_nothing(page: str) -> None:
@@ -98,7 +98,7 @@ def test_what_is_drawn_is_text_in_the_colours_of_the_page(page: str) -> None:
 
 
 def test_entries_differ_by_more_than_colour() -> None:
-    styles = [report._of_series(series) for series in range(len(report.MARKERS))]
+    styles = [report._series_style(series) for series in range(len(report.MARKERS))]
     for name in ("marker", "linestyle"):
         assert len({style[name] for style in styles}) == len(styles)
 
@@ -109,7 +109,7 @@ def test_text_with_signs_of_formulas_and_in_any_script_is_drawn_as_it_is(recwarn
     results.entries[-1]["name"] = odd
     for parts in (results.values, results.depth["gender"], results.embedding, results.shifts):
         parts[odd] = parts.pop("together")
-    page = report.rendered(results)
+    page = report.html_page(results)
     assert "could not be drawn" not in page and "職業 $x_{ &lt;b&gt; $</text>" in page
     assert not recwarn
 
@@ -152,7 +152,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     again = Results.read(tmp_path)
     assert again == results
     assert data.read_text(encoding="utf-8") == again.to_json()
-    assert page.read_text(encoding="utf-8") == report.rendered(again)
+    assert page.read_text(encoding="utf-8") == report.html_page(again)
 
 
 def test_better_and_worse_are_said_where_an_interval_leaves_the_bases_value_out() -> None:
@@ -183,7 +183,7 @@ def test_measures_of_another_concept_are_not_listed_as_bias() -> None:
     assert headings() == apart | paid  # the base alone
     assert headings("gender") == {"Bias: gender": ["leak"], OTHER: ["crows"]} | paid
     assert [panel["bias"]["key"] for panel in results.frontiers()] == ["leak"]
-    page, table = report.rendered(results), results.table()
+    page, table = report.html_page(results), results.table()
     for text in (page, table):
         assert text.index("Bias: gender") < text.index(OTHER) < text.index("CrowS-Pairs, % stereotype")
     assert headings("race") == {OTHER: ["leak", "crows"]} | paid
@@ -193,7 +193,7 @@ def test_measures_of_another_concept_are_not_listed_as_bias() -> None:
 
 
 def test_many_entries_are_drawn_too() -> None:
-    reader = Reader(report.rendered(made_up(entries=8)))
+    reader = Reader(report.html_page(made_up(entries=8)))
     assert len(reader.of("svg")) == 2 + 1 + 8 + 1 + 1 + 3
 
 

@@ -35,7 +35,7 @@ from hf_erasure.evaluation import (
     running,
 )
 from hf_erasure.evaluation.data import read_sentence, read_treebank
-from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
+from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verify_entry
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.subject import FINAL, Subject
@@ -210,9 +210,9 @@ def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
     entries = entries_of(read_adapters(list(folders.values())))
     loader = Loader(story, [])
     with pytest.raises(AdapterDoesNotAct, match="does not change the outputs"):
-        verified(loader.load(entries[1]), entries[1])
+        verify_entry(loader.load(entries[1]), entries[1])
     model = loader.load(entries[2])
-    assert "'random' (LORA) changes the outputs" in verified(model, entries[2])["random"]
+    assert "'random' (LORA) changes the outputs" in verify_entry(model, entries[2])["random"]
     assert list(model.active_adapters()) == ["random"]  # as it was before it was looked at
 
 
@@ -267,7 +267,7 @@ def test_an_adapter_of_the_backbone_works_beside_one_of_the_whole_model(
     assert loader.kind.__name__ == "BertForMaskedLM" and not loader.note
     together = entries_of(found)[-1]
     model = loader.load(together)
-    assert set(verified(model, together)) == {"bare", "steered"}
+    assert set(verify_entry(model, together)) == {"bare", "steered"}
     inputs = {name: value for name, value in batch.items() if name != "concept_labels"}
     with torch.no_grad():
         outputs = [loader.load(entry)(**inputs).logits for entry in entries_of(found)]
@@ -301,7 +301,7 @@ def test_states_are_the_models_own(story: str) -> None:
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(story).eval(), AutoTokenizer.from_pretrained(story)
     texts = ["tom went home.", "the big dog ran to the park and sat down."]
     subject = Subject(model, tokenizer, *_NO_RUN)
-    pooled, final = subject.pooled(texts), subject.final(texts)
+    pooled, final = subject.pooled(texts), subject.final_states(texts)
     for number, text in enumerate(texts):
         with torch.no_grad():
             alone = model.bert(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
@@ -472,7 +472,7 @@ def test_without_matplotlib_the_report_has_its_tables_and_names_the_extra(tmp_pa
     code += "for name in list(sys.modules):\n    if name.startswith((*own, 'matplotlib', 'mpl_toolkits', 'sklearn')):\n"
     code += "        del sys.modules[name]\nfor name in ('matplotlib', 'sklearn'): sys.modules[name] = None\n"
     code += "from hf_erasure.evaluation import report, measures\nfrom tests.evaluation.material import made_up\n"
-    code += "print(report.rendered(made_up()))"
+    code += "print(report.html_page(made_up()))"
     done = prepared.run(prepared.run_code, code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pip install &#39;hf-erasure[plot]&#39;" in done.stdout and "<svg" not in done.stdout

@@ -76,7 +76,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pat
         for module in (transformers.utils.hub, transformers.modeling_utils):
             monkeypatch.setattr(module, "hf_api", lambda: api)
         monkeypatch.setattr(ModelCard, "load", load)
-        monkeypatch.setattr(pushing, "_card_at", lambda *_: present)
+        monkeypatch.setattr(pushing, "_download_card", lambda *_: present)
         monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*card of the adapter.*|.*README.md was left.*")
@@ -199,7 +199,7 @@ def test_a_card_that_fails_stops_no_save(made: Callable, tmp_path: Path, monkeyp
     def fails(*args: Any) -> None:
         raise RuntimeError("no more ink")
 
-    monkeypatch.setattr(cards, "rendered", fails)
+    monkeypatch.setattr(cards, "adapter_card", fails)
     with pytest.warns(UserWarning, match="could not be written: RuntimeError: no more ink"):
         made("erasure").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()

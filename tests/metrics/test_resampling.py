@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_erasure.metrics.resampling import bootstrap, shuffled, sign_test, subset_sums
+from hf_erasure.metrics.resampling import bootstrap, shuffle_test, sign_test, subset_sums
 
 TRIALS = 200
 
@@ -106,7 +106,9 @@ def test_p_values_of_pure_noise_are_uniform():
     for trial in range(TRIALS):
         rng = np.random.default_rng(trial)
         x, y = rng.normal(size=20), np.arange(20) < 10
-        ps.append(shuffled(lambda i, x=x, y=y: abs(x[y[i]].mean() - x[~y[i]].mean()), 20, permutations=99)["p_value"])
+        ps.append(
+            shuffle_test(lambda i, x=x, y=y: abs(x[y[i]].mean() - x[~y[i]].mean()), 20, permutations=99)["p_value"]
+        )
     assert stats.kstest(ps, "uniform").pvalue > 0.01
 
 
