@@ -208,27 +208,27 @@ def _combined_sites(
     sites = {}
     for path in erasure_layers(model):
         # In alphabetical order, so that the same adapters give the same eraser to the bit.
-        here = [name for name in sorted(configs) if path in parts[name]]
-        if not here:
+        names = [name for name in sorted(configs) if path in parts[name]]
+        if not names:
             continue
         erasers = []
-        for name in here:
+        for name in names:
             left, right, bias = (part.cpu() for part in parts[name][path].eraser_state(name))
             # If fitting chose the map (`affine` is None), the bias of a site tells which it has.
             is_affine = bool(bias.any()) if configs[name].affine is None else configs[name].affine
             erasers.append(Eraser(left, right, bias if is_affine else None))
         # A linear eraser that the user did not ask for keeps the mean of an affine one at the same site.
         mean = next((eraser.bias for eraser in erasers if eraser.bias is not None), None)
-        for place, (name, eraser) in enumerate(zip(here, erasers, strict=True)):
+        for place, (name, eraser) in enumerate(zip(names, erasers, strict=True)):
             if configs[name].affine is None and eraser.bias is None:
                 erasers[place] = Eraser(eraser.left, eraser.right, mean)
-        if len({parts[name][path].erasures[name].axis for name in here}) > 1:
-            raise ValueError(f"At {path!r} {here} cannot be combined: they erase along different axes.")
-        rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
+        if len({parts[name][path].erasures[name].axis for name in names}) > 1:
+            raise ValueError(f"At {path!r} {names} cannot be combined: they erase along different axes.")
+        rows = [float(Provenance.of(configs[name]).examples or 0) for name in names]
         try:
             sites[path] = combine_erasers(erasers, rows if all(rows) else None)
         except ValueError as error:
-            raise ValueError(f"At {path!r} {here} cannot be combined: {error}") from error
+            raise ValueError(f"At {path!r} {names} cannot be combined: {error}") from error
     return sites
 
 

@@ -72,7 +72,7 @@ def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequen
         `(rows, seq)` int64, −1 for padding and for words of a counterfactual without a counterpart.
     """
     numbered = [_words_of(encoding, row, text) for row, text in enumerate(texts)]
-    found = []
+    numbers = []
     for (places, words), pair in zip(numbered, pairs, strict=True):
         number = {place: place for place in range(len(words))}
         if pair >= 0 and words != (others := numbered[pair][1]):
@@ -86,8 +86,8 @@ def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequen
                 if stop - start == end - other
                 for first, second in zip(range(start, stop), range(other, end), strict=True)
             }
-        found.append([number.get(place, -1) for place in places])
-    return torch.tensor(found)
+        numbers.append([number.get(place, -1) for place in places])
+    return torch.tensor(numbers)
 
 
 def _words_of(encoding: BatchEncoding, row: int, text: Any) -> tuple[list[int], list[str]]:

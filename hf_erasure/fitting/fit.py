@@ -284,7 +284,7 @@ def finish_fit(
     labelled: list[Source],
     fits: dict[str, SiteFit],
     eval_batches: Iterable[Any] | None = None,
-    rows: RowSet | None = None,
+    fitted_rows: RowSet | None = None,
 ) -> ErasureReport:
     """Measure the erasers on held-out batches, put them in place, and record the fit in the configuration.
 
@@ -292,18 +292,18 @@ def finish_fit(
     """
     left_out = {site: layer for site, layer in task.layers.items() if site not in fits}
     task.layers = {site: layer for site, layer in task.layers.items() if site in fits}
-    known, rows_known = known_readings(task.config, fits.values())
+    names, reading_rows = known_readings(task.config, fits.values())
     config, lines = task.config, [fits[site].line for site in task.layers]
     examples, fitted, environments = 0, 0, None
     if eval_batches is not None:
         lines, examples, fitted, environments = measure(
-            task, eval_batches, lambda site, x: fits[site].erase(x), lines, rows
+            task, eval_batches, lambda site, x: fits[site].erase(x), lines, fitted_rows
         )
     for site, layer in task.layers.items():
         fit = fits[site]
-        readings = None if known is None or fit.readings is None else fit.readings[rows_known]
+        readings = None if names is None or fit.readings is None else fit.readings[reading_rows]
         layer.set_eraser(task.name, fit.eraser, fit.dtype, fit.axis, fit.examples, readings)
-    config.readings = known
+    config.readings = names
     report = ErasureReport(
         concept=config.concept,
         adapter_name=task.name,

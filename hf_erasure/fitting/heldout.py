@@ -55,7 +55,7 @@ def measure(
     task: FitTask,
     batches: Iterable[Any],
     erase: Callable[[str, Tensor], Tensor],
-    known: Iterable[SiteReport] = (),
+    fit_lines: Iterable[SiteReport] = (),
     fitted_on: RowSet | None = None,
 ) -> tuple[list[SiteReport], int, int, int | None]:
     """Measure leakage and movement on held-out batches, at every site and at the last hidden states.
@@ -67,8 +67,8 @@ def measure(
     that is called several times in one forward pass is measured over all its visits, as it is fitted, and at each.
 
     `erase(site, activation)` returns the erased activation; the adapter itself need not have its values yet. Every
-    process measures its own batches, and all processes end with the figures of all batches, put into the `known` lines
-    of the fit. Warns where the batches share sequences with those that were fitted on.
+    process measures its own batches, and all processes end with the figures of all batches, put into the lines of the
+    fit, `fit_lines`. Warns where the batches share sequences with those that were fitted on.
 
     Returns:
         One line for each site, and one for each visit of a site with several; the number of sequences; how many of
@@ -109,7 +109,7 @@ def measure(
             stacklevel=4,
         )
     groups = measurement.environments or range(len(measured_rows.hashes) or examples)
-    return measurement.lines(known, len(groups), examples), examples, fitted, len(measurement.environments) or None
+    return measurement.lines(fit_lines, len(groups), examples), examples, fitted, len(measurement.environments) or None
 
 
 def measured_leakage(
@@ -222,13 +222,13 @@ class _Measurement:
                 self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
     @on_cpu()
-    def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
+    def lines(self, fit_lines: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
         """The lines of all sites, measured on `groups` sequences or environments, the last hidden states at the end."""
         visits: dict[str, set[int]] = {site: set() for site in self._task.layers}
         for (_, _, visit), statistics in self._halves.items():
             for site in statistics.moments:
                 visits.setdefault(site, set()).add(visit)
-        lines, by_site = [], {line.site: line for line in known}
+        lines, by_site = [], {line.site: line for line in fit_lines}
         for site, numbers in visits.items():
             line, calls = by_site.get(site) or SiteReport(site), sorted(numbers)
             if not calls:
@@ -335,7 +335,7 @@ def hashes_of(batch: Any) -> np.ndarray:
     mask = batch.get("attention_mask")
     real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
     rows = len(inputs.get("input_ids", next(iter(inputs.values()))))
-    found = []
+    hashes = []
     for row in range(rows):
         hashed = hashlib.blake2b(digest_size=8)
         for value in inputs.values():
@@ -345,8 +345,8 @@ def hashes_of(batch: Any) -> np.ndarray:
                 part = part[real[row]]
             part = part.float() if part.is_floating_point() else part.to(torch.int64)
             hashed.update(part.contiguous().numpy().tobytes())
-        found.append(int.from_bytes(hashed.digest(), "little"))
-    return np.array(found, np.uint64)
+        hashes.append(int.from_bytes(hashed.digest(), "little"))
+    return np.array(hashes, np.uint64)
 
 
 def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int, int | None]:

@@ -116,16 +116,16 @@ class Layouts:
         rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
         try:
             frames = None if "input_ids" in few else self._frames
-            now = Lengths.in_batch(few, None if frames is None else frames.count)
-            first, other = self._summaries(few), now.altered()
+            lengths = Lengths.in_batch(few, None if frames is None else frames.count)
+            first, other = self._summaries(few), lengths.altered()
             mirrored = rows_of(few, rows, [*range(rows), *reversed(range(rows))])
             twice = self._summaries(mirrored, first, rows)
             # Texts are cut at the first place where the model still runs.
-            *places, last = (with_lengths(few, now, other, place) for place in PLACES)
-            cut = (self._try_pass(batch) for batch in places if now.by_side)
+            *places, last = (with_lengths(few, lengths, other, place) for place in PLACES)
+            cut = (self._try_pass(batch) for batch in places if lengths.by_side)
             changed = next((one for one in cut if one is not None), None)
             changed = self._summaries(last) if changed is None else changed
-            passes = Passes(rows, now, other, first, twice, changed)
+            passes = Passes(rows, lengths, other, first, twice, changed)
         except Exception as error:
             # If the batch itself is wrong, fitting raises an error when it reads it.
             reason = f"since the rows that show its axes cannot be run: {type(error).__name__}: {error}"
@@ -161,7 +161,7 @@ class Layouts:
             return found
         # A model may pad texts to multiples of a length; longer texts show this.
         for size in sorted({size for key, axes in found.items() for size in passes.padded_sizes(key, axes)}):
-            longer = with_lengths(few, now, replace(now, by_side={**now.by_side, "": 2 * size}))
+            longer = with_lengths(few, lengths, replace(lengths, by_side={**lengths.by_side, "": 2 * size}))
             if (seen := self._try_pass(longer)) is not None:
                 passes.longer[2 * size] = seen
         if passes.longer:
@@ -190,7 +190,7 @@ class Layouts:
         """The errors for activations that cannot be labelled: how many rows an example has depends on its content."""
         sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
         changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
-        found = {}
+        errors = {}
         for row in range(passes.rows) if changing else ():
             if (alone := self._try_pass(rows_of(few, passes.rows, [row]))) is None:
                 break
@@ -198,11 +198,11 @@ class Layouts:
                 now = passes.sizes(key, loose[key], alone)
                 both = enumerate(zip(now, sizes[key], strict=False))
                 if any(a != b for axis, (a, b) in both if axis != loose[key].example):
-                    found[key] = ValueError(
+                    errors[key] = ValueError(
                         f"How many rows an example has at {key!r} depends on its content, and which of them are "
                         "padding is not known: they cannot be labelled. Choose another target module."
                     )
-        return found
+        return errors
 
     def _summaries(
         self, batch: Mapping[str, Any], single: dict[str, Summary] | None = None, rows: int = 0
@@ -220,19 +220,19 @@ class Layouts:
 
     def _run_pass(self, batch: Mapping[str, Any], summarise: Callable[[str, Tensor], T | None]) -> dict[str, T]:
         """Run one pass; return what `summarise` gives for every visit of a site and every last hidden state."""
-        found, visits = dict[str, T](), Counter[str]()
+        summaries, visits = dict[str, T](), Counter[str]()
 
         def observe(name: str, hidden: Tensor) -> Tensor:
             visits[name] += 1
             key = visit_of(name, visits[name])
             # An activation without rows shows nothing, and nothing in it is labelled.
             if hidden.numel() and (summary := summarise(key, hidden)) is not None:
-                found[key] = summary
+                summaries[key] = summary
             return hidden
 
         with observed(self.layers, self.name, observe, self._finals, needs_finals=False):
             self.runner(dict(batch))
-        return found
+        return summaries
 
 
 def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:

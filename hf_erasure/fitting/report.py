@@ -215,19 +215,19 @@ class ErasureReport:
     @property
     def shortfall(self) -> str:
         """Where the guarantee does not hold, in words; empty where it holds."""
-        left = self.residuals
+        residuals = self.residuals
         if self.unsettled:
             return (
                 f"{self.unsettled[0]!r} is called several times in one forward pass, and erasers change what arrives "
                 "at later calls: a fit in one pass promises nothing there. Fit with sequential=True."
             )
-        if not left:
+        if not residuals:
             return ""
-        worst = max(left, key=lambda site: left[site])
-        others = f", and less at other sites ({len(left) - 1})" if len(left) > 1 else ""
+        worst = max(residuals, key=lambda site: residuals[site])
+        others = f", and less at other sites ({len(residuals) - 1})" if len(residuals) > 1 else ""
         return (
             f"{worst!r} is called several times in one forward pass, and no eraser was found that leaves nothing at "
-            f"each: {left[worst]:.1g} of |x| |z| is left there{others}. The guarantee does not hold: name other "
+            f"each: {residuals[worst]:.1g} of |x| |z| is left there{others}. The guarantee does not hold: name other "
             "target_modules, or give more rows."
         )
 

@@ -97,29 +97,29 @@ class Scrubber:
 
         The erasers that leave least are kept, and their report lines say what they leave.
         """
-        columns, best, lowest, left = Columns(), dict[str, SiteFit](), float("inf"), list[float]()
+        columns, best, lowest, worst_by_pass = Columns(), dict[str, SiteFit](), float("inf"), list[float]()
         # INLP, and a rank below what the guarantee needs, leave a part of the concept in any case.
         config = self.task.config
-        most = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
+        most_passes = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
         for number in itertools.count(1):
             self._run_pass(shown)
             worst = self._record_residuals()
             if worst < lowest:
                 best, lowest = dict(self.fits), worst
-            left.append(worst)
-            stuck = len(left) > PATIENCE and min(left) > min(left[:-PATIENCE]) / 2
-            if worst <= SETTLED or (stuck and columns.adds_residual) or number == most:
+            worst_by_pass.append(worst)
+            stuck = len(worst_by_pass) > PATIENCE and min(worst_by_pass) > min(worst_by_pass[:-PATIENCE]) / 2
+            if worst <= SETTLED or (stuck and columns.adds_residual) or number == most_passes:
                 break
             if number == 1:
                 logger.warning(
                     "Modules are called several times in one forward pass (%s), so that erasers change what arrives at "
                     "later visits: at most %d more passes over the data follow.",
                     ", ".join(sorted({site_of(key) for later in self._later.values() for key in later.moments})[:3]),
-                    most - 1,
+                    most_passes - 1,
                 )
             logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
             self._assumed = self.task.processes.broadcast(columns.next(self._later, self.fits, stuck=stuck))
-            left = left[:1] if stuck else left
+            worst_by_pass = worst_by_pass[:1] if stuck else worst_by_pass
             self.fits.clear()
             self._restored.clear()
         self.fits = best
@@ -151,7 +151,7 @@ class Scrubber:
 
     def _record_residuals(self) -> float:
         """Write what is left at later visits into the lines of the report; returns the largest value."""
-        left: dict[str, list[float]] = {}
+        residuals: dict[str, list[float]] = {}
         labelled = [source for source in self.sources if source.concept]
         for source in labelled:
             for key, moments in self._later[source.key].moments.items():
@@ -159,11 +159,11 @@ class Scrubber:
                     continue
                 own = source.strata.concept(moments)
                 share = residual_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
-                left.setdefault(site_of(key), []).append(float(share))
-        for site, each in left.items():
+                residuals.setdefault(site_of(key), []).append(float(share))
+        for site, each in residuals.items():
             line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
             self.fits[site] = replace(self.fits[site], line=line)
-        return max((max(each) for each in left.values()), default=0.0)
+        return max((max(each) for each in residuals.values()), default=0.0)
 
     # ---- side by side ------------------------------------------------------------------------------------------------
 

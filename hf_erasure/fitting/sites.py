@@ -66,9 +66,9 @@ class FitTask:
         self,
         batches: Iterable[BatchLabels],
         observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor],
-        then: Callable[[BatchLabels], None] = lambda labels: None,
+        after_batch: Callable[[BatchLabels], None] = lambda labels: None,
     ) -> None:
-        """Run the model over this process's batches; `then` is called with each batch that counts, after its pass.
+        """Run the model over this process's batches; `after_batch` is called with each that counts, after its pass.
 
         The observer is called instead of the adapter's eraser, with the batch (None where it does not count), the site,
         how often the site was visited, and the activation. It returns the activation that goes on.
@@ -86,7 +86,7 @@ class FitTask:
                 visits.clear()
                 self.runner(labels.batch)
                 if counts:
-                    then(labels)
+                    after_batch(labels)
 
 
 def task_for(
@@ -105,8 +105,8 @@ def task_for(
     the one that the adapter was fitted for, if that is recorded.
     """
     check_pool(pool)
-    found, layers = adapter_to_fit(model, name)
-    config, runner, processes = found.config, Runner(model, layers.values()), Processes()
+    adapter, layers = adapter_to_fit(model, name)
+    config, runner, processes = adapter.config, Runner(model, layers.values()), Processes()
     with processes.fail_together("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
@@ -122,17 +122,17 @@ def task_for(
     else:
         guarded, reader = pool_for(pool, model, layouts, concept or config, rows)
     shows = progress and processes.is_main
-    task = FitTask(found.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
+    task = FitTask(adapter.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
 
 
 def adapter_to_fit(model: nn.Module, name: str) -> tuple[FoundAdapter[ConceptErasureConfig], dict[str, ErasureLayer]]:
     """Find an adapter, check that it can be fitted, and return it with its sites."""
-    found = adapter_of(model, name, ConceptErasureConfig)
-    layers = site_layers(found.owner, name)
+    adapter = adapter_of(model, name, ConceptErasureConfig)
+    layers = site_layers(adapter.owner, name)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
-    return found, layers
+    return adapter, layers
 
 
 # ---- the pool of a fit -----------------------------------------------------------------------------------------------
@@ -211,15 +211,15 @@ class SiteFit:
         return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
 
 
-def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
+def solve(task: FitTask, sites: Sequence[str], sources: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
     """Solve for the erasers of sites, each in one of the processes; all processes end with the same fits.
 
-    `seen` has statistics for each concept that is erased, and may have some of a background (their `z_dim` is 0), whose
-    rows show what should not be disturbed.
+    `sources` has statistics for each concept that is erased, and may have some of a background (their `z_dim` is 0),
+    whose rows show what should not be disturbed.
     """
     processes = task.processes
     with processes.fail_together("solving for its sites"):
-        mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
+        mine = {site: solve_site(site, sources, task.config, site in task.linear) for site in processes.mine(sites)}
     # Processes exchange tensors in main memory.
     own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
@@ -227,20 +227,20 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
 
 
 @on_cpu()
-def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig, is_linear: bool) -> SiteFit:
+def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptErasureConfig, is_linear: bool) -> SiteFit:
     """Solve for one site, as `solve` does for several.
 
     For a module that is called several times the columns of all visits are erased, each taken about the means of its
     visit. If no linear map keeps the mean, and the user did not ask for a linear one, the affine map is taken instead.
     """
-    all_keys = {key for statistics in seen for key in statistics.moments}
+    all_keys = {key for statistics in sources for key in statistics.moments}
     keys = (visit_of(site, number) for number in itertools.count(1))
     visits = list(itertools.takewhile(all_keys.__contains__, keys))
-    sources = [statistics for statistics in seen if statistics.z_dim]
-    in_strata = [(s.strata, s.moments[key]) for s in sources for key in visits if key in s.moments]
+    of_concepts = [statistics for statistics in sources if statistics.z_dim]
+    in_strata = [(s.strata, s.moments[key]) for s in of_concepts for key in visits if key in s.moments]
     labelled = [strata.concept(moments) for strata, moments in in_strata]
     kept = [columns for strata, moments in in_strata if (columns := strata.kept_columns(moments)) is not None]
-    of_background = [s.moments[key] for s in seen if not s.z_dim for key in visits if key in s.moments]
+    of_background = [s.moments[key] for s in sources if not s.z_dim for key in visits if key in s.moments]
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
         background.merge(more)  # type: ignore[union-attr]
@@ -258,7 +258,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
-            beside = _extra_columns(sources, visits)
+            beside = _extra_columns(of_concepts, visits)
             shared = torch.cat(kept, 1) if kept else None
             solving = partial(moments.eraser, method, rank=rank, background=background, beside=beside, kept=shared)
             try:
@@ -282,27 +282,27 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         correlation_fit=max(_correlation(part, eraser if is_own else None) for part in labelled) if acts else 0.0,
         change_labelled=spread.change(eraser) if acts else 0.0,
     )
-    dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
-    is_single = sum(bool(statistics.z_dim) for statistics in seen) == 1
+    dtype = torch.float64 if sources[0].dtypes[site] == torch.float64 else torch.float32
+    is_single = sum(bool(statistics.z_dim) for statistics in sources) == 1
     readings = _readings(eraser, labelled, config) if is_single else None
     return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
 
 
 def _extra_columns(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
     """The columns of pairs and of environments that are erased too, each with its number of directions (None: all)."""
-    found: list[tuple[Tensor, int | None]] = []
+    columns: list[tuple[Tensor, int | None]] = []
     for statistics in sources:
         concept, strata = statistics.concept, statistics.strata
         spreads = [statistics.moments[key].spread() for key in map(pairs_of, visits) if key in statistics.moments]
-        found += [(concept_columns(spread), None) for spread in spreads]
+        columns += [(concept_columns(spread), None) for spread in spreads]
         if concept is not None and concept.environment_rank is not None and strata.environments > 1:
             more = concept.environment_rank - (strata.classes - 1)
             every = [statistics.moments[key] for key in visits if key in statistics.moments]
-            found += [(strata.environment_columns(moments), more) for moments in every if more]
+            columns += [(strata.environment_columns(moments), more) for moments in every if more]
         if concept is not None and concept.pair_rank:
             roots = [spread.root() for spread in spreads]
-            found += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
-    return found
+            columns += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
+    return columns
 
 
 def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
@@ -323,7 +323,7 @@ def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptE
     several visits, the readings are those of the mean over all visits.
     """
     total = sum(part.weight for part in visits)
-    places = []
+    class_means = []
     for part in visits:
         spread = part.spread()
         shares, cross = spread.shares, spread.cross
@@ -333,9 +333,9 @@ def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptE
             regression = cross @ (whitener := whiten_concept(spread.concept)) @ whitener.T
             values = torch.cat([shares.new_zeros(1, part.z_dim), torch.eye(part.z_dim).to(shares)])
             offsets = (values - shares) @ regression.T
-        places.append((spread.mean + offsets) * (part.weight / total))
+        class_means.append((spread.mean + offsets) * (part.weight / total))
     bias = 0.0 if eraser.bias is None else eraser.bias
-    return (torch.stack(places).sum(0) - bias) @ eraser.right.T
+    return (torch.stack(class_means).sum(0) - bias) @ eraser.right.T
 
 
 def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tuple[list[str] | None, list[int]]:

@@ -99,13 +99,13 @@ class GradientReader(SlotReader):
         errors are those of `gradients`.
         """
         is_difference = source == "difference"
-        kept: Blocks = {}
+        blocks: Blocks = {}
         squares: dict[str, float] = {}
 
         def add_square(name: str, block: Tensor) -> None:
             squares[name] = sum_of_squares(block.reshape(-1))
             if not low_memory:
-                kept[name] = block
+                blocks[name] = block
 
         def add_block(name: str, block: Tensor) -> None:
             estimator.add_source(name, block, norm, sign)
@@ -121,8 +121,8 @@ class GradientReader(SlotReader):
                 norm = math.sqrt(sum(squares.values()))
                 if low_memory:
                     self._stream(loss, add_block, last=is_difference)
-                for name in list(kept):
-                    add_block(name, kept.pop(name))
+                for name in list(blocks):
+                    add_block(name, blocks.pop(name))
                 if not is_difference:
                     del loss
                     self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))

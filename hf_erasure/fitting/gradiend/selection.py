@@ -119,12 +119,12 @@ def _check_readings(readings: list[Reading], classes: Sequence[str], reason: str
 # ---- the grid -------------------------------------------------------------------------------------------------------
 
 # Edits that are tried by default: in both directions, from steps that hardly change a word to steps that break the
-# model, after which `FAR` ends a direction.
+# model, after which `COST_LIMIT` ends a direction.
 FEATURE_FACTORS = (0.0, *(sign * x for x in (0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 10.0) for sign in (1, -1)))
 _RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 LEARNING_RATES = tuple(sign * x for sign in (1, -1) for x in _RATES)
 # If language modelling has lost this many times the budget, larger steps in the same direction are not tried.
-FAR = 5
+COST_LIMIT = 5
 # Standard errors from an estimate to the end of its one-sided 95 % interval.
 _ONE_SIDED = 1.645
 
@@ -284,8 +284,8 @@ def scan(
 ) -> Iterator[Point]:
     """Yield the score of the unedited model, then that of every point of the grid.
 
-    For each feature factor the steps grow. If language modelling has lost `FAR` times the budget, larger steps in that
-    direction are left out.
+    For each feature factor the steps grow. If language modelling has lost `COST_LIMIT` times the budget, larger steps in
+    that direction are left out.
     """
     pairs = list(pairs)
     with edited(model, adapter_name, feature_factor=0.0, learning_rate=0.0, pair=pairs[0]):
@@ -298,7 +298,7 @@ def scan(
                     with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
                         point = scorer.score(pair, factor, rate, base)
                     yield point
-                    if point.cost > FAR * budget:
+                    if point.cost > COST_LIMIT * budget:
                         break
 
 

@@ -125,7 +125,7 @@ def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list
         yield
 
     monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.edited", edited)
-    monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.FAR", far)
+    monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.COST_LIMIT", far)
     p = torch.tensor([[0.5, 0.5]])
     scorer = Scorer(GENDERS, lambda: p, lambda: {"loss": 1 + 0.1 * rate[0], "lms": 0.5}, masked=False)
     rates = [8.0, 1.0, 4.0, 2.0]
