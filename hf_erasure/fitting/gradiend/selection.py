@@ -284,8 +284,8 @@ def scan(
 ) -> Iterator[Point]:
     """Yield the score of the unedited model, then that of every point of the grid.
 
-    For each feature factor the steps grow. If language modelling has lost `COST_LIMIT` times the budget, larger steps in
-    that direction are left out.
+    For each feature factor the steps grow. If language modelling has lost `COST_LIMIT` times the budget, larger steps
+    in that direction are left out.
     """
     pairs = list(pairs)
     with edited(model, adapter_name, feature_factor=0.0, learning_rate=0.0, pair=pairs[0]):
