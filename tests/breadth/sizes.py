@@ -40,6 +40,7 @@ SIZES: dict[str, Any] = {
     "global_head_dim": 8, "spatial_merge_size": 2, "temporal_patch_size": 1, "num_position_embeddings": 64,
     "in_channels": 3, "encoder_hidden_size": 32, "cross_attention_hidden_size": 32, "shared_intermediate_size": 64,
     "moe_num_experts": 4, "moe_k": 2, "moe_intermediate": 32, "n_expert": 4, "expert_dim": 32,
+    "linear_num_heads": 4, "linear_head_dim": 8,
 }  # fmt: skip
 
 # Values of the fields of these types.
