@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 
+from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import saving
 from hf_erasure.adapters.common.files import root_of, target_of
 from hf_erasure.adapters.saving import ON_STAGED, finish_save, staged_save
@@ -21,7 +23,7 @@ from tests.adapters import saving_processes
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.adapters.lifecycle import Cell, Lifecycle
 from tests.prepared import run
-from tests.small_models import outputs_of, same, small_batch
+from tests.small_models import LABELS, outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -309,3 +311,18 @@ def test_a_lora_is_saved_as_ever(lifecycle: Lifecycle, tmp_path: Path, hooks: li
     plain = copy.deepcopy(lifecycle.base("bert"))
     plain.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_a_sticky_adapter_that_is_not_saved_is_named(lifecycle: Lifecycle, tmp_path: Path):
+    model, name = lifecycle.base("bert"), "no_gender"
+    model.load_adapter(lifecycle.folder(CELL), name, peft_config=ConceptErasureConfig(labels=LABELS, sticky=True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*are not saved")
+        model.save_pretrained(tmp_path / "alone")
+        model.add_adapter(peft.LoraConfig(target_modules=["query"], r=2), adapter_name="lora")
+    with pytest.warns(UserWarning, match=rf"\['{name}'\] act beside \['lora'\] and are not saved in '.*lora'"):
+        model.save_pretrained(tmp_path / "lora")
+    model.set_adapter(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*are not saved")
+        model.save_pretrained(tmp_path / "again")
