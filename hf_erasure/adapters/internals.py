@@ -146,26 +146,26 @@ def _supported(package: str) -> str:
 
 def extend_peft_type(name: str) -> PeftType:
     """Add a type such as `"CONCEPT_ERASURE"` to `PeftType` and return the member; a second call returns the same."""
-    known = peft_types.PeftType
-    if hasattr(known.__members__.get(name), _MARK):
-        return known(name)
-    if name in known.__members__:
+    enum_type = peft_types.PeftType
+    if hasattr(enum_type.__members__.get(name), _MARK):
+        return enum_type(name)
+    if name in enum_type.__members__:
         raise ImportError(
             f"peft {installed('peft')} already has a PeftType.{name}, which hf_erasure would add. Install a release of "
             "hf-erasure made for this peft, or an older peft."
         )
-    member = str.__new__(known, name)
+    member = str.__new__(enum_type, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = known  # type: ignore[attr-defined]
+    member.__objclass__ = enum_type  # type: ignore[attr-defined]
     # `EnumMeta` keeps the order in which members are defined, and newer Pythons compare it.
-    member._sort_order_ = len(known.__members__)  # type: ignore[attr-defined]
-    known._member_map_[name] = member
-    known._value2member_map_[name] = member
-    known._member_names_.append(name)
+    member._sort_order_ = len(enum_type.__members__)  # type: ignore[attr-defined]
+    enum_type._member_map_[name] = member
+    enum_type._value2member_map_[name] = member
+    enum_type._member_names_.append(name)
     # EnumMeta does not allow members to be set by a normal assignment, so `type.__setattr__` is used.
-    type.__setattr__(known, name, member)
-    if known(name) is not member or getattr(known, name) is not member:
+    type.__setattr__(enum_type, name, member)
+    if enum_type(name) is not member or getattr(enum_type, name) is not member:
         raise ImportError(
             f"PeftType of peft {installed('peft')} could not be extended by {name!r}: hf_erasure does not support this "
             "combination of Python and peft."

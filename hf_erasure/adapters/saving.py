@@ -57,7 +57,7 @@ ON_STAGED: list[Callable[[Path, Any, str], None]] = []
 # The target folder of a save that also pushes, while it pushes: the uploaded files lie in another folder.
 PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 # The types of tensors that adapters have, by the names that safetensors has for them.
-_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
 # Parts in the names of modules that were compiled, sharded or checkpointed by themselves.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -68,24 +68,24 @@ def staged_save(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish_save(folder)
-    for alive in folder.glob(f"{STAGING}*{_LOCK}"):  # saves that were killed before their commit have left these
+    for lock_file in folder.glob(f"{STAGING}*{_LOCK}"):  # saves that were killed before their commit have left these
         # A link may lead to another person's file, and locking a file empties it.
-        if alive.is_file() and not alive.is_symlink():
-            left = FileLock(alive, timeout=0)
+        if lock_file.is_file() and not lock_file.is_symlink():
+            former_lock = FileLock(lock_file, timeout=0)
             with suppress(Timeout, NotImplementedError):  # its writer is running, or the file system has no locks
-                left.acquire()
-                _remove_staging(alive.with_suffix(""), left)
+                former_lock.acquire()
+                _remove_staging(lock_file.with_suffix(""), former_lock)
     while True:  # this process locks a file beside the staging while it saves
         staging = folder / f"{STAGING}{secrets.token_hex(8)}"
-        alive = staging.with_suffix(_LOCK)
-        lock: BaseFileLock = FileLock(alive)
+        lock_file = staging.with_suffix(_LOCK)
+        lock: BaseFileLock = FileLock(lock_file)
         try:
             lock.acquire()
         except NotImplementedError:  # in file systems without locks, the file only exists
-            alive.unlink(missing_ok=True)
-            lock = SoftFileLock(alive)
+            lock_file.unlink(missing_ok=True)
+            lock = SoftFileLock(lock_file)
             lock.acquire()
-        if alive.exists():
+        if lock_file.exists():
             break
         lock.release()  # another save has removed the file, as if this process had been killed
     try:
@@ -184,10 +184,10 @@ _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", 
 def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
     """`save_pretrained` of a `PeftModel` or a transformers model; a save of an adapter of this package is staged."""
     call = inspect.signature(original).bind(*args, **kwargs)
-    given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
-    folder, configs = Path(given["save_directory"]), child_configs(model)
-    refuse_lost_adapters(model, None if is_peft else given.get("state_dict"))
-    names: list[str] | None = given.get("selected_adapters") if is_peft else []
+    arguments, extra, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
+    folder, configs = Path(arguments["save_directory"]), child_configs(model)
+    refuse_lost_adapters(model, None if is_peft else arguments.get("state_dict"))
+    names: list[str] | None = arguments.get("selected_adapters") if is_peft else []
     if names is None:
         names = list(model.peft_config)
     elif not is_peft and getattr(model, "_hf_peft_config_loaded", False):
@@ -198,7 +198,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
                 f"PEFT says that none of the adapters {known} is active, as after delete_adapter: say which one is to "
                 f"be saved, model.set_adapter({known[-1]!r})."
             )
-        unsaved = [name for name in adapters_now(model).on if name in configs and name not in names]
+        unsaved = [name for name in adapters_now(model).switched_on if name in configs and name not in names]
         if unsaved:  # sticky ones
             warn_user(
                 f"{unsaved} act beside {names} and are not saved in {str(folder)!r}: save each into a folder of its "
@@ -207,7 +207,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)
-    writes = decide(given.get("is_main_process", True))
+    writes = decide(arguments.get("is_main_process", True))
     for place in {*places.values()} - {*ours.values()} if writes else ():
         kind, _ = _read_kind(folder / place)
         if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
@@ -219,13 +219,13 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
         return original(*args, **kwargs)
     push, options = False, {}
     if not is_peft:
-        push, options = given.pop("push_to_hub", False), {name: more.pop(name) for name in _PUSH if name in more}
-        given["max_shard_size"] = sys.maxsize  # PEFT reads one file
-    with _stage_adapters(model, ours, given):
+        push, options = arguments.pop("push_to_hub", False), {name: extra.pop(name) for name in _PUSH if name in extra}
+        arguments["max_shard_size"] = sys.maxsize  # PEFT reads one file
+    with _stage_adapters(model, ours, arguments):
         original(*call.args, **call.kwargs)
     if push:
-        if given.get("token") is not None:
-            options["token"] = given["token"]
+        if arguments.get("token") is not None:
+            options["token"] = arguments["token"]
         token = PUSHED_FROM.set(folder)
         try:
             model.push_to_hub(options.pop("repo_id", folder.resolve().name), **options)
@@ -234,15 +234,15 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
 
 
 @contextmanager
-def _stage_adapters(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
-    """Stage a save of our adapters, each at its place below the folder; `given`, its arguments, are changed to that."""
-    more = given.get("kwargs", {})
-    if not given.get("safe_serialization", more.get("safe_serialization", True)):
+def _stage_adapters(model: Any, places: dict[str, str], arguments: dict[str, Any]) -> Iterator[None]:
+    """Stage a save of our adapters, each at its place below the folder; the save's `arguments` are changed to that."""
+    extra = arguments.get("kwargs", {})
+    if not arguments.get("safe_serialization", extra.get("safe_serialization", True)):
         raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
-    refuse_embeddings(given.get("save_embedding_layers", "auto"))
-    if given.get("distributed_checkpoint"):
+    refuse_embeddings(arguments.get("save_embedding_layers", "auto"))
+    if arguments.get("distributed_checkpoint"):
         raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
-    folder, state_dict = Path(given["save_directory"]), given.get("state_dict", more.get("state_dict"))
+    folder, state_dict = Path(arguments["save_directory"]), arguments.get("state_dict", extra.get("state_dict"))
     for name, place in places.items():
         finish_save(folder / place)
         config, (kind, why) = model.peft_config[name], _read_kind(folder / place)
@@ -254,7 +254,7 @@ def _stage_adapters(model: Any, places: dict[str, str], given: dict[str, Any]) -
             )
         own_tensors(model, name, state_dict)  # an incomplete adapter raises here, before anything is written
     with staged_save(folder) as content:
-        given["save_directory"] = str(content)
+        arguments["save_directory"] = str(content)
         yield
         for place in {"", *places.values()}:
             # The card that PEFT has just written is replaced by the existing card, which will be updated.
@@ -280,15 +280,15 @@ def _read_kind(place: Path) -> tuple[Any, str]:
 
 def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`; for an adapter of this package it returns `own_tensors`."""
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     whole, adapter_name, state_dict = (
         getattr(model, "_orig_mod", model),
-        given.get("adapter_name", "default"),
-        given.get("state_dict"),
+        arguments.get("adapter_name", "default"),
+        arguments.get("state_dict"),
     )
     if not isinstance(whole.peft_config.get(adapter_name), ChildConfig):
         return original(model, *args, **kwargs)
-    refuse_embeddings(given.get("save_embedding_layers", "auto"))
+    refuse_embeddings(arguments.get("save_embedding_layers", "auto"))
     prefix = PREFIX if hasattr(whole, "get_base_model") else ""
     found = own_tensors(whole, adapter_name, whole.state_dict() if state_dict is None else state_dict)
     return {f"{prefix}{name}": tensor.detach() for name, tensor in found.items()}
@@ -302,7 +302,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     config: ChildConfig = model.peft_config[adapter_name]
     is_wrapped = hasattr(model, "get_base_model")
     base: nn.Module = base_of(model) if is_wrapped else model
-    given, root = state_dict or {}, PREFIX if is_wrapped else ""
+    overrides, root = state_dict or {}, PREFIX if is_wrapped else ""
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for path, module in base.named_modules():
@@ -316,7 +316,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             kept = {f"modules_to_save.{adapter_name}.{name}": (name, tensor) for name, tensor in copied.items()}
         place = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
         for key, (name, tensor) in kept.items():
-            value = given.get(f"{root}{path}.{key}", given.get(f"{root}{place}.{key}", tensor))
+            value = overrides.get(f"{root}{path}.{key}", overrides.get(f"{root}{place}.{key}", tensor))
             (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
     if not own:
         raise ValueError(
@@ -325,7 +325,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             "adapter before that, or load it again. To save a merged model, call save_pretrained of the model that "
             "merge_and_unload() returned, with another folder."
         )
-    found = {name: (_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
+    found = {name: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
     fault = find_fault(found, config, f"in this {type(base).__name__}") if config.fitted else None
     if fault is not None:
         raise ValueError(
@@ -365,7 +365,7 @@ def refuse_embeddings(choice: Any) -> None:
 
 
 # The fields of a configuration on which an adapter's effect depends, apart from its tensors.
-_SETTINGS = (
+_HASHED_FIELDS = (
     "peft_type",
     "site",
     "feature_factor",
@@ -387,7 +387,7 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
     if file is None:
         return None
     hashed = hashlib.sha256()
-    settings: dict[str, Any] = {name: getattr(config, name, None) for name in _SETTINGS}
+    settings: dict[str, Any] = {name: getattr(config, name, None) for name in _HASHED_FIELDS}
     dial = getattr(config, "dial", None)
     if dial is not None:
         settings["dial"] = [dial.strength, *dial.weights]

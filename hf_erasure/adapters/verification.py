@@ -125,8 +125,8 @@ def _erasure_text(found: FoundAdapter[Any]) -> tuple[str, str]:
     action = f"erases {config.concept!r}"
     if config.target is not None:
         action = f"moves {config.concept!r} to target={config.target!r}"
-    far = "" if config.strength == 1 else f" with strength={config.strength:g}"
-    effect = f"{action}{far} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
+    strength = "" if config.strength == 1 else f" with strength={config.strength:g}"
+    effect = f"{action}{strength} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
     reader = f" ({provenance.reader})" if provenance.reader else ""
     guarded = f"It was fitted for pool={provenance.pool!r}{reader}. " if provenance.pool else ""
     leakage: dict[str, tuple[float, float]] = provenance.leakage

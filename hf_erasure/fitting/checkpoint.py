@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
-from hf_erasure.adapters.common.config import RECORD
+from hf_erasure.adapters.common.config import ACTIVE
 from hf_erasure.adapters.common.files import read_tensors, read_text, write_tensors, write_text
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.erasers import Eraser
@@ -45,7 +45,7 @@ _FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled":
 
 
 class FitCheckpoint:
-    """The folder of one fit, created if it is missing; `active` are the other adapters that act, as in `RECORD`.
+    """The folder of one fit, created if it is missing; `active` are the other adapters that act, as in `ACTIVE`.
 
     `samples` of the model's weights are as in the fingerprint of an adapter; without them any weights will do.
     """
@@ -69,7 +69,7 @@ class FitCheckpoint:
             "sequential": sequential,
             "pool": pool,
             "sites": self.sites,
-            RECORD: [f"{entry.get('kind')} {entry.get('name')}" for entry in active],
+            ACTIVE: [f"{entry.get('kind')} {entry.get('name')}" for entry in active],
             **{name: getattr(config, name) for name in _FIELDS},
             **{name: value for name in _OPTIONAL if (value := getattr(config, name))},
         }
@@ -88,7 +88,7 @@ class FitCheckpoint:
             self.sites = self.identity["sites"] = saved["sites"]
         for name in [*self.identity, *(name for name in _OPTIONAL if name in saved)]:
             value = self.identity.get(name)
-            if saved.get(name, [] if name == RECORD else None) != value:
+            if saved.get(name, [] if name == ACTIVE else None) != value:
                 raise ValueError(
                     f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={saved.get(name)!r}, this one has "
                     f"{value!r}: give another folder, or delete that one."

@@ -16,7 +16,7 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers, site_layers
 from hf_erasure.adapters.common.acting import undone_on_failure, warn_of_inactive, warn_of_switched_off
-from hf_erasure.adapters.common.config import RECIPE, RECORD, Provenance
+from hf_erasure.adapters.common.config import ACTIVE, RECIPE, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of
@@ -126,7 +126,7 @@ def combine_adapters(
             fits = solve_sites(task, sources, background, sequential, resident_batches)
             finish_fit(task, sources, fits)
         task.config.provenance["combined_from"] = combined_from
-        task.config.provenance[RECORD] = record_without(task.config.provenance[RECORD], names)
+        task.config.provenance[ACTIVE] = record_without(task.config.provenance[ACTIVE], names)
     return task.config
 
 
@@ -262,7 +262,7 @@ def _combined_config(
     combined, sizes = {}, dict[str, Any]()
     for name, config in configs.items():
         settings = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
-        provenance = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
+        provenance = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", ACTIVE)}
         combined[name] = settings | provenance
         sizes = (config.fitted_sites or {}) | sizes
     return ConceptErasureConfig(
@@ -289,7 +289,7 @@ def _combined_config(
             "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
             "leakage": {},
             "combined_from": combined,
-            RECORD: record_without((entry for source in sources for entry in source.active_adapters or ()), configs),
+            ACTIVE: record_without((entry for source in sources for entry in source.active_adapters or ()), configs),
             "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
         },
     )

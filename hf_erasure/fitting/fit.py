@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.acting import remove_from_children, warn_of_inactive
-from hf_erasure.adapters.common.config import RECORD
+from hf_erasure.adapters.common.config import ACTIVE
 from hf_erasure.adapters.common.tuner import exact_targets
 from hf_erasure.adapters.loading.fingerprint import fingerprint, other_acting_adapters
 from hf_erasure.adapters.merging.probe import sites_without_bias
@@ -370,5 +370,5 @@ def _record_fit(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) 
         **{name: getattr(report, name) for name in figures},
         **{name: left for name in ("residuals", "unsettled", "counterfactuals") if (left := getattr(report, name))},
         "fingerprint": fingerprint(task.owner, list(fits)),
-        RECORD: other_acting_adapters(task.runner.model, task.name),
+        ACTIVE: other_acting_adapters(task.runner.model, task.name),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.common.acting import warn_user
-from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
+from hf_erasure.adapters.common.config import CARD_FACTS, ChildConfig, Provenance
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import most_different_weight
@@ -65,9 +65,9 @@ def describe_config(config: ChildConfig, *, base_model: str | None = None, **det
             raise ValueError(f"{name!r} is not a name on the Hub: write it as in 'user/name', not as a folder.")
     if base_model:
         config.base_model_name_or_path = base_model
-    known = config.provenance.get(TOLD)
-    known = known if isinstance(known, dict) else {}
-    config.provenance = config.provenance | {TOLD: known | {key: value for key, value in details.items() if value}}
+    card = config.provenance.get(CARD_FACTS)
+    card = card if isinstance(card, dict) else {}
+    config.provenance = config.provenance | {CARD_FACTS: card | {key: value for key, value in details.items() if value}}
 
 
 def describe_folder(
@@ -97,12 +97,12 @@ def describe_folder(
     describe_config(config, **details)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
-        config.provenance[TOLD] = config.provenance[TOLD] | kept
+        config.provenance[CARD_FACTS] = config.provenance[CARD_FACTS] | kept
     # Only these entries are changed: the rest of the file stays as it is.
     before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     after = before | {"base_model_name_or_path": config.base_model_name_or_path}
-    if config.provenance[TOLD]:
-        after["provenance"] = {**(before.get("provenance") or {}), TOLD: config.provenance[TOLD]}
+    if config.provenance[CARD_FACTS]:
+        after["provenance"] = {**(before.get("provenance") or {}), CARD_FACTS: config.provenance[CARD_FACTS]}
     if after != before:
         write_text(folder / CONFIG, json.dumps(after, indent=2, sort_keys=True))
     return rows

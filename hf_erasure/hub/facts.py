@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.common.config import TESTED_ON, TOLD, ChildConfig, ChosenEdit, Provenance
+from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Provenance
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
@@ -176,7 +176,7 @@ def state_of(config: ChildConfig) -> str:
     """A digest that changes when an adapter is fitted or steered anew, so that older results do not count for it."""
     known = config.to_dict()
     names = ("fitted_sites", "fitted_parameters", "encoders", "feature_factor", "learning_rate", "pair")
-    made = {key: value for key, value in (known.get("provenance") or {}).items() if key != TOLD}
+    made = {key: value for key, value in (known.get("provenance") or {}).items() if key != CARD_FACTS}
     return str(digest_of_data([{name: known.get(name) for name in names}, made]))
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_erasure.adapters.common.config import fits, hints, in_words, short
+from hf_erasure.adapters.common.config import field_types, is_a, short, type_text
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
@@ -120,7 +120,7 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
             found[key] = section_of(value, part, name)
         elif of is not None:
             given = check_section(value, of, name, entries[key].metadata[_ABOVE])
-            found[key] = {inner: _checked(given[inner], hints(of)[inner], f"{name}.{inner}") for inner in given}
+            found[key] = {inner: _checked(given[inner], field_types(of)[inner], f"{name}.{inner}") for inner in given}
         else:
             found[key] = _checked(value, hint, name, entries[key].metadata.get(_WORDS))
     return kind(**found)
@@ -159,10 +159,10 @@ def check_counts(section: Any, name: str, *counts: str) -> None:
 def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
     """Check the type of a value and return it; numbers that YAML reads as text, such as 1e-4, become numbers."""
     converted = _numbers(value)
-    if fits(converted, hint) or not fits(value, hint):
+    if is_a(converted, hint) or not is_a(value, hint):
         value = converted
-    if not fits(value, hint):
-        raise ValueError(f"{name}={short(value)} in a recipe must be {in_words(hint)}.")
+    if not is_a(value, hint):
+        raise ValueError(f"{name}={short(value)} in a recipe must be {type_text(hint)}.")
     if words is not None and value is not None and value not in words:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")
     return value
@@ -214,7 +214,7 @@ def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> 
         elif choices is not None:
             value = {"enum": [*choices, *([None] if entry.default is None else [])]}
         else:
-            value = _type(hints(kind)[entry.name])
+            value = _type(field_types(kind)[entry.name])
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if isinstance(default, (str, bool, int, float, list)) and not isinstance(default, enum.Enum):
             value = value | {"default": default}
@@ -223,7 +223,7 @@ def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> 
     if required and (needed := _required(kind)):
         found["required"] = needed
     only = getattr(kind, "short_for", None)
-    return {"anyOf": [*_alternatives(_type(hints(kind)[only])), found]} if only is not None else found
+    return {"anyOf": [*_alternatives(_type(field_types(kind)[only])), found]} if only is not None else found
 
 
 def _type(hint: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class PresentAdapters:
     configs: dict[str, PeftConfig] = field(default_factory=dict)  # includes adapters on a part of the model
     loaded: dict[str, str] = field(default_factory=dict)  # all adapters that are present, acting or not
     # The adapters that act, and those that are switched on but have no effect yet, such as unfitted ones.
-    on: dict[str, str] = field(default_factory=dict)
+    switched_on: dict[str, str] = field(default_factory=dict)
     acting: dict[str, str] = field(default_factory=dict)  # the adapters that act, merged or not
 
 
@@ -73,7 +73,7 @@ def adapters_now(model: nn.Module) -> PresentAdapters:
         else:
             continue
         found.loaded.update(nouns)
-        found.on.update((name, noun) for name, noun in nouns.items() if name in on)
+        found.switched_on.update((name, noun) for name, noun in nouns.items() if name in on)
         found.acting.update((name, noun) for name, noun in nouns.items() if name in acting)
     return found
 
@@ -132,7 +132,7 @@ class ModelReference:
 class _TrainedWrapper(AuxiliaryTrainingWrapper):
     """PEFT's wrapper in a model with adapters of this package: the copy that acts now goes on acting."""
 
-    ours: set[str]  # the adapters of this package that have a copy here
+    own_adapters: set[str]  # the adapters of this package that have a copy here
     model_reference: ModelReference
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
@@ -160,7 +160,7 @@ class _TrainedWrapper(AuxiliaryTrainingWrapper):
     def restore_class(self) -> None:
         """Become PEFT's own wrapper again."""
         _, self.__class__ = type(self).__bases__
-        del self.ours, self.model_reference
+        del self.own_adapters, self.model_reference
 
 
 class TrainedTokens(_TrainedWrapper, TrainableTokensWrapper):
@@ -173,7 +173,7 @@ class TrainedModule(_TrainedWrapper, ModulesToSaveWrapper):
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """The adapter whose copy is switched on when PEFT switches the layers of a method."""
         found = super().check_set_adapter(adapter_name)
-        acting = self.ours.intersection(self.active_adapters)
+        acting = self.own_adapters.intersection(self.active_adapters)
         return _KeptCopy(*acting) if acting and found not in self._adapters else found
 
 
@@ -182,7 +182,7 @@ class ActiveCopies:
 
     def __init__(self, model: nn.Module) -> None:
         # Name of a wrapper → the adapter whose copy acts there; left out where the base model's module acts.
-        self.on: dict[str, str] = {}
+        self.acting: dict[str, str] = {}
         self.wrappers = auxiliary_wrappers(model)
         # Name of a wrapper → what was active in it and in its inner token layer; and → which parameters were trained.
         self._active: dict[str, list[tuple[Any, Any]]] = {}
@@ -190,7 +190,7 @@ class ActiveCopies:
         for name, wrapper in self.wrappers.items():
             active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper._adapters]
             if active and not wrapper.disable_adapters:
-                self.on[name] = active[0]
+                self.acting[name] = active[0]
             parts: list[Any] = [wrapper, wrapper._modules.get("token_adapter")]
             self._active[name] = [(part, part._active_adapter) for part in parts if part is not None]
             self._trained[name] = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
@@ -203,12 +203,12 @@ class ActiveCopies:
             for parameter, required in self._trained[name] if trained else ():
                 parameter.requires_grad_(required)
 
-    def follow(self, names: Iterable[str], stays: Callable[[str], bool], *, trained: bool = True) -> None:
-        """Where the adapters just switched on have no copy, let the former copy act if its adapter `stays`, or none."""
+    def keep_former(self, names: Iterable[str], keeps: Callable[[str], bool], *, trained: bool = True) -> None:
+        """Where the adapters just switched on have no copy, let the former copy act if its adapter `keeps`, or none."""
         left = [place for place, wrapper in self.wrappers.items() if not wrapper._adapters.intersection(names)]
         for place in left:
             self.wrappers[place].set_adapter([])
-        self.restore([place for place in left if place in self.on and stays(self.on[place])], trained=trained)
+        self.restore([place for place in left if place in self.acting and keeps(self.acting[place])], trained=trained)
 
 
 def check_single_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]:
@@ -262,16 +262,16 @@ def update_model(model: Any, *, deleting: bool = False) -> None:
     """
     base = base_of(model) if hasattr(model, "get_base_model") else model
     model_reference = ModelReference(weakref.ref(base))
-    ours = {name for child in adapter_children(base) for name in child.sticky_adapters}
+    own_adapters = {name for child in adapter_children(base) for name in child.sticky_adapters}
     for wrapper in [] if deleting else auxiliary_wrappers(base).values():
-        if ours:
+        if own_adapters:
             wrapper.__class__ = TrainedModule if isinstance(wrapper, ModulesToSaveWrapper) else TrainedTokens
-            vars(wrapper).update(ours=ours & wrapper._adapters, model_reference=model_reference)
+            vars(wrapper).update(own_adapters=own_adapters & wrapper._adapters, model_reference=model_reference)
         elif isinstance(wrapper, _TrainedWrapper):
             wrapper.restore_class()
     ignored = base.__dict__.get(_IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_adapter_names]
-    if ours:
+    if own_adapters:
         if not isinstance(ignored, AdapterBuffers):
             setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
         if not refusing:
@@ -390,7 +390,7 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
     if ADDING.get():  # the outer call warns
         yield
         return
-    before, copies = adapters_now(model).on, ActiveCopies(model)
+    before, copies = adapters_now(model).switched_on, ActiveCopies(model)
     token = ADDING.set(True)
     try:
         yield
@@ -399,11 +399,11 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
     if not adapter_children(model):
         return
     now = adapters_now(model)
-    off = {name: noun for name, noun in before.items() if name not in now.on and name not in expected}
+    off = {name: noun for name, noun in before.items() if name not in now.switched_on and name not in expected}
     if off:
         of_ours = any(isinstance(now.configs.get(name), ChildConfig) for name in off)
         sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
-        kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).on.items() if name in off]
+        kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).acting.items() if name in off]
         stays = f" The trained {' and '.join(kept)} stays on." if kept else ""
         together, elsewhere = [*sorted(off), newcomer], [name for name in sorted(off) if name not in configs_of(model)]
         if elsewhere:
@@ -417,7 +417,7 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             f"{both}{sticky}."
         )
     if copies.wrappers or auxiliary_wrappers(model):
-        warn_of_copies(model, copies.on, newcomer if newcomer in now.on else "")
+        warn_of_copies(model, copies.acting, newcomer if newcomer in now.switched_on else "")
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
@@ -426,7 +426,7 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
         return
     copies_now = ActiveCopies(model)
     for place, name in before.items():
-        acting = copies_now.on.get(place)
+        acting = copies_now.acting.get(place)
         # A user who switches adapters knows that another copy then acts in this place.
         if acting != name and (newcomer is not None or acting is None):
             instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
@@ -434,7 +434,7 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
                 f"The {place!r} that was trained with the adapter {name!r} does not act any more: {instead}. It acts "
                 f"where {name!r} is among the adapters that are switched on."
             )
-    for place, name in copies_now.on.items():
+    for place, name in copies_now.acting.items():
         copies: Any = copies_now.wrappers[place]._modules.get("modules_to_save")
         if name == newcomer or copies is None or newcomer not in copies:
             continue
@@ -465,9 +465,9 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         for wrapper in copies.wrappers.values():
             wrapper.set_adapter(names)
         if is_adding and copies.wrappers:
-            copies.follow(names, lambda on: on in ours or bool(ours.intersection(names)), trained=False)
+            copies.keep_former(names, lambda on: on in ours or bool(ours.intersection(names)), trained=False)
     if not is_adding:
-        warn_of_copies(model, copies.on)
+        warn_of_copies(model, copies.acting)
 
 
 def warn_of_inactive(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:

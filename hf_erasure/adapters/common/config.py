@@ -36,20 +36,20 @@ FLOATS, INDICES = ("F32", "F64"), ("I32",)
 # In bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million bytes.
 MAX_CONFIG_BYTES = 16 * 2**20
 # The name of a module. PEFT puts it into a regular expression, where these characters stand for themselves.
-_NAME = re.compile(r"[\w.\-]+")
+_MODULE_NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
-_PATTERNS = ("target_modules", "exclude_modules")
+_PATTERN_FIELDS = ("target_modules", "exclude_modules")
 # How long one match may take, in seconds; a match of an ordinary pattern takes microseconds.
 _SECONDS_A_MATCH = 0.5
 # How long all matches of one field in a model may take together, in seconds of processor time.
 _SECONDS_A_MODEL = 5.0
 # The parts of the provenance that are not written by the code that fits the adapter.
-RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"
+ACTIVE, TRAINING, RECIPE, CARD_FACTS = "active_adapters", "training", "recipe", "card"
 # The data that the figures of a recipe's run were measured on, in words.
 TESTED_ON = "the recipe's test split"
 # Fields that decide how an adapter is used: a value of a wrong type is refused when the configuration is read.
 _CHECKED = (
-    "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
+    "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", ACTIVE, "reader", "leakage_intervals",
     "measured_on", "residuals", "unsettled",
 )  # fmt: skip
 # This mark is on the fields that fitting writes.
@@ -84,24 +84,24 @@ class ChildConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = self.own_type
         kind: Any = type(self)
-        declared = hints(kind)
+        declared = field_types(kind)
         for entry in fields(self):
             value, hint = getattr(self, entry.name), declared[entry.name]
             # A text passes where a list of texts is declared: the checks below have a better message for it.
-            if not fits(value, hint):
-                raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {in_words(hint)}.")
+            if not is_a(value, hint):
+                raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {type_text(hint)}.")
         for name in _CHECKED:
             value = self.provenance.get(name)
-            if value is not None and not fits(value, hints(Provenance)[name]):
+            if value is not None and not is_a(value, field_types(Provenance)[name]):
                 raise TypeError(f"provenance[{name!r}]={short(value)} is not what fitting writes there.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
         for key in ("modules_to_save", "layers_pattern"):
             value = getattr(self, key)
             for name in [value] if isinstance(value, str) else value or []:
-                if not _NAME.fullmatch(name):
+                if not _MODULE_NAME.fullmatch(name):
                     raise ValueError(f"{key}={short(value)}: {short(name)} is not a name of a module.")
-        for name in _PATTERNS:
+        for name in _PATTERN_FIELDS:
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple, set)) else value)
         self._check()
@@ -165,9 +165,9 @@ class ChildConfig(PeftConfig):
     def adopt_fit(self, saved: ChildConfig) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one."""
         if saved.fitted and not self.fitted:
-            for known in fields(self):
-                if known.metadata == BY_FITTING:
-                    setattr(self, known.name, getattr(saved, known.name))
+            for entry in fields(self):
+                if entry.metadata == BY_FITTING:
+                    setattr(self, entry.name, getattr(saved, entry.name))
             self.__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def find_fault(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildCo
 def resolve_patterns(config: Any, *names: str) -> Any:
     """A copy of a configuration in which each pattern is replaced by the set of those `names` that it matches."""
     plain, began = copy.copy(config), time.process_time()
-    for key in _PATTERNS:
+    for key in _PATTERN_FIELDS:
         value = getattr(config, key, None)
         if not isinstance(value, str) or value.lower() in ("all-linear", *config.words):
             continue
@@ -255,20 +255,20 @@ def read_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def fits(value: Any, hint: Any) -> bool:
+def is_a(value: Any, hint: Any) -> bool:
     """Whether a value that could come from JSON is of a declared type; tuples and sets pass for lists."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
+        return any(is_a(value, part) for part in parts)
     if origin is list:
         if isinstance(value, str):
             return parts == (str,)
-        return isinstance(value, (list, tuple, set, frozenset, range)) and all(fits(item, parts[0]) for item in value)
+        return isinstance(value, (list, tuple, set, frozenset, range)) and all(is_a(item, parts[0]) for item in value)
     if origin is tuple:
         is_list = isinstance(value, (list, tuple)) and len(value) == len(parts)
-        return is_list and all(map(fits, value, parts))
+        return is_list and all(map(is_a, value, parts))
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(is_a(k, parts[0]) and is_a(v, parts[1]) for k, v in value.items())
     if hint is Any or not isinstance(hint, type):
         return True
     if hint in (int, float):  # True is not a number here
@@ -287,14 +287,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def in_words(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """A declared type as a message shows it."""
     text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
     return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)
 
 
 @functools.cache
-def hints(kind: Any) -> dict[str, Any]:
+def field_types(kind: Any) -> dict[str, Any]:
     """The declared types of a dataclass's fields."""
     return typing.get_type_hints(kind)
 
@@ -312,11 +312,11 @@ class Part:
         known = values if isinstance(values, dict) else {}
         found: dict[str, Any] = {}
         kind: Any = cls
-        for name, hint in hints(kind).items():
+        for name, hint in field_types(kind).items():
             value = known.get(name)
             if isinstance(hint, type) and issubclass(hint, Part):
                 found[name] = hint.of(value)
-            elif value is not None and fits(value, hint):
+            elif value is not None and is_a(value, hint):
                 # A single text stands for a list with one item.
                 found[name] = [value] if isinstance(value, str) and hint == list[str] else value
         return cls(**found)

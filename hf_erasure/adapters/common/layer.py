@@ -61,14 +61,14 @@ class RowAdapters:
     def positions_of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
         """The positions of an adapter's rows along an axis of an activation, `(rows of that adapter,)`."""
         count = len(self.names)
-        there = hidden.shape[axis] if axis < hidden.dim() else 0
-        if there not in (count, count * self.beams):
+        size = hidden.shape[axis] if axis < hidden.dim() else 0
+        if size not in (count, count * self.beams):
             raise ValueError(
-                f"adapter_names has {count} names, but the activation of {path!r} has {there} rows: give one "
+                f"adapter_names has {count} names, but the activation of {path!r} has {size} rows: give one "
                 "name for each row of the batch. Where a module sees rows of another kind, run the rows of each "
                 "adapter as a batch of their own, with set_adapter(name)."
             )
-        copies = there // count
+        copies = size // count
         chosen = [i * copies + copy for i, own in enumerate(self.names) if own == name for copy in range(copies)]
         return torch.tensor(chosen, device=hidden.device)
 

@@ -103,8 +103,8 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
         hook.weights_map = _ChangedWeights(hook)
     changed = hook.weights_map
     value = value.detach().to("cpu", module.get_parameter(name).dtype)
-    first = changed.maps[1].get(name)
-    if first is not None and torch.equal(first.cpu(), value):
+    original = changed.maps[1].get(name)
+    if original is not None and torch.equal(original.cpu(), value):
         changed.maps[0].pop(name, None)
         hook.original_devices[name] = changed.devices[name]
     else:
@@ -139,18 +139,18 @@ def writable_parameter(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Param
     parameter, value = module._parameters[name], value_of(module, name)
     if parameter is None or value is None:
         raise ValueError(f"The parameter {name!r} is gone from the model: load the adapter into its own base model.")
-    there = nn.Parameter(value.clone(), requires_grad=False) if owns_offloaded(module) else parameter
+    writable = nn.Parameter(value.clone(), requires_grad=False) if owns_offloaded(module) else parameter
     # An offloaded tied weight has a copy for each owner, with equal values; a weight that was untied has other values.
-    others = [(owner, own_name) for owner, own_name in places if owner._parameters[own_name] is not there]
-    alike = [
-        place for place in others if owns_offloaded(place[0]) or torch.equal(place[0].get_parameter(place[1]), there)
+    others = [(owner, own_name) for owner, own_name in places if owner._parameters[own_name] is not writable]
+    equal_places = [
+        place for place in others if owns_offloaded(place[0]) or torch.equal(place[0].get_parameter(place[1]), writable)
     ]
-    yield there
-    for owner, own_name in alike:
+    yield writable
+    for owner, own_name in equal_places:
         if owns_offloaded(owner):
-            write_value(owner, own_name, there)
+            write_value(owner, own_name, writable)
         else:
-            owner.get_parameter(own_name).data.copy_(there.detach())
+            owner.get_parameter(own_name).data.copy_(writable.detach())
 
 
 class _ChangedWeights(ChainMap[str, Tensor]):

@@ -106,19 +106,19 @@ class ChildTuner(BaseTuner):
                 if kwargs.get("state_dict") is not None:
                     # In a key of a state dict, PEFT takes the text before the prefix for the name of the target. Here
                     # that is the child, so the child's name is removed.
-                    child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
-                    given = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
+                    child, state_dict = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
+                    state_dict = {key.replace(child, f".{self.prefix}"): value for key, value in state_dict.items()}
                     # Of the modules that share an eraser only one has tensors; the others use its tensors.
-                    own, sites = {key.partition(f".{self.prefix}")[0] for key in given}, config.fitted_modules
+                    own, sites = {key.partition(f".{self.prefix}")[0] for key in state_dict}, config.fitted_modules
                     sharers = (name for name, site in sites.items() if site in own and name not in own)
-                    kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
+                    kwargs["state_dict"] = state_dict | {f"{name}.{self.prefix}": None for name in sharers}
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 # The new adapter's copies start from the copies that acted, except those of its own method.
                 same_method = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
-                for place, acted in copies.on.items():
+                for place, former in copies.acting.items():
                     trained: Any = copies.wrappers[place]._modules.get("modules_to_save")
-                    if trained is not None and adapter_name in trained and acted not in same_method:
-                        trained[adapter_name].load_state_dict(trained[acted].state_dict())
+                    if trained is not None and adapter_name in trained and former not in same_method:
+                        trained[adapter_name].load_state_dict(trained[former].state_dict())
                 acting.refuse_copies(model, adapter_name)
                 # A `state_dict` may choose some of the modules, so the others are not required then.
                 wanted = list(config.fitted_modules) if kwargs.get("state_dict") is None else []
@@ -129,20 +129,20 @@ class ChildTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Replace `target_modules=None` and words by the modules that they stand for."""
-        given = peft_config.target_modules
+        targets = peft_config.target_modules
         names = None if peft_config.fitted else self._resolve_targets(peft_config)
         if names is not None:
             peft_config.target_modules = exact_targets(names, self.model)
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
-        elif not peft_config.fitted and isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        elif not peft_config.fitted and isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
             if not peft_config.target_modules:
                 raise ValueError(
-                    f"target_modules={given!r} stands for linear layers, and {type(self.model).__name__} has none: "
+                    f"target_modules={targets!r} stands for linear layers, and {type(self.model).__name__} has none: "
                     "leave target_modules out, which takes the default, or name modules."
                 )
-        peft_config.has_default_targets |= peft_config.target_modules is not given
+        peft_config.has_default_targets |= peft_config.target_modules is not targets
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
@@ -159,8 +159,8 @@ class ChildTuner(BaseTuner):
         found = BaseTuner._check_target_module_exists(resolve_patterns(peft_config, key), key)
         return False if known and found else found
 
-    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **given: Any) -> None:
-        current_key: str = given["current_key"]
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any) -> None:
+        current_key: str = kwargs["current_key"]
         arguments = self._child_arguments(peft_config, target, current_key)
         if arguments is None:
             return
@@ -215,7 +215,7 @@ class ChildTuner(BaseTuner):
         configs = {**acting.adapters_now(self.model).configs, **self.peft_config}
         super().set_adapter(adapter_name, *args, **kwargs)
         kinds = {acting.kind_of(configs[name]) for name in names if name in configs}
-        copies.follow(names, lambda on: on in configs and acting.kind_of(configs[on]) not in kinds)
+        copies.keep_former(names, lambda on: on in configs and acting.kind_of(configs[on]) not in kinds)
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]

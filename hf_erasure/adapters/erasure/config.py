@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
-from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, field_error, fits, short
+from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, field_error, is_a, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -24,17 +24,17 @@ WORDS = {"readers": "input", "writers": "output"}
 # Torch allows 64 axes, so an index of an axis is below this.
 _MOST_AXES = 64
 # The default strength. It is another object than a caller's own 1.0, since a caller's strength overrides a saved one.
-_FULL = float("1")
+_DEFAULT_STRENGTH = float("1")
 # Later fields and their defaults. Older releases do not know these fields and would warn of them.
-_LATER = {
+_NEW_FIELDS = {
     **{"weights": None, "strength": 1.0, "target": None, "readings": None},
     **{"pair_rank": 0, "environment_rank": None, "environments": None, "kept": None},
 }
-_STRONGEST = 2.0  # this strength mirrors activations at the mean
+_MOST_STRENGTH = 2.0  # this strength mirrors activations at the mean
 # The most strata (class × environment × kept class). The statistics of a site have a square matrix of them: 8 MB.
 _MOST_STRATA = 1000
 # The sum of the shares of classes may differ from 1 by this, since users round the shares.
-_SUM = 1e-6
+_SUM_TOLERANCE = 1e-6
 # The name of the first row of `readings` for a concept with values; a row for each of its columns follows.
 _ORIGIN = "0"
 _NOT_A_WEIGHT = "which does not name the weights at a site, as [module, parameter, axis], the site's own first"
@@ -141,7 +141,7 @@ class ConceptErasureConfig(ChildConfig):
     environment_rank: int | None = None
     environments: list[str] | None = None
     kept: list[str] | None = None
-    strength: float = _FULL
+    strength: float = _DEFAULT_STRENGTH
     target: str | list[float] | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
     weights: dict[str, list[list]] | None = field(default=None, metadata=BY_FITTING)
@@ -197,7 +197,7 @@ class ConceptErasureConfig(ChildConfig):
         seen: dict[str, str] = {}
         for site, group in weights.items():
             for entry in group:
-                if not fits(entry, tuple[str, str, int]) or not all(entry[:2]) or not 0 <= entry[2] < _MOST_AXES:
+                if not is_a(entry, tuple[str, str, int]) or not all(entry[:2]) or not 0 <= entry[2] < _MOST_AXES:
                     raise field_error(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
                 if seen.setdefault(entry[0], site) != site:
                     other = short(seen[entry[0]])
@@ -211,12 +211,12 @@ class ConceptErasureConfig(ChildConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, without later fields that have their defaults."""
-        return {name: v for name, v in super().to_dict().items() if name not in _LATER or _LATER[name] != v}
+        return {name: v for name, v in super().to_dict().items() if name not in _NEW_FIELDS or _NEW_FIELDS[name] != v}
 
     def adopt_fit(self, saved: Any) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one, and its strength."""
         if saved.fitted and not self.fitted:
-            self.strength = saved.strength if self.strength is _FULL else self.strength
+            self.strength = saved.strength if self.strength is _DEFAULT_STRENGTH else self.strength
             self.target = saved.target if self.target is None else self.target
         super().adopt_fit(saved)
         if saved.fitted and saved.site != self.site:
@@ -247,23 +247,23 @@ class ConceptErasureConfig(ChildConfig):
 
     def check_extras(self) -> None:
         """Refuse pairs, environments and kept classes that cannot be combined with the concept or the method."""
-        asked = {name: getattr(self, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
-        asked = {name: value for name, value in asked.items() if value}
+        options = {name: getattr(self, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
+        options = {name: value for name, value in options.items() if value}
         if self.pair_rank < 0 or (self.environment_rank is not None and self.environment_rank < 1):
             raise ValueError(
                 f"pair_rank={self.pair_rank}, environment_rank={self.environment_rank}: give numbers of directions."
             )
-        if asked and self.labels is None and not self.fitted:
-            raise ValueError(f"{next(iter(asked))} needs classes, and this concept has none: give labels.")
-        if asked and self.method == "inlp":
+        if options and self.labels is None and not self.fitted:
+            raise ValueError(f"{next(iter(options))} needs classes, and this concept has none: give labels.")
+        if options and self.method == "inlp":
             raise ValueError(
-                f"method='inlp' erases only what its probes read, not what {next(iter(asked))} asks for: use 'leace'."
+                f"method='inlp' erases only what its probes read, not what {next(iter(options))} asks for: use 'leace'."
             )
         for name in ("environments", "kept"):
-            names = asked.get(name, ["", "-"])
+            names = options.get(name, ["", "-"])
             if isinstance(names, str) or len(names) < 2 or len(set(names)) != len(names):
                 raise ValueError(f"{name}={names!r} must be a list of at least two names, each once.")
-        strata = self.z_dim * len(self.environments or "-") * len(self.kept or "-") if asked else 0
+        strata = self.z_dim * len(self.environments or "-") * len(self.kept or "-") if options else 0
         if strata > _MOST_STRATA:
             raise ValueError(
                 f"{len(self.labels or ())} classes in {len(self.environments or '-')} environments, with "
@@ -277,9 +277,9 @@ class ConceptErasureConfig(ChildConfig):
             )
 
     def _check_dial(self) -> None:
-        if not 0 <= self.strength <= _STRONGEST:
+        if not 0 <= self.strength <= _MOST_STRENGTH:
             raise ValueError(
-                f"strength={self.strength!r} must lie between 0, which erases nothing, and {_STRONGEST:g}, which "
+                f"strength={self.strength!r} must lie between 0, which erases nothing, and {_MOST_STRENGTH:g}, which "
                 "mirrors activations at the mean."
             )
         if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
@@ -291,7 +291,7 @@ class ConceptErasureConfig(ChildConfig):
                 raise ValueError(f"target={self.target!r} is not one of labels={self.labels}; write values as a list.")
         elif len(self.target) != self.z_dim or not all(math.isfinite(value) for value in self.target):
             raise ValueError(f"target={short(self.target)} must have {self.z_dim} numbers, like the concept.")
-        elif self.labels is not None and abs(sum(self.target) - 1) > _SUM:
+        elif self.labels is not None and abs(sum(self.target) - 1) > _SUM_TOLERANCE:
             raise ValueError(
                 f"target={short(self.target)} must be shares of the classes {self.labels}, whose sum is 1."
             )

@@ -80,10 +80,10 @@ class ErasureLayer(AdapterChild):
         """Set, for modules that share an eraser, the layer that holds it and the number of modules that use it."""
         layers = [child for child in adapter_children(model) if isinstance(child, ErasureLayer)]
         holders = {(name, layer.path): layer for layer in layers for name in layer.erasures}
-        every = [(name, erasure) for layer in layers for name, erasure in layer.erasures.items()]
-        for _, erasure in every:
+        erasures = [(name, erasure) for layer in layers for name, erasure in layer.erasures.items()]
+        for _, erasure in erasures:
             erasure.sharers = 1
-        for name, erasure in every:
+        for name, erasure in erasures:
             holder = holders.get((name, erasure.site))
             if holder is not None and holder.erasures[name] is not erasure:
                 erasure.holder = holder
@@ -118,11 +118,11 @@ class ErasureLayer(AdapterChild):
         # The result is kept until the dial or the eraser changes.
         inputs = (*parts, readings)
         key = (erasure.dial, *(part._version for part in inputs))
-        known = erasure.dial_cache
-        if known is None or known[1] != key or any(a is not b for a, b in zip(known[0], inputs, strict=True)):
+        cache = erasure.dial_cache
+        if cache is None or cache[1] != key or any(a is not b for a, b in zip(cache[0], inputs, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                known = erasure.dial_cache = inputs, key, erasure.dial.apply_to(parts, readings)
-        return known[2]
+                cache = erasure.dial_cache = inputs, key, erasure.dial.apply_to(parts, readings)
+        return cache[2]
 
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry in `fitted_sites`."""
@@ -193,8 +193,8 @@ class ErasureLayer(AdapterChild):
             if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
-            by = site.eraser_state(name) if observer is None else (observer,)
-            hidden = erasure.results.compute(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
+            parts = site.eraser_state(name) if observer is None else (observer,)
+            hidden = erasure.results.compute(hidden, step, erasure.sharers, parts, rows, is_fitted=observer is not None)
         return hidden
 
     def _apply_to_rows(self, name: str, rows: RowAdapters, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -56,19 +56,19 @@ def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str,
     groups = [
         [(place(w.module), w.parameter, w.axis) for w in group if _is_own(w.module, place(w.module))] for group in found
     ]
-    every = list(dict.fromkeys(name for group in groups for name, *_ in group))
-    names = keep_layers(every, config)
+    all_names = list(dict.fromkeys(name for group in groups for name, *_ in group))
+    names = keep_layers(all_names, config)
     plain = resolve_patterns(config, *names)
     plain.target_modules = set(names)
-    kept = {name for name in names if BaseTuner._check_target_module_exists(plain, name)}
-    if not kept:
+    chosen = {name for name in names if BaseTuner._check_target_module_exists(plain, name)}
+    if not chosen:
         raise ValueError(
             f"exclude_modules and layers_to_transform leave none of the {config.word} of {type(model).__name__}: "
-            f"without them there are {short(every)}."
+            f"without them there are {short(all_names)}."
         )
     weights: dict[str, list[list]] = {}
     for group in groups:
-        for entry in (left := [entry for entry in group if entry[0] in kept]):
+        for entry in (left := [entry for entry in group if entry[0] in chosen]):
             weights.setdefault(left[0][0], []).append(list(entry))
     return weights
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, field_error, fits, short
+from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, field_error, is_a, short
 from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -18,7 +18,7 @@ SOURCES = ("factual", "counterfactual", "difference")
 # The kinds of tensors that are kept for a parameter. None of them contains an underscore, so that keys can be parsed.
 FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
 # The largest float32.
-_LARGEST = (2 - 2**-23) * 2.0**127
+_MOST_FLOAT = (2 - 2**-23) * 2.0**127
 
 
 @dataclass
@@ -116,14 +116,14 @@ class GradiendConfig(ChildConfig):
         """Check the values that fitting writes, since a file may hold any value."""
         for name, size in (self.fitted_parameters or {}).items():
             shape, counts = size.get("shape"), [size.get("count", 0), size.get("encoder_count", 0)]
-            is_shape = not isinstance(shape, str) and fits(shape, list[int]) and min(shape or [0]) >= 0
-            is_size = is_shape and size.keys() <= {"shape", "count", "encoder_count"} and fits(counts, list[int | None])
+            is_shape = not isinstance(shape, str) and is_a(shape, list[int]) and min(shape or [0]) >= 0
+            is_size = is_shape and size.keys() <= {"shape", "count", "encoder_count"} and is_a(counts, list[int | None])
             if not is_size or not all(count is None or 0 <= count <= math.prod(shape or ()) for count in counts):
                 message = f"fitted_parameters has {short(size)} at {name!r}"
                 raise field_error(f"{message}, which is not a shape with the number of entries kept")
         for encoder in self.encoders or []:
             values: Any = tuple(encoder.get(key) for key in ("scale", "bias", "activation", "unit_norm"))
-            is_encoder = len(encoder) == len(values) and fits(values, tuple[float, float, str, bool])
+            is_encoder = len(encoder) == len(values) and is_a(values, tuple[float, float, str, bool])
             if not is_encoder or values[2] not in ACTIVATIONS or not all(map(math.isfinite, values[:2])):
                 raise field_error(f"encoders has {short(encoder)}, which is not an encoder")
         if self.fitted and len(self.encoders or []) != len(self.pairs or []):
@@ -134,7 +134,7 @@ class GradiendConfig(ChildConfig):
         for name in ("feature_factor", "learning_rate"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number.")
-        if max(abs(self.feature_factor * self.learning_rate), abs(self.learning_rate)) > _LARGEST:
+        if max(abs(self.feature_factor * self.learning_rate), abs(self.learning_rate)) > _MOST_FLOAT:
             raise ValueError(
                 f"feature_factor={self.feature_factor:g} and learning_rate={self.learning_rate:g} are beyond what "
                 "float32 can hold."

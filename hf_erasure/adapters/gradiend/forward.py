@@ -205,7 +205,7 @@ class ForwardWithEdits:
         # The changes of its own parameters: a layer, the parameter's name in the layer, and its name in this module.
         self.edits: list[tuple[GradiendLayer, str, str]] = []
         # The layers, each with this object or that of another module whose parameters this one reads without a call.
-        self.read: list[tuple[GradiendLayer, ForwardWithEdits]] = []
+        self.reads: list[tuple[GradiendLayer, ForwardWithEdits]] = []
         self._owner_forwards: list[ForwardWithEdits] = []
         self._depths: dict[_PassKey, int] = {}
         self._wrapped: Callable[..., Any] | None = None
@@ -213,19 +213,19 @@ class ForwardWithEdits:
     def hide(self, layer: GradiendLayer, at: ForwardWithEdits, *edits: tuple[str, str]) -> None:
         """Hide parameters of `at` while this module runs; `edits` are (name in `layer`, name here) of its own ones."""
         self.edits += [(layer, *edit) for edit in edits]
-        self.read.append((layer, at))
+        self.reads.append((layer, at))
         self._replace_forward()
 
     def remove(self, layer: GradiendLayer) -> None:
         """Stop hiding parameters for a layer; after the last layer, the module has its own `forward` again."""
         self.edits = [edit for edit in self.edits if edit[0] is not layer]
-        self.read = [read for read in self.read if read[0] is not layer]
+        self.reads = [read for read in self.reads if read[0] is not layer]
         self._replace_forward()
 
     def _replace_forward(self) -> None:
         """Replace the module's forward while parameters are hidden for a layer, and restore it afterwards."""
         was_replaced = bool(self._owner_forwards)
-        self._owner_forwards = list({id(other): other for _, other in self.read}.values())
+        self._owner_forwards = list({id(other): other for _, other in self.reads}.values())
         place, attributes = _forward_attribute(self.module), self.module.__dict__
         if self._owner_forwards and not was_replaced:
             self._wrapped = attributes.get(place)
@@ -244,30 +244,30 @@ class ForwardWithEdits:
             args = args[1:]
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
-        here = (threading.get_ident(), torch.is_grad_enabled())
+        pass_key = (threading.get_ident(), torch.is_grad_enabled())
         entered: list[ForwardWithEdits] = []
         try:
             for edits in self._owner_forwards:
-                if edits._enter(here):
+                if edits._enter(pass_key):
                     entered.append(edits)
             return self._run(*args, **kwargs)
         finally:
             for edits in entered:
-                edits._leave(here)
+                edits._leave(pass_key)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        shown = []
+        replaced = []
         for edits in self._owner_forwards:
-            place = edits.module.__dict__
+            attributes = edits.module.__dict__
             # An outer module that reads the same parameters may have put their values in place already.
-            values = {name: value for name, value in edits._values().items() if name not in place}
-            place.update(values)
-            shown.append((edits.module, values))
+            values = {name: value for name, value in edits._values().items() if name not in attributes}
+            attributes.update(values)
+            replaced.append((edits.module, values))
             _refresh_flat_weights(edits.module)
         try:
             return self._run(*args, **kwargs)
         finally:
-            for module, values in shown:
+            for module, values in replaced:
                 for name in values:
                     del module.__dict__[name]
                 _refresh_flat_weights(module)
@@ -277,28 +277,28 @@ class ForwardWithEdits:
             return self._wrapped(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _enter(self, here: _PassKey) -> bool:
+    def _enter(self, pass_key: _PassKey) -> bool:
         """Put the changed values in place; return False where no parameter is changed."""
         with _LOCK:
             # A module that reads them may have put them in place before it calls this module.
-            if here not in self._depths:
+            if pass_key not in self._depths:
                 values = self._values()
                 if not values:
                     return False
-                place = self.module.__dict__
+                attributes = self.module.__dict__
                 for name, value in values.items():
                     # A thread without gradients must not replace a value that another thread needs with its graph.
-                    if name not in place or value.requires_grad or not place[name].requires_grad:
-                        place[name] = value
+                    if name not in attributes or value.requires_grad or not attributes[name].requires_grad:
+                        attributes[name] = value
                 _refresh_flat_weights(self.module)
-            self._depths[here] = self._depths.get(here, 0) + 1
+            self._depths[pass_key] = self._depths.get(pass_key, 0) + 1
             return True
 
-    def _leave(self, here: _PassKey) -> None:
+    def _leave(self, pass_key: _PassKey) -> None:
         with _LOCK:
-            self._depths[here] -= 1
-            if not self._depths[here]:
-                del self._depths[here]
+            self._depths[pass_key] -= 1
+            if not self._depths[pass_key]:
+                del self._depths[pass_key]
             if not self._depths:
                 for _, _, name in self.edits:
                     self.module.__dict__.pop(name, None)
@@ -364,7 +364,7 @@ class Readers:
                 if child is not None and not isinstance(module, AdapterChild):
                     self._parents.setdefault(id(child), []).append((module, name))
 
-    def of(self, owner: nn.Module, parameter: str) -> list[nn.Module]:
+    def find(self, owner: nn.Module, parameter: str) -> list[nn.Module]:
         """The modules around `owner`, the nearest first, that may read its parameter without calling its forward."""
         names = frozenset(name for _, name in self._parents.get(id(owner), ()))
         kind: Any = type(owner)
@@ -389,12 +389,12 @@ class Readers:
         return found
 
     def _ancestors(self, owner: nn.Module) -> Iterator[nn.Module]:
-        seen, line = {id(owner)}, [owner]
-        for module in line:
+        seen, queue = {id(owner)}, [owner]
+        for module in queue:
             for parent, _ in self._parents.get(id(module), ()):
                 if id(parent) not in seen:
                     seen.add(id(parent))
-                    line.append(parent)
+                    queue.append(parent)
                     yield parent
 
 
@@ -438,23 +438,23 @@ def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
 def _code_reads(function: FunctionType) -> frozenset[Read]:
     """The attributes that a function reads, and those that the functions read which it wraps or calls by name."""
     found: set[Read] = set()
-    line = [function]
-    for each in line:
-        for code in _nested_codes(each.__code__):
-            line_of = list(dis.get_instructions(code))
-            for before, read, after in zip([None, *line_of], line_of, [*line_of[1:], None], strict=False):
+    queue = [function]
+    for current in queue:
+        for code in _nested_codes(current.__code__):
+            bytecode = list(dis.get_instructions(code))
+            for before, read, after in zip([None, *bytecode], bytecode, [*bytecode[1:], None], strict=False):
                 if _is_attribute(read) and not (_is_attribute(after) and after.argval in _NO_VALUES):
                     found.add((_object_name(before), read.argval))
             if "getattr" in code.co_names:
                 found.update((ANY, value) for value in code.co_consts if isinstance(value, str))
             # Functions of PyTorch are not followed: they know only PyTorch's modules, which are examined themselves.
-            called = [each.__globals__.get(name) for name in code.co_names]
+            called = [current.__globals__.get(name) for name in code.co_names]
             known = [f for f in called if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
-            line += [f for f in known if f not in line]
-        for cell in each.__closure__ or ():
+            queue += [f for f in known if f not in queue]
+        for cell in current.__closure__ or ():
             with suppress(ValueError):  # an empty cell raises it
-                if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents not in line:
-                    line.append(cell.cell_contents)
+                if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents not in queue:
+                    queue.append(cell.cell_contents)
     return frozenset(found)
 
 

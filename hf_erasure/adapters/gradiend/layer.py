@@ -146,7 +146,7 @@ class GradiendLayer(AdapterChild):
                 full = full_names[id(layer.parameter(name))]
                 at = (other.rpartition(".") for other in shared.get(full, [full]))
                 places[name] = list(dict.fromkeys((model.get_submodule(path), own) for path, _, own in at))
-            read = [(m, owner) for place in places.values() for owner, name in place for m in readers.of(owner, name)]
+            read = [(m, owner) for place in places.values() for owner, name in place for m in readers.find(owner, name)]
             layer._set_owners(places, list(dict.fromkeys(read)))
 
     def acting_adapters(self) -> list[str]:

@@ -41,13 +41,13 @@ def default_owners(model: nn.Module) -> list[str]:
             f"target_modules=None leaves out {towers}, which texts alone do not reach: the language side is the "
             "default. To include others, name all modules whose weights the feature may change."
         )
-    beside = tuple(f"{name}." for name in towers)
+    tower_prefixes = tuple(f"{name}." for name in towers)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     names = []
     for name, module in base_modules(model):
         parts = name.split(".")
-        if not name or not name.startswith(prefix) or f"{name}.".startswith(beside):
+        if not name or not name.startswith(prefix) or f"{name}.".startswith(tower_prefixes):
             continue
         is_pooler = any("pooler" in part.lower() for part in parts)
         is_head = innermost(module) is head or (not inside and parts[0] in HEAD_MODULES)
@@ -58,8 +58,8 @@ def default_owners(model: nn.Module) -> list[str]:
 
 def _towers(model: nn.Module, body: Any) -> list[str]:
     """Names of the parts of a language model that a text alone does not reach; none in encoders such as CLIP."""
-    takes = inspect.signature(body.forward).parameters
-    has_media = "input_ids" in takes and any(name.startswith(_MEDIA) for name in takes)
+    inputs = inspect.signature(body.forward).parameters
+    has_media = "input_ids" in inputs and any(name.startswith(_MEDIA) for name in inputs)
     if not has_media or hasattr(body, "get_text_features"):
         return []
     reached: set[nn.Module] = set()

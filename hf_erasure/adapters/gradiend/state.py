@@ -68,9 +68,9 @@ def set_features(
         _check_blocks(feature, parameters)
     if len({tuple(pair) for pair in pairs}) != len(pairs):
         raise ValueError(f"pairs={list(pairs)} names a pair of classes twice.")
-    tried = copy.copy(config)
-    tried.pairs = [list(pair) for pair in pairs]
-    tried.check_pairs()
+    checked = copy.copy(config)
+    checked.pairs = [list(pair) for pair in pairs]
+    checked.check_pairs()
     most = math.ceil(config.density * sum(parameter.numel() for parameter in parameters.values()))
     decoders = [feature.decoder for feature in features]
     if any(decoder.count > most for decoder in decoders):
@@ -79,15 +79,15 @@ def set_features(
         else:
             decoders = [decoder.prune(config.density) for decoder in decoders]
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
-    kept = encoders if config.keep_encoder else []
+    stored = encoders if config.keep_encoder else []
     sizes: dict[str, dict[str, Any]] = {}
-    last: dict[str, int] = {}  # the last entry of each weight that is changed
+    last_changed: dict[str, int] = {}  # the last entry of each weight that is changed
     for name, layer, own in _parameter_places(layers, adapter_name):
         shape = parameters[name].shape
         index, weight, bias = _align_blocks(
             name, shape, [d.index for d in decoders], [d.weight for d in decoders], [d.bias for d in decoders]
         )
-        read_at, read = _align_blocks(name, shape, [encoder.index for encoder in kept], [e.weight for e in kept])
+        read_at, read = _align_blocks(name, shape, [encoder.index for encoder in stored], [e.weight for e in stored])
         parts = {INDEX: index, FEATURE: weight, OFFSET: bias, ENCODER_INDEX: read_at, ENCODER: read}
         for kind, part in parts.items():
             layer.set_part(adapter_name, own, kind, part)
@@ -95,15 +95,15 @@ def set_features(
         counts = [0 if value is None else None if at is None else at.numel() for at, value in found]
         sizes[name] = {"shape": list(shape), "count": counts[0], "encoder_count": counts[1]}
         if weight is not None:
-            last[name] = shape.numel() - 1 if index is None else int(index[-1])
-    config.pairs, config.fitted_parameters, config.fitted = tried.pairs, sizes, True
+            last_changed[name] = shape.numel() - 1 if index is None else int(index[-1])
+    config.pairs, config.fitted_parameters, config.fitted = checked.pairs, sizes, True
     config.encoders = [
         {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
     ]
     base = adapter_of(model, adapter_name, GradiendConfig).owner
     samples = fingerprint(base, list(config.fitted_modules))
-    for name in samples.keys() & last.keys():
-        samples[name]["last"] = last[name]
+    for name in samples.keys() & last_changed.keys():
+        samples[name]["last"] = last_changed[name]
     config.provenance = {**config.provenance, "base_class": class_name(base), "fingerprint": samples}
     for layer in layers.values():
         layer.steer(adapter_name, config)

@@ -32,7 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..common.acting import adapters_now, warn_user
-from ..common.config import ChildConfig, Provenance, field_error, fits, short
+from ..common.config import ChildConfig, Provenance, field_error, is_a, short
 from ..common.layer import innermost
 from ..common.placement import QUANTISED, is_quantised, shared_weights, values_and_dtype
 
@@ -85,13 +85,13 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             _refuse_absent(model, config)
         elif rename is not str:
             rename_modules(config, rename)
-        kept = Provenance.of(config).fingerprint
-        if not kept:
+        samples = Provenance.of(config).fingerprint
+        if not samples:
             warn_user(
                 f"The {config.described} does not say what weights it was fitted on ({_base_text(config)}): whether "
                 "this is the same base cannot be checked."
             )
-        pairs = _pairs_of(model, config, kept)
+        pairs = _pairs_of(model, config, samples)
         _compare([pair for pair in pairs if QUANTISED not in pair.dtypes], config, RELATED)
         _compare([pair for pair in pairs if QUANTISED in pair.dtypes], config, RELATED_QUANTISED)
     except ValueError as error:
@@ -104,10 +104,10 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
         ) from error
 
 
-def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_SamplePair]:
+def _pairs_of(model: nn.Module, config: ChildConfig, samples: dict[str, Any]) -> list[_SamplePair]:
     """Pair a fingerprint's samples with this model's values at the same places; weights of other shape are refused."""
     pairs, unread, of_tokens = [], [], functools.cache(lambda: _token_weights(model))
-    for name, sample in kept.items():
+    for name, sample in samples.items():
         _check_sample(name, sample)
         weight, dtype = values_and_dtype(model, name)
         if weight is None:
@@ -123,27 +123,27 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        seen = torch.tensor(_sample_weight(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
-        pair = _SamplePair(name, seen, values, {dtype, sample["dtype"]}, len(shape) > 1)
+        actual = torch.tensor(_sample_weight(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
+        pair = _SamplePair(name, actual, values, {dtype, sample["dtype"]}, len(shape) > 1)
         if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
-        if len(pair.seen):
+        if len(pair.actual):
             pairs.append(pair)
     if unread:
-        is_all = len(unread) == len(kept)
+        is_all = len(unread) == len(samples)
         checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
         warn_user(
             f"Whether this is the base that the {config.described} was fitted on ({_base_text(config)}) {checked} of "
-            f"the {len(kept)} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read "
+            f"the {len(samples)} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read "
             "here, since they are offloaded, sharded, or packed by a quantiser."
         )
     return pairs
 
 
-def resample(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
+def resample(model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
     """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out."""
     found = {}
-    for name, sample in kept.items():
+    for name, sample in samples.items():
         _check_sample(name, sample)
         weight, dtype = values_and_dtype(model, name)
         if weight is not None and max(sample["positions"]) < weight.numel():
@@ -152,52 +152,52 @@ def resample(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def most_different_weight(kept: dict[str, Any], seen: dict[str, Any]) -> str:
+def most_different_weight(fitted: dict[str, Any], actual: dict[str, Any]) -> str:
     """The weight that differs most between two fingerprints of the same places; empty if only rounding differs."""
     pairs = []
-    for name in kept.keys() & seen.keys():
-        _check_sample(name, kept[name])
-        _check_sample(name, seen[name])
-        now, then = (torch.tensor(of[name]["values"], device="cpu", dtype=torch.double) for of in (seen, kept))
-        dtypes = {seen[name]["dtype"], kept[name]["dtype"]}
-        pairs.append(_SamplePair(name, now, then, dtypes, len(kept[name]["shape"]) > 1))
+    for name in fitted.keys() & actual.keys():
+        _check_sample(name, fitted[name])
+        _check_sample(name, actual[name])
+        now, then = (torch.tensor(of[name]["values"], device="cpu", dtype=torch.double) for of in (actual, fitted))
+        dtypes = {actual[name]["dtype"], fitted[name]["dtype"]}
+        pairs.append(_SamplePair(name, now, then, dtypes, len(fitted[name]["shape"]) > 1))
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (QUANTISED in pair.dtypes and _correlation(changed)[0] >= ROUNDED)]
-    return min(changed, key=_pair_correlation).name if changed else ""
+    return min(changed, key=_correlation_of).name if changed else ""
 
 
 @dataclass
 class _SamplePair:
-    """Sampled values of one weight: `seen` in this model, and `kept` where the adapter was fitted."""
+    """Sampled values of one weight: `actual` in this model, and `fitted` where the adapter was fitted."""
 
     name: str
-    seen: Tensor
-    kept: Tensor
+    actual: Tensor
+    fitted: Tensor
     dtypes: set[str]  # contains `QUANTISED` where a quantiser has packed one of the two weights
     is_matrix: bool
 
     def differ(self) -> Tensor:
         """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""
         if QUANTISED in self.dtypes:
-            return self.seen != self.kept
+            return self.actual != self.fitted
         steps = [torch.finfo(getattr(torch, name)) for name in self.dtypes]
         rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
-        return ~torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol)
+        return ~torch.isclose(self.actual, self.fitted, rtol=rtol, atol=atol)
 
 
 def _correlation(pairs: list[_SamplePair]) -> tuple[float, float]:
     """Correlate all values within their weights; and how far they moved, as a share of spread. Constants give nan."""
     parts = []
     for pair in pairs:
-        spread = pair.kept.std(correction=0)
-        if spread > 1e-6 * pair.kept.abs().max():  # rounding gives constant values a small spread
-            seen, kept = pair.seen - pair.seen.mean(), pair.kept - pair.kept.mean()
-            parts.append(torch.stack([seen, kept, pair.seen - pair.kept]) / spread)
+        spread = pair.fitted.std(correction=0)
+        if spread > 1e-6 * pair.fitted.abs().max():  # rounding gives constant values a small spread
+            actual, fitted = pair.actual - pair.actual.mean(), pair.fitted - pair.fitted.mean()
+            parts.append(torch.stack([actual, fitted, pair.actual - pair.fitted]) / spread)
     if not parts:
         return math.nan, math.nan
-    seen, kept, change = torch.cat(parts, dim=1)
-    both = seen.norm() * kept.norm()
-    return float(seen @ kept / both) if both else 0.0, float(change.norm() / kept.norm())
+    actual, fitted, change = torch.cat(parts, dim=1)
+    both = actual.norm() * fitted.norm()
+    return float(actual @ fitted / both) if both else 0.0, float(change.norm() / fitted.norm())
 
 
 def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
@@ -231,7 +231,7 @@ def _without_new_rows(pair: _SamplePair, rows: Tensor, last_changed: int, config
     """
     differ = pair.differ()
     first = int(rows[differ].min())
-    new, change = rows >= first, (pair.seen - pair.kept) / (float(pair.kept.std(correction=0)) or 1.0)
+    new, change = rows >= first, (pair.actual - pair.fitted) / (float(pair.fitted.std(correction=0)) or 1.0)
     if bool(new.all()) or not (bool(differ[new].all()) or bool((change[new].abs() <= _NEW_ROW_TOLERANCE).all())):
         return pair
     if config.has_size_of(pair.name, []) and last_changed >= first:
@@ -242,7 +242,7 @@ def _without_new_rows(pair: _SamplePair, rows: Tensor, last_changed: int, config
             "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into this "
             "saved model.",
         )
-    return replace(pair, seen=pair.seen[~new], kept=pair.kept[~new])
+    return replace(pair, actual=pair.actual[~new], fitted=pair.fitted[~new])
 
 
 def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> None:
@@ -252,13 +252,13 @@ def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> N
     correlation, drift = _correlation(pairs)
     if related == RELATED_QUANTISED and correlation >= ROUNDED:
         return  # a quantiser's rounding cannot be told from further training
-    worst = min(changed, key=_pair_correlation)
-    is_another = worst.is_matrix and worst.seen.numel() >= MIN_VALUES and not _pair_correlation(worst) >= RELATED_MATRIX
-    is_finite = all(bool(pair.seen.isfinite().all()) for pair in changed)
+    worst = min(changed, key=_correlation_of)
+    is_another = worst.is_matrix and worst.actual.numel() >= MIN_VALUES and not _correlation_of(worst) >= RELATED_MATRIX
+    is_finite = all(bool(pair.actual.isfinite().all()) for pair in changed)
     is_another = is_another or not is_finite or correlation < related
     reason = (
         f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
-        f"{worst.name!r}, by {_pair_correlation(worst):.2f}"
+        f"{worst.name!r}, by {_correlation_of(worst):.2f}"
     )
     if is_another:
         _refuse_another_base(
@@ -272,7 +272,7 @@ def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> N
     )
 
 
-def _pair_correlation(pair: _SamplePair) -> float:
+def _correlation_of(pair: _SamplePair) -> float:
     """The correlation of one weight's values; 1 for constant values, which have none."""
     correlation, _ = _correlation([pair])
     return 1.0 if math.isnan(correlation) else correlation
@@ -283,12 +283,12 @@ def _check_sample(name: str, sample: Any) -> None:
     types = {"shape": list[int], "dtype": str, "positions": list[int], "values": list[float]}
     if not (
         isinstance(sample, dict)
-        and all(fits(sample.get(key), kind) for key, kind in types.items())
+        and all(is_a(sample.get(key), kind) for key, kind in types.items())
         and sample["dtype"] in (QUANTISED, "float64", "float32", "float16", "bfloat16")
         and len(sample["positions"]) == len(sample["values"]) > 0
         and all(0 <= position < math.prod(sample["shape"]) for position in sample["positions"])
         and all(abs(value) < math.inf for value in sample["values"])
-        and fits(sample.get("last", 0), int)
+        and is_a(sample.get("last", 0), int)
     ):
         raise field_error(f"The fingerprint has {short(sample)} of {name!r}, which is not a sample")
 
@@ -320,7 +320,7 @@ def prefix_of(model: Any) -> str:
 
 def rename_modules(config: ChildConfig, rename: Rename) -> None:
     """Rename the modules of a fitted adapter, everywhere in its configuration."""
-    at = list(config.fitted_modules)
+    modules = list(config.fitted_modules)
     config.provenance = dict(config.provenance)
     for key in ("fitted_sites", "fitted_parameters"):
         if getattr(config, key, None):
@@ -328,11 +328,11 @@ def rename_modules(config: ChildConfig, rename: Rename) -> None:
     weights = getattr(config, "weights", None) or {}
     if weights:
         config.weights = {rename(s): [[rename(name), *more] for name, *more in group] for s, group in weights.items()}
-    measured = {key: config.provenance[key] for key in ("leakage", "leakage_intervals") if config.provenance.get(key)}
-    for key, figures in measured.items():
-        config.provenance[key] = {rename(name) if name in at else name: value for name, value in figures.items()}
-    kept = config.provenance.get("fingerprint") or {}
-    config.provenance["fingerprint"] = {rename(name): sample for name, sample in kept.items()}
+    leakages = {key: config.provenance[key] for key in ("leakage", "leakage_intervals") if config.provenance.get(key)}
+    for key, figures in leakages.items():
+        config.provenance[key] = {rename(name) if name in modules else name: value for name, value in figures.items()}
+    samples = config.provenance.get("fingerprint") or {}
+    config.provenance["fingerprint"] = {rename(name): sample for name, sample in samples.items()}
     # Patterns were made for the old names; they are not needed, since the modules are known.
     for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(config, key, None)
@@ -347,8 +347,8 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
     below = (child for child, _ in model.named_children() if all(f"{child}.{site}" in names for site in sites))
     hint = "Load it into the model it was fitted on."
-    kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
-    if kin and not any(site.startswith(prefix) for site in missing):
+    is_same_base = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
+    if is_same_base and not any(site.startswith(prefix) for site in missing):
         place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
         hint = (
             f"{len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
@@ -367,11 +367,11 @@ def _weights_to_sample(model: nn.Module, sites: list[str]) -> list[str]:
     """Names of the weights at each site, and of the next matrix where a site has no matrix that can be read."""
     tied = shared_weights(model)  # one name of a tied weight is enough, the same one on every device
     first = {name: tied.get(name, [name])[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights = {n: model.get_parameter(n) for n, known in first.items() if n == known and "lora_" not in n}
+    weights = {n: model.get_parameter(n) for n, first_name in first.items() if n == first_name and "lora_" not in n}
     matrices = {name: weight for name, weight in weights.items() if weight.dim() > 1 or is_quantised(weight)}
     own: dict[str, list[str]] = {}
-    for name, known in first.items():
-        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(known)
+    for name, first_name in first.items():
+        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(first_name)
     readable = functools.cache(lambda name: values_and_dtype(model, name)[0] is not None)
     found: dict[str, None] = {}
     for site in sites:
@@ -379,8 +379,8 @@ def _weights_to_sample(model: nn.Module, sites: list[str]) -> list[str]:
         if not matrices.keys() & here:  # the next is one inside the module, or inside the one around it, and so on
             parts = site.split(".")
             around = [".".join([*parts[:depth], ""]) for depth in range(len(parts), -1, -1)]
-            near = (name for place in around for name in matrices if name.startswith(place) and readable(name))
-            here += [name for name in [next(near, None)] if name is not None]
+            matrices_near = (name for place in around for name in matrices if name.startswith(place) and readable(name))
+            here += [name for name in [next(matrices_near, None)] if name is not None]
         found |= dict.fromkeys(name.replace(".base_layer.", ".") for name in here)
     return list(found)
 
@@ -444,15 +444,15 @@ def differences_since_fit(model: nn.Module, adapter_name: str) -> str:
             added.remove(same)
     remarks, changed = [], []
     for entry in missing:
-        called = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
+        phrase = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
         namesake = next((o for o in added if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
         if namesake is not None:
             added.remove(namesake)
-            changed.append(f"{called} has other values than it had")
+            changed.append(f"{phrase} has other values than it had")
         elif entry.get("name") in now.loaded:
-            remarks.append(f"{called} was on and is off now")
+            remarks.append(f"{phrase} was on and is off now")
         else:
-            remarks.append(f"{called} was on and is not loaded here, unless it is merged into the weights")
+            remarks.append(f"{phrase} was on and is not loaded here, unless it is merged into the weights")
     remarks += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in added]
     remarks += changed
     if not remarks:
@@ -486,8 +486,8 @@ def _sample(model: nn.Module, name: str, config: Any) -> list[float]:
 
 
 def _is_same_adapter(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    kept, seen = then.get("sample"), now["sample"]
-    if then.get("kind") != now["kind"] or not kept or not seen or not fits(kept, list[float]):
+    fitted, actual = then.get("sample"), now["sample"]
+    if then.get("kind") != now["kind"] or not fitted or not actual or not is_a(fitted, list[float]):
         return then.get("kind") == now["kind"] and then.get("name") == now["name"]
     is_near = functools.partial(math.isclose, rel_tol=_ROUNDING, abs_tol=1e-30)
-    return len(kept) == len(seen) and all(map(is_near, kept, seen))
+    return len(fitted) == len(actual) and all(map(is_near, fitted, actual))

@@ -42,7 +42,7 @@ from .fingerprint import check_base, differences_since_fit, prefix_of
 
 T = TypeVar("T")
 # In bytes. A smaller file cannot fill the memory, so it is not checked how much of the file is really on disk.
-_SMALL = 2**28
+_SMALL_FILE = 2**28
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Source:
     @classmethod
     def of(cls, name: Any, *options: Any) -> Source:
         """Read the options of a call that loads an adapter; where an option is given twice, the last value counts."""
-        given = {key: value for part in options for key, value in (part or {}).items() if value is not None}
+        arguments = {key: value for part in options for key, value in (part or {}).items() if value is not None}
         known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder", "local_dir"}
-        taken = {key: value for key, value in given.items() if key in known}
-        name, subfolder = os.fspath(name), given.get("subfolder") or ""
-        return cls(name, subfolder, taken, Path(name, subfolder), os.path.isdir(name))
+        download_options = {key: value for key, value in arguments.items() if key in known}
+        name, subfolder = os.fspath(name), arguments.get("subfolder") or ""
+        return cls(name, subfolder, download_options, Path(name, subfolder), os.path.isdir(name))
 
     def file(self, name: str) -> Path | None:
         """A file of the adapter, which is downloaded if needed; None if the adapter has no file of that name."""
@@ -86,7 +86,7 @@ class AdapterFiles:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     why_unchecked: str | None = None  # the reason why its files could not be checked
     # The configuration that the caller gave for this load; it becomes the adapter's own.
-    given: PeftConfig | None = None
+    caller_config: PeftConfig | None = None
 
 
 # The adapter that `from_pretrained` has read before it calls `load_adapter`.
@@ -111,28 +111,28 @@ def undo_or_warn(model: nn.Module, newcomer: str) -> Iterator[None]:
 def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`load_adapter` of a transformers model."""
     call = inspect.signature(original).bind(*args, **kwargs)
-    given, config = call.arguments, call.arguments.get("peft_config")
-    name = given.get("adapter_name") or "default"
-    load_config, more, tensors = given.get("load_config"), given.get("kwargs", {}), given.get("adapter_state_dict")
-    place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    arguments, extra = call.arguments, call.arguments.get("kwargs", {})
+    config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
+    name, load_config = arguments.get("adapter_name") or "default", arguments.get("load_config")
+    place = arguments.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     with undo_or_warn(model, name):
         if place is None or tensors is not None:
             read = AdapterFiles()
             if tensors is not None and isinstance(config, ChildConfig):
                 tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-                read = AdapterFiles(config.copied(), tensors, given=config)
+                read = AdapterFiles(config.copied(), tensors, caller_config=config)
         else:
-            downloads = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"))
-            source = Source.of(place, *downloads, given.get("adapter_kwargs"), more, given)
-            pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
+            downloads = (getattr(load_config, "download_kwargs", None), extra.get("download_kwargs"))
+            source = Source.of(place, *downloads, arguments.get("adapter_kwargs"), extra, arguments)
+            pickled = extra.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
             read = read_adapter(model, source, config, pickled=pickled)
         if read.config is None:
             return _load_by_original(read, original, call)
-        if given.get("hotswap") is True:
+        if arguments.get("hotswap") is True:
             raise ValueError(f"hotswap=True is for a LoRA: leave it out to load the {read.config.described}.")
         if model._hf_peft_config_loaded and name in model.peft_config:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-        read.config.inference_mode = not given.get("is_trainable", False)
+        read.config.inference_mode = not arguments.get("is_trainable", False)
         inject_adapter_in_model(read.config, model, name)
         model._hf_peft_config_loaded = True
         _load_values(model, name, read)
@@ -170,13 +170,13 @@ def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwa
 def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.from_pretrained`, which injects an adapter, freezes the model and then loads the weights."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
-    given = call.arguments
-    with undo_or_warn(model, given.get("adapter_name", "default")), ExitStack() as stack:
-        read = read_adapter(model, Source.of(given["model_id"], kwargs), given.get("config"))
+    arguments = call.arguments
+    with undo_or_warn(model, arguments.get("adapter_name", "default")), ExitStack() as stack:
+        read = read_adapter(model, Source.of(arguments["model_id"], kwargs), arguments.get("config"))
         stack.callback(_READ_FILES.reset, _READ_FILES.set(read))
         if read.config is None:
             return _load_by_original(read, original, call)
-        given["config"] = read.config
+        arguments["config"] = read.config
         # If PEFT saw the device map of an offloaded model, it would dispatch the model anew and load offloaded weights.
         base = base_of(model) if isinstance(model, PeftModel) else model
         if "hf_device_map" in vars(base):
@@ -195,9 +195,9 @@ def _load_by_original(read: AdapterFiles, original: Callable, call: inspect.Boun
 
 def _load_values(model: Any, name: str, read: AdapterFiles) -> None:
     """Store a file's values in an adapter; a head that was not saved is copied from a LoRA, or else from the model."""
-    if read.given is not None:
-        read.given.__dict__.update(vars(model.peft_config[name]))
-        model.peft_config[name] = read.given
+    if read.caller_config is not None:
+        read.caller_config.__dict__.update(vars(model.peft_config[name]))
+        model.peft_config[name] = read.caller_config
     base = base_of(model) if isinstance(model, PeftModel) else model
     named = rename_tensors(read.tensors, model.peft_config[name], prefix_of(base))
     with torch.inference_mode(False), torch.no_grad():
@@ -245,53 +245,53 @@ def read_adapter(
         if isinstance(config, ChildConfig):
             raise
         return AdapterFiles(why_unchecked=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
-    seen, given = _stamps(file), None
-    stated = config if file is None else _config_of(file, source)
+    stamps, caller_config = _stamps(file), None
+    saved = config if file is None else _config_of(file, source)
     if is_given and isinstance(config, ChildConfig):
-        given, config = config, config.copied()
-        if stated is not None and type(stated) is type(config):
-            config.adopt_fit(stated)
-    config = config or stated
-    if isinstance(stated, ChildConfig) and type(config) is not type(stated):
+        caller_config, config = config, config.copied()
+        if saved is not None and type(saved) is type(config):
+            config.adopt_fit(saved)
+    config = config or saved
+    if isinstance(saved, ChildConfig) and type(config) is not type(saved):
         raise ValueError(
-            f"{str(source.folder)!r} holds the {stated.described}, but the given configuration is a "
+            f"{str(source.folder)!r} holds the {saved.described}, but the given configuration is a "
             f"{type(config).__name__}: leave it out, or give one of the same kind."
         )
-    if not is_given and isinstance(config, ChildConfig) and isinstance(stated, ChildConfig) and stated is not config:
-        _check_same_meaning(config, stated, base_of(model), source)
+    if not is_given and isinstance(config, ChildConfig) and isinstance(saved, ChildConfig) and saved is not config:
+        _check_same_meaning(config, saved, base_of(model), source)
     if not isinstance(config, ChildConfig):
         return AdapterFiles(why_unchecked=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
     weights = _weights_of(source, file)
-    seen += _stamps(weights)
+    stamps += _stamps(weights)
     failed: Exception | None = None
     try:
         base = base_of(model) if isinstance(model, PeftModel) else model
-        check_tensors(weights, config, base, getattr(stated, "modules_to_save", None))
+        check_tensors(weights, config, base, getattr(saved, "modules_to_save", None))
         with torch.device("cpu"):  # older releases of safetensors read onto the default device
             tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
     except Exception as error:
         failed = error
-    if _stamps(file, weights) != seen:
+    if _stamps(file, weights) != stamps:
         raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from failed
     if failed is not None:
         raise failed
-    return AdapterFiles(config, tensors, given=given)
+    return AdapterFiles(config, tensors, caller_config=caller_config)
 
 
-def _check_same_meaning(present: ChildConfig, stated: ChildConfig, base: nn.Module, source: Source) -> None:
+def _check_same_meaning(present: ChildConfig, saved: ChildConfig, base: nn.Module, source: Source) -> None:
     """Refuse values for an adapter that is there and whose configuration, which stays, gives them another meaning."""
     for name in present.read_with:
-        own, other = getattr(present, name), getattr(stated, name)
+        own, other = getattr(present, name), getattr(saved, name)
         if own != other:
             raise ValueError(
-                f"{str(source.folder)!r} holds the {stated.described} with {name}={short(other)}, and the adapter that "
+                f"{str(source.folder)!r} holds the {saved.described} with {name}={short(other)}, and the adapter that "
                 f"is there, whose configuration stays, has {name}={short(own)}. Load it under another adapter_name, or "
                 "call delete_adapter with this one first."
             )
-    if Provenance.of(stated).fingerprint != Provenance.of(present).fingerprint:
-        check_base(base, stated)
+    if Provenance.of(saved).fingerprint != Provenance.of(present).fingerprint:
+        check_base(base, saved)
 
 
 def _config_of(file: Path, source: Source) -> PeftConfig:
@@ -381,7 +381,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not stat.S_ISREG(state.st_mode):  # reading a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
     size, on_disk = state.st_size, getattr(state, "st_blocks", None)
-    if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
+    if on_disk is not None and size > _SMALL_FILE and on_disk * 512 < size // 8:
         raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
     try:
         with safe_open(file, framework="pt") as content:

@@ -50,12 +50,12 @@ from .probe import Probe
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
-_NAME = "default"
+_ADAPTER = "default"
 # Poolings whose weights of tokens add up to one: means, and single tokens.
-_AFFINE = ("mean", "cls", "lasttoken", "weightedmean")
+_AFFINE_POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
 # Poolings whose weights of tokens do not add up to one.
-_LINEAR = ("mean_sqrt_len_tokens",)
-_DEEPER = "fit one with target_modules=[…] that names only the module which returns the last hidden state"
+_LINEAR_POOLINGS = ("mean_sqrt_len_tokens",)
+_REFIT = "fit one with target_modules=[…] that names only the module which returns the last hidden state"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
             loras[path] = _lora_of(path, module, plan.erasers[path])
     if not loras:
         raise ValueError(f"The erasure {name!r} has rank 0 at every site: it has no change to export.")
-    without_bias = [path for path, here in loras.items() if here.parameter or isinstance(here.module, nn.Embedding)]
+    without_bias = [path for path, lora in loras.items() if lora.parameter or isinstance(lora.module, nn.Embedding)]
     if _has_bias_shifts(loras) and without_bias:
         raise ValueError(
             f"The erasure {name!r} cannot be exported: it changes biases, which needs lora_bias=True, and PEFT does "
@@ -172,9 +172,9 @@ def _lora_of_parameter(path: str, module: nn.Module, edits: list[record.EraserIn
     weight = module.get_parameter(parameter).detach()
     if weight.dim() != 2 and not (record.is_expert_stack(module, parameter, edits) and len(weight) > 1):
         raise _export_error(path, f"PEFT has no LoRA for its {parameter} of shape {tuple(weight.shape)}")
-    ones = [(weight, None, edits)] if weight.dim() == 2 else list(record.by_expert(weight, None, edits))
+    matrices = [(weight, None, edits)] if weight.dim() == 2 else list(record.by_expert(weight, None, edits))
     a_parts, b_parts = [], []
-    for matrix, _, here in ones:
+    for matrix, _, here in matrices:
         change = record.weight_change(matrix, None, here)
         # The change of the matrix as it is stored is `rows @ columns`.
         is_turned = here[0].axis == (0 if side == "input" else 1)
@@ -195,7 +195,7 @@ def _export_error(path: str, reason: str) -> ValueError:
 
 
 def _has_bias_shifts(loras: dict[str, _ModuleLora]) -> bool:
-    return any(here.shift is not None and bool(here.shift.any()) for here in loras.values())
+    return any(lora.shift is not None and bool(lora.shift.any()) for lora in loras.values())
 
 
 def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
@@ -257,12 +257,12 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[str, _ModuleLora]) -> LoraExport:
     """Write a LoRA, and find the modules where PEFT cannot merge it."""
     has_shifts, tied = _has_bias_shifts(loras), {name.rpartition(".")[0] for name in shared_weights(base)}
-    parameters = {name: f"{name}.{here.parameter}" for name, here in loras.items() if here.parameter is not None}
-    ranks = {parameters.get(name, name): here.rank for name, here in loras.items()}
+    parameters = {name: f"{name}.{lora.parameter}" for name, lora in loras.items() if lora.parameter is not None}
+    ranks = {parameters.get(name, name): lora.rank for name, lora in loras.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT matches these regular expressions with the end of a name; `^` makes them match the whole name.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
-    lora = LoraConfig(
+    lora_config = LoraConfig(
         r=usual,
         lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
         rank_pattern=other,
@@ -271,7 +271,7 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
         target_parameters=list(parameters.values()) or None,
         lora_bias=has_shifts,
         # PEFT corrects this for each module.
-        fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in loras.values()),
+        fan_in_fan_out=all(isinstance(lora.module, Conv1D) for lora in loras.values()),
         task_type=config.task_type,
         # Without a task type, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
@@ -280,22 +280,22 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
     )
     tensors: dict[str, Tensor] = {}
     unmergeable: dict[str, str] = {}
-    for name, here in loras.items():
-        weight = here.module.get_parameter(here.parameter or "weight")
-        is_embedding = isinstance(here.module, nn.Embedding)
+    for name, lora in loras.items():
+        weight = lora.module.get_parameter(lora.parameter or "weight")
+        is_embedding = isinstance(lora.module, nn.Embedding)
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        parts = {a: here.a, b: here.b}
-        if has_shifts and here.shift is not None:
-            parts["lora_B.bias"] = here.shift
+        parts = {a: lora.a, b: lora.b}
+        if has_shifts and lora.shift is not None:
+            parts["lora_B.bias"] = lora.shift
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors |= {f"{PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
-        if "lora_B.bias" in parts and here.module._parameters.get("bias") is None:
+        if "lora_B.bias" in parts and lora.module._parameters.get("bias") is None:
             unmergeable[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
         elif name in tied:
             unmergeable[name] = "its weight is shared with another module, which would change too"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    lora.save_pretrained(str(folder))
+    lora_config.save_pretrained(str(folder))
     bias = ", with lora_bias" if has_shifts else ""
     text = f"Wrote a LoRA of rank {usual} on {len(loras)} modules{bias} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
@@ -323,7 +323,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
         if has_sites:
             chosen = candidate
             break
-    wrapped: PeftModel = PeftModel.from_pretrained(chosen.from_pretrained(model), str(adapter), adapter_name=_NAME)
+    wrapped: PeftModel = PeftModel.from_pretrained(chosen.from_pretrained(model), str(adapter), adapter_name=_ADAPTER)
     return wrapped
 
 
@@ -332,16 +332,16 @@ def save_merged(
 ) -> str:
     """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged."""
     wrapped = load_with_erasure(model, adapter)
-    config: Any = wrapped.peft_config[_NAME]
+    config: Any = wrapped.peft_config[_ADAPTER]
     base: Any = wrapped.get_base_model()
     size = sum(value.numel() * value.element_size() for value in base.parameters())
     wrapped.merge_adapter(**({"untie": True} if untie and not isinstance(config, GradiendConfig) else {}))
     if isinstance(config, GradiendConfig):
-        where, checked = f"into {len(targeted_parameters(wrapped, _NAME))} weights", ""
+        where, checked = f"into {len(targeted_parameters(wrapped, _ADAPTER))} weights", ""
     else:
-        layers = erasure_layers(wrapped, _NAME)
+        layers = erasure_layers(wrapped, _ADAPTER)
         written = len({id(module) for layer in layers.values() for module in layer.merged_into})
-        where = f"at {len(site_layers(wrapped, _NAME))} sites into the weights of {written} layers"
+        where = f"at {len(site_layers(wrapped, _ADAPTER))} sites into the weights of {written} layers"
         checked = " Outputs on a small input are the same up to rounding."
     plain = wrapped.merge_and_unload()
     more = sum(value.numel() * value.element_size() for value in plain.parameters()) - size
@@ -416,8 +416,8 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
     modes = [parts[1].pooling_mode] if isinstance(parts[1].pooling_mode, str) else list(parts[1].pooling_mode)
     offset = left @ (right @ mean)
     for mode in modes:
-        if mode not in (*_AFFINE, *(_LINEAR if not bool(offset.any()) else ())):
-            remedy = "fit it with affine=False, or " if mode in _LINEAR else ""
+        if mode not in (*_AFFINE_POOLINGS, *(_LINEAR_POOLINGS if not bool(offset.any()) else ())):
+            remedy = "fit it with affine=False, or " if mode in _LINEAR_POOLINGS else ""
             raise ValueError(
                 f"pooling by {mode!r} does not commute with the erasure {adapter_name!r}, so a module after it cannot "
                 f"erase the same: {remedy}share the adapter instead."
@@ -460,7 +460,7 @@ def _only_site(found: FoundAdapter[ConceptErasureConfig]) -> ErasureLayer:
         )
         raise ValueError(
             f"The erasure {name!r} does not only erase the last hidden state of {type(owner).__name__}: {where}. "
-            f"A module after the pooling cannot do this: {_DEEPER}, or share the adapter instead."
+            f"A module after the pooling cannot do this: {_REFIT}, or share the adapter instead."
         )
     return layers[last]
 
@@ -469,16 +469,16 @@ def _is_last_hidden(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
     """Whether the output of a site is the same tensor that the model returns as its last hidden state."""
     if layer.erasures[name].side != "output":
         return False
-    given: list[Tensor] = []
+    states: list[Tensor] = []
     returned: list[Tensor] = []
-    handle = layer.host.register_forward_hook(lambda *call: given.append(hidden_of_output(call[2], layer.path)))
+    handle = layer.host.register_forward_hook(lambda *call: states.append(hidden_of_output(call[2], layer.path)))
 
     def watch(call: Any) -> None:
-        given.clear()
+        states.clear()
         returned[:] = [last_hidden_state(call())]
 
     try:
         dummy_batch(owner, watch)
     finally:
         handle.remove()
-    return len(given) == 1 and given[0].data_ptr() == returned[0].data_ptr() and given[0].shape == returned[0].shape
+    return len(states) == 1 and states[0].data_ptr() == returned[0].data_ptr() and states[0].shape == returned[0].shape

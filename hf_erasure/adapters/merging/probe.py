@@ -149,9 +149,9 @@ def trace_uses(
         # An eraser at an input acts inside the call, an eraser at an output acts after it.
         is_inside = site == "input"
         here.obstacles += [
-            told
-            for told, other, at, shown, _ in erased
-            if other != path and shown is node and (call.index in at.outer_calls) == is_inside
+            text
+            for text, other, other_call, other_node, _ in erased
+            if other != path and other_node is node and (call.index in other_call.outer_calls) == is_inside
         ]
         if node.kind == "constant":
             here.obstacles.append("operations on the model's inputs, which are not followed")
@@ -170,8 +170,8 @@ def trace_uses(
         if node.product is not None and (node.kind != "parameter" or node in used_elsewhere):
             weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
             is_named = node.kind != "parameter" and node.operation != node.product.owner
-            told = f"<{node.operation}>" if is_named else "another use"
-            weight_uses.setdefault(id(weight), set()).add(site_of.get(node, told))
+            text = f"<{node.operation}>" if is_named else "another use"
+            weight_uses.setdefault(id(weight), set()).add(site_of.get(node, text))
     for here in uses.values():
         here.weights += [other for other in sibling_experts(model, graph, here.weights) if other not in here.weights]
     known = {weight for here in uses.values() for weight in here.weights}
@@ -292,8 +292,8 @@ def advise_targets(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
         if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
             tied = [name for name in modules if tied_to(model, name)]
             untie = f", with untie=True for {tied}" if tied else ""
-            told = "'Where to erase' in the documentation shows how much the figures differ"
-            return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({told}). "
+            advice = "'Where to erase' in the documentation shows how much the figures differ"
+            return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({advice}). "
     return ""
 
 

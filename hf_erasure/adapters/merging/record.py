@@ -112,12 +112,12 @@ def merged_parameters(
         weight, bias_name, scale = parameters[name], bias_of(host, name), scale_of(host)
         bias = None if bias_name is None else parameters[bias_name]
         if is_expert_stack(host, name, here):
-            ones = [weight_change(*of_one, scale) for of_one in by_expert(weight, bias, here)]
-            changed[name] = torch.stack([one.weight.to(weight.dtype) for one in ones])
-            offset = torch.stack([one.offset for one in ones])
+            changes = [weight_change(*expert, scale) for expert in by_expert(weight, bias, here)]
+            changed[name] = torch.stack([change.weight.to(weight.dtype) for change in changes])
+            offset = torch.stack([change.offset for change in changes])
         else:
-            one = weight_change(weight, bias, here, scale)
-            changed[name], offset = one.weight.to(weight.dtype).contiguous(), one.offset
+            change = weight_change(weight, bias, here, scale)
+            changed[name], offset = change.weight.to(weight.dtype).contiguous(), change.offset
         if bias_name is not None and bias is not None:
             changed[bias_name] = offset.to(bias.dtype)
     return changed
@@ -180,11 +180,11 @@ def scale_of(host: nn.Module) -> float | None:
     scale = getattr(host, "embed_scale", None)
     if not isinstance(host, nn.Embedding) or scale is None or getattr(scale, "is_meta", False):
         return None
-    factor, tried = float(scale), copy.copy(host)
+    factor, trial = float(scale), copy.copy(host)
     rows = torch.arange(1.0, 7.0).view(3, 2).to(scale.device if isinstance(scale, Tensor) else "cpu")
-    tried.__dict__ = {**host.__dict__, "_parameters": {"weight": rows}, "padding_idx": None}
+    trial.__dict__ = {**host.__dict__, "_parameters": {"weight": rows}, "padding_idx": None}
     try:
-        found = type(host).forward(tried, torch.arange(3, device=rows.device))
+        found = type(host).forward(trial, torch.arange(3, device=rows.device))
     except Exception:  # an unknown module may raise any error when it is called with ids alone
         return None
     return factor if torch.equal(found, rows * factor) else None
@@ -196,8 +196,8 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     if getattr(host, "parametrizations", None):
         return f"the weight of this {kind} is parametrized; remove the parametrization first."
     if placement.has_quantised(host):
-        told = "its weight is quantised, and would not be exact after a merge"
-        return f"{told}. Use the adapter unmerged, or {placement.FLOAT_FIRST}."
+        reason = "its weight is quantised, and would not be exact after a merge"
+        return f"{reason}. Use the adapter unmerged, or {placement.FLOAT_FIRST}."
     if isinstance(host, nn.Embedding):
         if site == "input":
             return "an embedding takes token ids. Use site='output'."

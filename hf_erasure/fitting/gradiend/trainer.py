@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
 from hf_erasure.adapters.common.acting import warn_of_inactive
-from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
+from hf_erasure.adapters.common.config import ACTIVE, CARD_FACTS, RECIPE
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
@@ -168,11 +168,11 @@ class GradiendTrainer:
         if config.keep_encoder:
             features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
-        for key in ("selection", RECIPE, TOLD):  # these are about the features that the adapter held before
+        for key in ("selection", RECIPE, CARD_FACTS):  # these are about the features that the adapter held before
             config.provenance.pop(key, None)
         config.provenance |= {
             "hf_erasure_version": __version__,
-            RECORD: other_acting_adapters(self.model, self.adapter_name),
+            ACTIVE: other_acting_adapters(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
             "examples": len(training.train),

@@ -426,4 +426,4 @@ def test_a_reader_at_the_root_from_which_accelerate_takes_its_autocast():
 def test_no_reader_is_seen_where_every_module_is_called(name: str):
     model = small_model(name)
     readers = Readers(model)
-    assert not any(readers.of(module, parameter) for module in model.modules() for parameter in module._parameters)
+    assert not any(readers.find(module, parameter) for module in model.modules() for parameter in module._parameters)
