@@ -71,7 +71,7 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
     for column, better in (("gender", "lower"), ("field", "higher")):
         row = f"{last[f'{column} before']:.3f} | {last[f'{column} after']:.3f} | {better} | –"
         assert f"(always the majority: {last[f'{column} majority']:.3f}) | {row} |" in card
-    assert f"judged on the other: gender | – | {last['gender refitted']:.3f} | lower |" in card
+    assert f"judged on the rest | – | {last['gender refitted']:.3f} | lower |" in card
     assert "On the recipe's test split, the mean of the tokens:" in card
     assert "| labels | the column 'gender' of a local file, split 'train' |" in card
 

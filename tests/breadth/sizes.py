@@ -320,6 +320,13 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 32, "mask_ratio": 0.5,
     },
+    # The lengths of sounds that it draws at random differ from one pass to the next.
+    "vits": {
+        "flow_size": 32, "spectrogram_bins": 17, "upsample_initial_channel": 32, "upsample_rates": [4, 2],
+        "upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]],
+        "duration_predictor_filter_channels": 32, "prior_encoder_num_flows": 2, "prior_encoder_num_wavenet_layers": 2,
+        "posterior_encoder_num_wavenet_layers": 2, "use_stochastic_duration_prediction": False, "noise_scale": 0.0,
+    },
     "vivit": {"num_frames": 4, "image_size": 16, "tubelet_size": [2, 4, 4]},
     "wav2vec2 hubert wavlm unispeech unispeech-sat data2vec-audio": {
         "conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], "num_feat_extract_layers": 3,
@@ -335,7 +342,12 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "sequence_kernel": "native_sequence__native", "step_kernel": "native",
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "textnet": {
+        "image_size": [64, 64], "stem_out_channels": 8, "hidden_sizes": [8, 8, 16, 16, 32],
+        "conv_layer_kernel_sizes": [[[3, 3]], [[3, 1]], [[1, 3]], [[3, 3]]], "conv_layer_strides": [[1], [2], [2], [2]],
+    },
     "xmod": {"max_position_embeddings": 66, "languages": ["en_XX"], "default_language": "en_XX"},
+    "yolos": {"image_size": [16, 32], "num_detection_tokens": 5},
     "yoso": {"hidden_size": 32, "use_expectation": True},
     "zamba": {
         "mamba_d_state": 8, "n_mamba_heads": 2, "mamba_dt_rank": 8, "num_hidden_layers": 4,
