@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.breadth import kinds, truth, zoo
 from tests.breadth.erasure import RESIDUAL
-from tests.breadth.outcomes import FAILS, NOT_REACHED, PASS, REFUSED, WRONG, Outcomes, WrongError
+from tests.breadth.outcomes import FAILS, NOT_REACHED, PASS, REFUSED, WRONG, Outcomes, WrongError, different, same
 from tests.breadth.sites import collapsed
 
 
@@ -41,6 +42,15 @@ def test_the_concept_is_found_at_the_visit_that_has_it_and_not_in_padding():
     assert truth.worst(found)[0] == "site, visit 2"
     leaking = truth.residuals(Turned(erase_padding=True), ["site"], [_batch()], {"site": -1})
     assert leaking["site", 0] > 0.1
+
+
+def test_an_output_of_another_length_is_another_output():
+    short, long = {"waveform": torch.ones(1, 8)}, {"waveform": torch.ones(1, 9)}
+    different(short, long, "erased")
+    with pytest.raises(WrongError, match="loaded: the outputs differ by inf"):
+        same(short, long, "loaded")
+    with pytest.raises(WrongError, match="other parts"):
+        different(short, {"spectrogram": torch.ones(1, 8)}, "erased")
 
 
 def test_where_a_head_reads_the_first_token_no_other_counts():
