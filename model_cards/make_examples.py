@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_erasure.hub.cards import Card, adapter_card, config_in
+from hf_erasure.hub.cards import Card, config_in, rendered
 from hf_erasure.hub.facts import CardFacts, facts_of
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ DEMOS = {
 
 def example(facts: CardFacts) -> str:
     """The text of an example: a card with a line on where it comes from."""
-    card: Card = adapter_card(facts)
+    card: Card = rendered(facts)
     note = f"<!-- An example, filled by `{COMMAND}`. The repository it names does not exist. -->"
     return f"---\n{card.data.to_yaml()}\n---\n\n{note}\n\n{card.block}\n"
 

@@ -77,7 +77,7 @@ def test_two_sentences_are_nearer_without_what_tells_them_apart(erased: tuple[st
     assert len(words) == 2 * show.WORDS and all(len(row) == len(show.NEXT) for row in words)
     assert found.next_words(BOTH)[0][0] == f"{BOTH[0]} [MASK]"
     assert [row[2] for row in words[: show.WORDS]] == sorted((row[2] for row in words[: show.WORDS]), reverse=True)
-    probed = found.probed(BOTH)
+    probed = found.class_shares(BOTH)
     assert [row[:2] for row in probed] == [[text, name] for text in BOTH for name in ("female", "male")]
     gaps = [abs(probed[0][place] - probed[2][place]) for place in (2, 3)]
     assert gaps[1] < gaps[0], probed
@@ -100,7 +100,7 @@ def test_a_model_without_a_head_has_no_next_words_and_a_page_without_a_table_no_
         fit_concept_erasure(model, concept_dataloader(rows, tokenizer, label_column="gender"), progress=False)
     model.save_pretrained(tmp_path / "adapter")
     found = show.Comparison(str(tmp_path / "base"), str(tmp_path / "adapter"))
-    assert found.next_words(BOTH) == [] == found.probed(BOTH) and found.accuracy() == ""
+    assert found.next_words(BOTH) == [] == found.class_shares(BOTH) and found.accuracy() == ""
     assert found.similarity(BOTH)[0] != found.similarity(BOTH)[1]
 
 
@@ -110,7 +110,7 @@ def test_a_gradiend_is_steered(feature: tuple[str, str], people: Path):
     seen = {}
     for rate in (0.0, 0.1, 0.5):
         found.steer(rate)
-        seen[rate] = found.similarity(BOTH), found.next_words(BOTH), found.probed(BOTH)
+        seen[rate] = found.similarity(BOTH), found.next_words(BOTH), found.class_shares(BOTH)
     assert len({str(tables[0][0]) for tables in seen.values()}) == 1, "without the adapter nothing changes"
     assert seen[0.0][0][0][1] == seen[0.0][0][1][1]
     assert all(row[1:3] == row[3:] for row in seen[0.0][1])

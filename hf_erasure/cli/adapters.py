@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import app, later
+from .app import app, lazy
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from hf_erasure.fitting import combine
     from hf_erasure.recipes import erasure
 else:
-    hub, export, combine, erasure = later("hub", "adapters.merging.export", "fitting.combine", "recipes.erasure")
+    hub, export, combine, erasure = lazy("hub", "adapters.merging.export", "fitting.combine", "recipes.erasure")
 
 
-def in_place(model: str | None) -> str | None:
+def model_path(model: str | None) -> str | None:
     """Return a model as it is given; for `embedded`, as in a recipe, the folder of the encoder of the extra `demo`."""
     return erasure.embedded_model() if model == "embedded" else model
 
 
-Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.", callback=in_place)]
+Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.", callback=model_path)]
 Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
 BaseModel = Annotated[
@@ -57,7 +57,7 @@ def merge(
     hub.write_merged_card(out, model, adapter, text)
     typer.echo(f"{text}\nmodel: {out}")
     if push is not None:
-        _say(hub.push_model(out, push, private=private or None))
+        _print_commit(hub.push_model(out, push, private=private or None))
 
 
 @app.command()
@@ -74,7 +74,7 @@ def export_lora(
     """
     typer.echo(str(hub.export_to_lora(export.load_with_erasure(model, adapter), "default", out)))
     if push is not None:
-        _say(hub.push_model(out, push, private=private or None))
+        _print_commit(hub.push_model(out, push, private=private or None))
 
 
 @app.command()
@@ -116,7 +116,7 @@ def push(
         folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
         token=token, message=message, base_model=base_model,
     )  # fmt: skip
-    _say(commit)
+    _print_commit(commit)
 
 
 @app.command()
@@ -156,5 +156,5 @@ def card(
         raise typer.Exit(1)
 
 
-def _say(commit: CommitInfo) -> None:
+def _print_commit(commit: CommitInfo) -> None:
     typer.echo(f"pull request: {commit.pr_url}" if commit.pr_url else f"pushed: {commit.commit_url}")

@@ -1,6 +1,6 @@
 """The application that has all commands; in each of them an error that a user can correct is printed as one line.
 
-The modules of commands import nothing that is slow, so that help is shown at once: `later` names the modules of the
+The modules of commands import nothing that is slow, so that help is shown at once: `lazy` names the modules of the
 package that do the work. `hf_erasure_command` starts the command without importing the package.
 """
 
@@ -21,10 +21,10 @@ from hf_erasure._version import __version__
 # The commands that people use first; they are at the top of the help.
 _FIRST = ("fit", "gradiend", "info", "verify", "list", "show", "evaluate", "check")
 # The errors for a broken connection and for a process that ended, by name: importing their classes takes seconds.
-_BROKEN, _ENDED = "HTTPError", "AnotherProcessFailed"
+_CONNECTION_ERROR, _PROCESS_ERROR = "HTTPError", "AnotherProcessFailed"
 
 
-class _Later(ModuleType):
+class _LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the module; the package is imported before the module, if it is not imported yet."""
         package: Any = sys.modules["hf_erasure"]
@@ -33,9 +33,9 @@ class _Later(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def later(*names: str) -> list[Any]:
+def lazy(*names: str) -> list[Any]:
     """Modules of the package; each is imported when one of its attributes is first used."""
-    return [_Later(f"hf_erasure.{name}") for name in names]
+    return [_LazyModule(f"hf_erasure.{name}") for name in names]
 
 
 @contextmanager
@@ -47,14 +47,14 @@ def errors_as_sentences() -> Iterator[None]:
         raise  # the reader of the output has closed it, as in `| head`
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError)) or _ENDED in kinds:
-            said = f"{error}"
-        elif _BROKEN in kinds:
+        if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError)) or _PROCESS_ERROR in kinds:
+            message = f"{error}"
+        elif _CONNECTION_ERROR in kinds:
             # A connection that broke while a file was loaded from the Hub.
-            said = f"the connection to the Hub broke ({type(error).__name__}: {error}). Try again."
+            message = f"the connection to the Hub broke ({type(error).__name__}: {error}). Try again."
         else:
             raise
-        typer.echo(f"Error: {said}", err=True)
+        typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -76,7 +76,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-def _say_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"hf-erasure {__version__}")
         raise typer.Exit
@@ -84,6 +84,6 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def start(
-    version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Erase a concept from a Hugging Face model, or change a feature of it, as a PEFT adapter."""

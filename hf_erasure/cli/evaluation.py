@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import app, later
+from .app import app, lazy
 
 if TYPE_CHECKING:
     from hf_erasure import evaluation
     from hf_erasure.evaluation import report
 else:
-    evaluation, report = later("evaluation", "evaluation.report")
+    evaluation, report = lazy("evaluation", "evaluation.report")
 
 
 @app.command()
@@ -56,7 +56,7 @@ def evaluate(
 
     plan = evaluation.Evaluation(
         model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
-        strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
+        strengths=_numbers(strengths), harness=_split_commas(harness), harness_tasks=harness_tasks,
         allow_inactive=allow_inactive, stereoset=stereoset,
     )  # fmt: skip
     results = evaluation.evaluate(plan, say, output)
@@ -73,12 +73,12 @@ def evaluate(
     typer.echo(f"\nresults: {written}\nreport:  {page}")
 
 
-def _names(text: str) -> list[str]:
+def _split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in _names(text)]
+        return [float(part) for part in _split_commas(text)]
     except ValueError as error:
         raise ValueError(f"--strengths {text}: write numbers separated by commas, such as 0.5,2.") from error

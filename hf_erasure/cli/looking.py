@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import Adapter, Model, in_place
-from .app import app, later
+from .adapters import Adapter, Model, model_path
+from .app import app, lazy
 
 if TYPE_CHECKING:
     from hf_erasure.adapters import verification
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_erasure.adapters.merging import export
     from hf_erasure.hub import facts
 else:
-    verification, files, export = later("adapters.verification", "adapters.common.files", "adapters.merging.export")
-    (facts,) = later("hub.facts")
+    verification, files, export = lazy("adapters.verification", "adapters.common.files", "adapters.merging.export")
+    (facts,) = lazy("hub.facts")
 
 # How many levels of folders are searched; deeper folders are those of caches and environments.
 _DEPTH = 4
@@ -30,7 +30,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: it is loaded, to try whether the adapter merges into it.", callback=in_place
+            help="The base model: it is loaded, to try whether the adapter merges into it.", callback=model_path
         ),
     ] = None,
 ) -> None:
@@ -39,9 +39,9 @@ def info(
     Example: hf-erasure info out/no-gender
     """
     config: Any = export.PeftConfig.from_pretrained(adapter)
-    lines = {"adapter": adapter} | _of_config(config, Path(adapter))
+    lines = {"adapter": adapter} | _adapter_lines(config, Path(adapter))
     if "kind" in lines and model is not None:
-        lines["merges"] = _merges(model, adapter)
+        lines["merges"] = _try_merge(model, adapter)
     elif "kind" in lines:
         lines["merges"] = f"not tried; hf-erasure info {adapter} --model MODEL tries it"
     for name, text in lines.items():
@@ -68,20 +68,20 @@ def list_adapters(
 
     Example: hf-erasure list out
     """
-    found = 0
+    count = 0
     for place, within, names in os.walk(folder):
-        deep = len(Path(place).relative_to(folder).parts)
-        within[:] = sorted(name for name in within if not name.startswith(".") and deep < _DEPTH)
+        depth = len(Path(place).relative_to(folder).parts)
+        within[:] = sorted(name for name in within if not name.startswith(".") and depth < _DEPTH)
         if files.CONFIG in names:
-            found += 1
-            lines = _of_config(export.PeftConfig.from_pretrained(place), Path(place))
-            kept = [lines[name].splitlines()[0] for name in ("kind", "base", "where", "measured") if lines.get(name)]
-            typer.echo(f"{place}\n  " + "\n  ".join(kept))
-    if not found:
+            count += 1
+            lines = _adapter_lines(export.PeftConfig.from_pretrained(place), Path(place))
+            shown = [lines[name].splitlines()[0] for name in ("kind", "base", "where", "measured") if lines.get(name)]
+            typer.echo(f"{place}\n  " + "\n  ".join(shown))
+    if not count:
         typer.echo(f"There is no adapter in {folder}.")
 
 
-def _of_config(config: Any, folder: Path) -> dict[str, str]:
+def _adapter_lines(config: Any, folder: Path) -> dict[str, str]:
     """The facts of an adapter's configuration, by name."""
     if not hasattr(config, "described"):
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -102,8 +102,8 @@ def _of_config(config: Any, folder: Path) -> dict[str, str]:
         lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
         lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
         lines["strength"] = f"{method['strength']:g}" + (f", target {method['target']}" if method["target"] else "")
-    beside = f", {own.counterfactuals} counterfactuals" if own.counterfactuals else ""
-    fitted = f"on {own.examples} examples, {own.tokens} tokens{beside}"
+    counterfactuals = f", {own.counterfactuals} counterfactuals" if own.counterfactuals else ""
+    fitted = f"on {own.examples} examples, {own.tokens} tokens{counterfactuals}"
     lines["fitted"] = fitted if own.examples else "on data it does not name"
     rows = [f"{row['title']}: {_number(row['before'])} → {_number(row['after'])}" for row in own.measured]
     lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
@@ -114,7 +114,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _merges(model: str, adapter: str) -> str:
+def _try_merge(model: str, adapter: str) -> str:
     """Merge an adapter into its model, and return whether that worked, in words."""
     loaded = export.load_with_erasure(model, adapter)
     try:

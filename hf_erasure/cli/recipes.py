@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import HELP, app, later
+from .app import HELP, app, lazy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hf_erasure.recipes import gradiend as feature
     from hf_erasure.recipes import schema as schemas
 else:
-    hub, shared, erasure, from_data = later("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
-    gradiend_recipe, feature, schemas = later("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
+    hub, shared, erasure, from_data = lazy("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
+    gradiend_recipe, feature, schemas = lazy("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
 
 # The largest drift of the same weights, data and probes: only the order differs in which threads add floats.
 SAME_ACCURACY, SAME_FEATURE = 1e-6, 1e-5
@@ -53,7 +53,7 @@ Source = Annotated[str, typer.Argument(metavar="RECIPE.yaml|MODEL", help="A reci
 Out = Annotated[str | None, typer.Option(help="The folder to write.")]
 
 
-def _rest(data: str, example: str) -> Any:
+def _argument(data: str, example: str) -> Any:
     return typer.Argument(metavar="[DATA] [KEY=VALUE]...", help=f"{data} Then entries of the recipe, e.g. {example}")
 
 
@@ -67,8 +67,8 @@ def schema(
 
     Example: hf-erasure recipe schema erasure --output recipe.schema.json
     """
-    made = erasure.Recipe if kind is Kind.erasure else gradiend_recipe.GradiendRecipe
-    text = json.dumps(schemas.json_schema(made), indent=1, ensure_ascii=False)
+    recipe_class = erasure.Recipe if kind is Kind.erasure else gradiend_recipe.GradiendRecipe
+    text = json.dumps(schemas.json_schema(recipe_class), indent=1, ensure_ascii=False)
     if output is None:
         typer.echo(text)
     else:
@@ -79,7 +79,7 @@ def schema(
 def fit(
     source: Source,
     rest: Annotated[
-        list[str] | None, _rest("CSV, TSV, JSON lines, Parquet, a folder or a Hub data set.", "fit.batch_size=16")
+        list[str] | None, _argument("CSV, TSV, JSON lines, Parquet, a folder or a Hub data set.", "fit.batch_size=16")
     ] = None,
     label: Annotated[str | None, typer.Option(help="The column of the concept that is erased.")] = None,
     text: Annotated[str | None, typer.Option(help="The column of the text, if it is not clear.")] = None,
@@ -115,20 +115,20 @@ def fit(
         "out": out,
     }  # fmt: skip
 
-    def of_data(data: str, overrides: list[str]) -> Any:
+    def make(data: str, overrides: list[str]) -> Any:
         if label is None:
             raise ValueError("Which column is the concept? Write --label COLUMN.")
         return from_data.erasure_recipe(from_data.FromData(source, data, overrides=overrides, **options))
 
-    def of_file(path: str, overrides: list[str]) -> Any:
+    def read(path: str, overrides: list[str]) -> Any:
         return erasure.read_recipe(path, overrides)
 
-    plan, said = _plan(source, rest or [], of_file, of_data, options)
-    report, table = _run(plan, erasure.run_recipe, said, progress, processes)
+    plan, lines = _read_plan(source, rest or [], read, make, options)
+    report, table = _run_recipe(plan, erasure.run_recipe, lines, progress, processes)
     typer.echo(f"\n{report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
-    typer.echo(_rendered(table))
-    _say_end(
+    typer.echo(_table_text(table))
+    _print_outcome(
         plan, f"{plan.output}\nfigure:  {Path(plan.output) / erasure.FIGURE_FILE}", erasure.in_plain_words(plan, table)
     )
 
@@ -140,15 +140,15 @@ def check(
 ) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
     now, drift = erasure.check_output(folder, progress)
-    typer.echo(_rendered(now))
-    _say_whether_same(drift, SAME_ACCURACY)
+    typer.echo(_table_text(now))
+    _print_drift(drift, SAME_ACCURACY)
 
 
 @gradiend.command("fit")
 def fit_feature(
     source: Source,
     rest: Annotated[
-        list[str] | None, _rest("Sentences: a text file, one a line, or a column `text`.", "select.budget=0.05")
+        list[str] | None, _argument("Sentences: a text file, one a line, or a column `text`.", "select.budget=0.05")
     ] = None,
     words: Annotated[
         list[str] | None, typer.Option(help="A word of each class, e.g. he,she; repeat it for more words.")
@@ -171,31 +171,31 @@ def fit_feature(
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
 
-    def of_data(data: str, overrides: list[str]) -> Any:
+    def make(data: str, overrides: list[str]) -> Any:
         if not words:
             raise ValueError("Which words tell the classes apart? Write one of each, as in --words he,she.")
         return from_data.feature_recipe(source, data, words, classes, neutral, out, overrides)
 
-    def of_file(path: str, overrides: list[str]) -> Any:
+    def read(path: str, overrides: list[str]) -> Any:
         return gradiend_recipe.read_gradiend_recipe(path, overrides)
 
     options = {"words": words, "classes": classes, "neutral": neutral, "out": out}
-    plan, said = _plan(source, rest or [], of_file, of_data, options)
-    outcome = _run(plan, feature.run_gradiend_recipe, said, progress, processes)
+    plan, lines = _read_plan(source, rest or [], read, make, options)
+    outcome = _run_recipe(plan, feature.run_gradiend_recipe, lines, progress, processes)
     correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
     typer.echo("Rows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
     typer.echo("\nOn the test data:\n")
-    _show(outcome.messages, outcome.encoding, outcome.edits)
-    _say_end(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())
+    _print_tables(outcome.messages, outcome.encoding, outcome.edits)
+    _print_outcome(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())
 
 
 @gradiend.command()
 def evaluate(folder: Folder, progress: ProgressBars = True) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
     now, drift = feature.check_gradiend_output(folder, progress)
-    _show(now.messages, now.encoding, now.edits)
-    _say_whether_same(drift, SAME_FEATURE)
+    _print_tables(now.messages, now.encoding, now.edits)
+    _print_drift(drift, SAME_FEATURE)
 
 
 @gradiend.command()
@@ -214,7 +214,7 @@ def select(
     """
     outcome = feature.select_gradiend_output(folder, goal, budget, progress)
     hub.write_card(folder)
-    _show(outcome.messages, outcome.edits.loc[[feature.NO_EDIT, goal]])
+    _print_tables(outcome.messages, outcome.edits.loc[[feature.NO_EDIT, goal]])
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
 
 
@@ -239,8 +239,8 @@ def encode(
     typer.echo(f"{len(values)} texts: {output}" if output is not None else text, nl=output is not None)
 
 
-def _plan(
-    source: str, rest: list[str], of_file: Callable[..., Any], of_data: Callable[..., Any], options: dict[str, Any]
+def _read_plan(
+    source: str, rest: list[str], read: Callable[..., Any], make: Callable[..., Any], options: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The recipe to run, from a file or from a model and data, and lines about the data."""
     overrides = [word for word in rest if "=" in word and not Path(word).exists()]
@@ -252,17 +252,17 @@ def _plan(
             raise ValueError(f"{source} is a recipe, which has its own {given[0]}: write KEY=VALUE, as in output=out.")
         if data:
             raise ValueError(f"{data[0]!r} is not key=value, as in model=bert-base-uncased.")
-        return of_file(source, overrides), []
+        return read(source, overrides), []
     if len(data) != 1:
         raise ValueError(
             f"{source!r} is a model, not a recipe (YAML), and is followed by {len(data) or 'no'} data: write "
             "`hf-erasure fit MODEL DATA …` or `hf-erasure fit RECIPE.yaml KEY=VALUE …`."
         )
-    plan, said = of_data(data[0], overrides)
-    return plan, said
+    plan, lines = make(data[0], overrides)
+    return plan, lines
 
 
-def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, processes: int | None) -> Any:
+def _run_recipe(plan: Any, run: Callable[..., Any], lines: list[str], progress: bool, processes: int | None) -> Any:
     """Run a recipe and return its outcome; processes that are not the first end here."""
     count = shared.Processes().count
     if processes is not None and count < processes:
@@ -270,8 +270,8 @@ def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, pr
             f"--processes {processes}: only {count} of them run. Start them with torchrun, also without a GPU: "
             f"torchrun --nproc_per_node {processes} -m hf_erasure.cli …"
         )
-    if said and shared.Processes().is_main:
-        typer.echo("\n".join(said))
+    if lines and shared.Processes().is_main:
+        typer.echo("\n".join(lines))
     outcome = run(plan, progress)
     if outcome is None:
         raise typer.Exit
@@ -279,25 +279,25 @@ def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, pr
     return outcome
 
 
-def _say_end(plan: Any, adapter: str, words: str) -> None:
+def _print_outcome(plan: Any, adapter: str, words: str) -> None:
     """Say where everything is, what happened, and what to type next."""
     typer.echo(f"\nadapter: {adapter}\nrecipe:  {Path(plan.output) / 'recipe.yaml'}")
     typer.echo(f"\n{words}\n\nnext:    hf-erasure info {plan.output}")
 
 
-def _show(messages: list[str], *tables: pd.DataFrame) -> None:
-    typer.echo("\n\n".join(_rendered(table) for table in tables if len(table)))
+def _print_tables(messages: list[str], *tables: pd.DataFrame) -> None:
+    typer.echo("\n\n".join(_table_text(table) for table in tables if len(table)))
     for message in messages:
         typer.echo(f"Warning: {message}", err=True)
 
 
-def _rendered(table: pd.DataFrame) -> str:
+def _table_text(table: pd.DataFrame) -> str:
     """A table as text with three decimals; the steps of a grid keep their own digits."""
     steps = {name: table[name].map("{:g}".format) for name in ("h", "α") if name in table}
     return table.assign(**steps).to_string(float_format="{:.3f}".format)
 
 
-def _say_whether_same(drift: float, most: float) -> None:
+def _print_drift(drift: float, most: float) -> None:
     """Say whether the results that a run has written differ by `most` at most, and end with status 1 if not."""
     verdict = "same" if drift <= most else "NOT THE SAME"
     typer.echo(f"\nlargest difference from the results written when it was fitted: {drift:.1e}: {verdict}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters import Adapter, Model
-from .app import app, later
+from .app import app, lazy
 
 if TYPE_CHECKING:
     from hf_erasure.adapters.common import config as configs
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hf_erasure.models import model as models
     from hf_erasure.recipes import run
 else:
-    configs, state, export = later("adapters.common.config", "adapters.gradiend.state", "adapters.merging.export")
-    heads, scorer, models, run = later("models.heads", "models.scorer", "models.model", "recipes.run")
+    configs, state, export = lazy("adapters.common.config", "adapters.gradiend.state", "adapters.merging.export")
+    heads, scorer, models, run = lazy("models.heads", "models.scorer", "models.model", "recipes.run")
 
 Table = list[list[Any]]
 WORDS = 5  # next words that are shown
@@ -78,7 +78,7 @@ class Comparison:
         """The cosine of the embeddings of two sentences."""
         from torch.nn.functional import cosine_similarity
 
-        both = [self._embedded(sentences, acts) for acts in (False, True)]
+        both = [self._embeddings(sentences, acts) for acts in (False, True)]
         values = [round(float(cosine_similarity(one, other, dim=0)), 4) for one, other in both]
         return [["without the adapter", values[0]], ["with the adapter", values[1]]]
 
@@ -90,18 +90,18 @@ class Comparison:
         for sentence in sentences:
             mask = self.tokenizer.mask_token if self.task == "masked" else ""
             text = sentence if mask in sentence else f"{sentence} {mask}"
-            without, with_it = (self._likeliest(text, acts) for acts in (False, True))
+            without, with_it = (self._top_words(text, acts) for acts in (False, True))
             table += [[text, *one, *other] for one, other in zip(without, with_it, strict=True)]
         return table
 
-    def probed(self, sentences: Sequence[str]) -> Table:
+    def class_shares(self, sentences: Sequence[str]) -> Table:
         """The classes of each sentence by two probes, fitted on half the table's rows without and with the adapter."""
         if self._halves is None:
             return []
-        said = [self._probe(acts).predict_proba(self._embedded(sentences, acts).numpy()) for acts in (False, True)]
+        shares = [self._probe(acts).predict_proba(self._embeddings(sentences, acts).numpy()) for acts in (False, True)]
         names = self._probe(False).classes_
         return [
-            [sentence, name, *(round(float(found[row, column]), 4) for found in said)]
+            [sentence, name, *(round(float(found[row, column]), 4) for found in shares)]
             for row, sentence in enumerate(sentences)
             for column, name in enumerate(names)
         ]
@@ -111,21 +111,21 @@ class Comparison:
         if self._halves is None:
             return ""
         texts, labels = self._halves[1]
-        right = [self._probe(acts).score(self._embedded(texts, acts).numpy(), labels) for acts in (False, True)]
+        right = [self._probe(acts).score(self._embeddings(texts, acts).numpy(), labels) for acts in (False, True)]
         return f"On {len(texts)} other rows the probe is right in {right[0]:.0%} without, in {right[1]:.0%} with it."
 
-    def _acting(self, acts: bool) -> Any:
+    def _adapter_context(self, acts: bool) -> Any:
         return nullcontext() if acts else self.model.disable_adapter()
 
-    def _embedded(self, texts: Sequence[str], acts: bool) -> Any:
-        with self._acting(acts):
+    def _embeddings(self, texts: Sequence[str], acts: bool) -> Any:
+        with self._adapter_context(acts):
             return scorer.pooled_embeddings(self.model, self.tokenizer, texts, pool=self.pool, truncate=True)
 
-    def _likeliest(self, text: str, acts: bool) -> Table:
+    def _top_words(self, text: str, acts: bool) -> Table:
         inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
         ids = inputs["input_ids"][0].tolist()
         place = ids.index(self.tokenizer.mask_token_id) if self.task == "masked" else len(ids) - 1
-        with self._acting(acts), models.evaluating(self.model):
+        with self._adapter_context(acts), models.evaluating(self.model):
             top = self.model(**inputs).logits[0, place].float().softmax(-1).topk(WORDS)
         words = [self.tokenizer.decode([word]).strip() for word in top.indices.tolist()]
         return [[word, round(share, 4)] for word, share in zip(words, top.values.tolist(), strict=True)]
@@ -140,7 +140,7 @@ class Comparison:
         if key not in self._probes:
             texts, labels = self._halves[0]
             probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-            self._probes[key] = probe.fit(self._embedded(texts, acts).numpy(), labels)
+            self._probes[key] = probe.fit(self._embeddings(texts, acts).numpy(), labels)
         return self._probes[key]
 
 
@@ -153,16 +153,16 @@ def page(found: Comparison, title: str) -> Any:
             raise gr.Error("Write two sentences.")
         found.steer(learning_rate)
         both = [one, other]
-        return [found.similarity(both), found.next_words(both), found.probed(both), found.accuracy()]
+        return [found.similarity(both), found.next_words(both), found.class_shares(both), found.accuracy()]
 
     rate = found.learning_rate or 0.0
-    most = 5 * abs(rate) or 1.0
+    limit = 5 * abs(rate) or 1.0
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\nTwo sentences, read without the adapter and with it.")
         with gr.Row():
             texts = [gr.Textbox("She is a nurse.", label="First sentence")]
             texts += [gr.Textbox("He is a nurse.", label="Second sentence")]
-        slider = gr.Slider(-most, most, rate, label="Learning rate", visible=found.learning_rate is not None)
+        slider = gr.Slider(-limit, limit, rate, label="Learning rate", visible=found.learning_rate is not None)
         button = gr.Button("Compare", variant="primary")
         similarity = gr.Dataframe(headers=SIMILARITY, label="Similarity", interactive=False)
         has_words = found.task in ("causal", "masked")

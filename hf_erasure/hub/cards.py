@@ -28,7 +28,7 @@ from hf_erasure.models.heads import HEAD_OF
 from hf_erasure.models.model import base_of
 
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
-from .rendering import OURS, REPLACED_TAGS, Card, adapter_card, adapter_tags, draw, fill_template, unchanged_block
+from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, draw, fill_template, rendered, unchanged_block
 
 # Each of these files makes a folder the folder of a model or of another adapter.
 _MODEL_FILES = ("config.json", CONFIG)
@@ -113,7 +113,7 @@ def write_card(
         facts.others = more | facts.others
     details["base_class"] = facts.base_class or details.get("base_class")
     facts = replace(facts, repo_id=repo_id, subfolder=subfolder or facts.subfolder, **details)
-    return write_readme(folder / CARD, adapter_card(facts), present, overwrite=overwrite)
+    return write_readme(folder / CARD, rendered(facts), present, overwrite=overwrite)
 
 
 def gather_facts(

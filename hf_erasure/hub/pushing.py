@@ -33,7 +33,7 @@ from hf_erasure.adapters.saving import PUSHED_FROM
 
 from . import cards
 from .facts import PICTURES, hub_id, plain, read_object
-from .rendering import FOLDER_PLACEHOLDER, Card, adapter_card
+from .rendering import FOLDER_PLACEHOLDER, Card, rendered
 
 _REMEDIES = {
     401: "Log in with `hf auth login`, or give a valid token.",
@@ -156,11 +156,11 @@ def push_adapter(
             if (folder / name / file).is_file():
                 yield CommitOperationAdd(within(name, file), content)
         for name, own in written.items():
-            yield _add_readme(adapter_card(own), cards.text_of(folder / name / CARD), remote_text, within(name, CARD))
+            yield _add_readme(rendered(own), cards.text_of(folder / name / CARD), remote_text, within(name, CARD))
         if place and remote_text(CARD) is None:
             # The Hub shows the card at the top of a repository; a new repository would not have one.
             facts.pictures = {within(name): text for name, text in facts.pictures.items()}
-            yield _add_readme(adapter_card(facts), None, remote_text, CARD)
+            yield _add_readme(rendered(facts), None, remote_text, CARD)
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 

@@ -77,7 +77,7 @@ def unchanged_block(text: str) -> re.Match[str] | None:
     return found if is_ours else None
 
 
-def adapter_card(facts: CardFacts) -> Card:
+def rendered(facts: CardFacts) -> Card:
     """Make the card of an adapter from its facts."""
     head, where = HEAD_OF.get(facts.base_class), facts.base_id or facts.base_class
     what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"

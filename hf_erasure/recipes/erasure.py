@@ -47,7 +47,7 @@ STREAMED_PROBE_ROWS = 2000
 FIGURE_FILE = "leakage.png"
 _GROUP = "hf_erasure_group"  # The column of groups as text, whatever type their own column has.
 # Fields of the data for what is erased in addition to the difference of the classes.
-_BESIDE_LABELS = ("counterfactual_column", "counterfactual_words", "environment_column")
+_EXTRA_FIELDS = ("counterfactual_column", "counterfactual_words", "environment_column")
 
 
 @dataclass
@@ -184,12 +184,12 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     """
     require("matplotlib", "sklearn")
     data, background = load_data(recipe.data, recipe.labels), None
-    model, tokenizer = _model_of(recipe)
+    model, tokenizer = _load_model(recipe)
     if recipe.data.background is not None:
         rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
         options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
         background = _batches(recipe, rows, tokenizer, share=True, **options)
-    beside = {name: getattr(recipe.data, name) for name in _BESIDE_LABELS}
+    extra_fields = {name: getattr(recipe.data, name) for name in _EXTRA_FIELDS}
     rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
     test = data[recipe.data.test]
     groups = recipe.data.group_column or recipe.data.environment_column
@@ -199,14 +199,14 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     else:
         held_out = _batches(recipe, test, tokenizer, share=True)
     is_whole = isinstance(test, Dataset) and Processes().count == 1
-    seen = _Seen(_pool_of_probes(recipe.fit.pool)) if is_whole else None
+    test_states = _PooledStates(_pool_of_probes(recipe.fit.pool)) if is_whole else None
     report = fit_concept_erasure(
         model,
-        _batches(recipe, rows, tokenizer, share=True, **beside),
+        _batches(recipe, rows, tokenizer, share=True, **extra_fields),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=held_out if seen is None else ObservedBatches(held_out, seen),
+        eval_batches=held_out if test_states is None else ObservedBatches(held_out, test_states),
         background=background,
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
@@ -214,9 +214,9 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     )
     if not Processes().is_main:
         return None
-    table = probe(recipe, model, tokenizer, data, progress, seen)
+    table = probe(recipe, model, tokenizer, data, progress, test_states)
     config = model.peft_config[ADAPTER_NAME]
-    config.provenance[RECIPE] = recipe.data.origin() | {"results": _rows_of_card(recipe.data, table, config)}
+    config.provenance[RECIPE] = recipe.data.origin() | {"results": _card_rows(recipe.data, table, config)}
     write_run(recipe.output, model, asdict(recipe), Recipe, table.to_dict("index"))
     report.plot(str(Path(recipe.output) / FIGURE_FILE))
     return report, table
@@ -229,12 +229,12 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     `ValueError` if the folder holds no finished run.
     """
     recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
-    model, tokenizer = _model_of(recipe, folder)
+    model, tokenizer = _load_model(recipe, folder)
     table = probe(recipe, model, tokenizer, load_data(recipe.data, recipe.labels), progress)
     return table, difference(table, written)
 
 
-def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
+def _load_model(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
     """The model on this process's device, with a new adapter or the adapter of a finished run, and its tokenizer."""
     model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
     model.to(Processes().device)
@@ -280,14 +280,14 @@ def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
         kind = getattr((rows.features or {}).get(recipe.label_column), "dtype", "")
         if isinstance(rows, Dataset) and re.match("u?int|bool", str(kind)):
             values = set(rows[recipe.label_column])
-            if {written(value) for value in values} <= set(labels) and (
+            if {label_text(value) for value in values} <= set(labels) and (
                 kind == "bool" or not values <= set(range(len(labels)))
             ):
                 data[split] = rows.cast_column(recipe.label_column, Value("string"))
     return data
 
 
-def written(label: Any) -> str:
+def label_text(label: Any) -> str:
     """A label as a recipe writes it."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
@@ -303,34 +303,34 @@ def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sh
     } | other
     column = options["text_column"]
     if isinstance(rows, Dataset) and column in rows.column_names:
-        rows = rows.select(_by_length(rows[column], Processes().count if share else 1))
+        rows = rows.select(_length_order(rows[column], Processes().count if share else 1))
     return concept_dataloader(rows, tokenizer, **options)
 
 
-def _by_length(texts: Iterable[Any], shares: int = 1) -> list[int]:
+def _length_order(texts: Iterable[Any], shares: int = 1) -> list[int]:
     """Return the indices of texts, short texts first in each of the shares, so that batches have little padding."""
     lengths = [len(text or "") for text in texts]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [place for share in range(shares) for place in order[share::shares]]
 
 
-class _Seen:
+class _PooledStates:
     """The pooled states of rows at each site, without the erasure and with it."""
 
     def __init__(self, pool: str) -> None:
-        self.pool, self._found = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
+        self.pool, self._vectors = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
 
     def __call__(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
         """Keep one vector for each sequence of a batch."""
-        self._found[erased].setdefault(site, []).append(pooled(aligned.float(), selection.real, self.pool).cpu())
+        self._vectors[erased].setdefault(site, []).append(pooled(aligned.float(), selection.real, self.pool).cpu())
 
     def states(self, erased: bool) -> dict[str, Tensor]:
         """Site → `(sequences, width)`, float32."""
-        return {site: torch.cat(parts) for site, parts in self._found[erased].items()}
+        return {site: torch.cat(parts) for site, parts in self._vectors[erased].items()}
 
 
 def probe(
-    recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool, seen: _Seen | None = None
+    recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool, test_states: _PooledStates | None = None
 ) -> pd.DataFrame:
     """Probe accuracy by layer, before and after the erasure, on the test split of the recipe's data.
 
@@ -338,8 +338,8 @@ def probe(
     LEACE says that the probe learns nothing. The column "refitted" is a harder test: a probe is fitted on one half of
     the erased test rows, whose cues the erasure has not seen, and judged on the other half. With groups, the halves of
     "refitted by group" share no group. "control" is the accuracy for labels that are exchanged in half of the groups;
-    it shows how much of "refitted" comes from groups that are recognised. Test rows whose states are in `seen` are not
-    read again.
+    it shows how much of "refitted" comes from groups that are recognised. The test rows of `test_states` are not read
+    again.
 
     Returns one row per site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
@@ -355,14 +355,14 @@ def probe(
     labels: dict[tuple[str, str], list[str]] = {}
     for split, rows in (("train", train), ("test", test)):
         labels |= {(split, column): [str(value) for value in rows[column]] for column in columns}
-        as_given = torch.tensor(_by_length(rows[recipe.data.text_column])).argsort()
+        original_order = torch.tensor(_length_order(rows[recipe.data.text_column])).argsort()
         for when, erased in (("before", False), ("after", True)):
-            if split == "test" and seen is not None:
-                found = seen.states(erased)
+            if split == "test" and test_states is not None:
+                found = test_states.states(erased)
             else:
                 batches = _batches(recipe, rows, tokenizer)
                 found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
-            states[split, when] = {site: vectors[as_given] for site, vectors in found.items()}
+            states[split, when] = {site: vectors[original_order] for site, vectors in found.items()}
     table = {}
     for site, before in states["test", "before"].items():
         after, row = states["test", "after"][site], {}
@@ -392,7 +392,7 @@ def _sample(rows: Any, most: int | None) -> Any:
 def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     """What the probes of the last layer read, in a few sentences."""
     row, concept, kept = table.iloc[-1], recipe.data.label_column, recipe.data.keep_column
-    said = [
+    lines = [
         f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts from the "
         f"last layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right "
         f"in {row[f'{concept} majority']:.1%}.",
@@ -404,19 +404,19 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
             "or from texts that the probe has memorised"
         )
         above = above if row[f"{concept} refitted"] > row[f"{concept} majority"] else "not more than that constant"
-        said.append(
+        lines.append(
             f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: {above}."
         )
     else:
-        said.append(
+        lines.append(
             f"A new probe, fitted on erased held-out texts of some values of {group!r} and judged on others, reads "
             f"{row[f'{concept} refitted by group']:.1%}: so much is still readable. Judged on the same values it reads "
             f"{row[f'{concept} refitted']:.1%}, and a label that only they tell {row[f'{concept} control']:.1%}."
         )
     if kept is not None:
-        said.append(f"{kept!r} is read in {row[f'{kept} before']:.1%} before and {row[f'{kept} after']:.1%} after.")
-    said.append(f"What it cost: erased and original outputs have a cosine of {row['cosine']:.3f} on average.")
-    return "\n".join(said)
+        lines.append(f"{kept!r} is read in {row[f'{kept} before']:.1%} before and {row[f'{kept} after']:.1%} after.")
+    lines.append(f"What it cost: erased and original outputs have a cosine of {row['cosine']:.3f} on average.")
+    return "\n".join(lines)
 
 
 def _pool_of_probes(pool: str | None) -> str:
@@ -424,11 +424,11 @@ def _pool_of_probes(pool: str | None) -> str:
     return "mean" if pool in (None, "tokens") else pool
 
 
-def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureConfig) -> list[dict[str, Any]]:
+def _card_rows(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureConfig) -> list[dict[str, Any]]:
     """What the probes of the last layer read, as rows of the adapter's card."""
-    told = Provenance.of(config)
-    measured_on = told.measured_on
-    on = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(told.pool)]}" + (
+    provenance = Provenance.of(config)
+    measured_on = provenance.measured_on
+    data_words = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(provenance.pool)]}" + (
         f", {measured_on}" if "fitted" in measured_on else ""
     )
     layer, found = table.index[-1], table.iloc[-1].to_dict()
@@ -439,7 +439,7 @@ def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureC
         constant = f"(always the majority: {found[f'{column} majority']:.3f})"
         title = f"accuracy of a linear probe for {column}, {layer} {constant}"
         before, after, refitted = (found.get(f"{column} {what}") for what in ("before", "after", "refitted"))
-        shared = {"better": better, "data": on}
+        shared = {"better": better, "data": data_words}
         rows.append(shared | {"key": "probe_accuracy", "title": title, "before": before, "after": after})
         if refitted is not None:
             title = f"accuracy of a probe for {column}, fitted on half of the erased test split, judged on the rest"
@@ -466,13 +466,13 @@ def pooled_states(
     """
     layers = site_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
     runner = Runner(model, layers.values())
-    seen, current = _Seen(pool), list[BatchLabels]()
+    collected, current = _PooledStates(pool), list[BatchLabels]()
 
-    def look(site: str, hidden: Tensor) -> Tensor:
+    def collect(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
             hidden = layers[site].apply_eraser(adapter_name, hidden)
         aligned, selection = current[0].select(hidden, runner.side_of(site))
-        seen(erased, site, aligned, selection)
+        collected(erased, site, aligned, selection)
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
@@ -481,12 +481,12 @@ def pooled_states(
     with evaluating(runner.model), shown:
         for labels in Source(None, batches).read("tokens", Layouts(runner, layers, adapter_name)):
             current[:] = [labels]
-            with observed(layers, adapter_name, look, runner.final_states()):
+            with observed(layers, adapter_name, collect, runner.final_states()):
                 runner(labels.batch)
             shown.update()
     if not current:
         raise ValueError("There are no batches to read states from.")
-    return seen.states(erased)
+    return collected.states(erased)
 
 
 def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:
@@ -507,11 +507,11 @@ def refitted_accuracy(x: Tensor, y: list[str], groups: Sequence[str] | None = No
     Raises:
         ValueError: If one half lacks a class, so that there is nothing to fit.
     """
-    belongs: Sequence[Any] = range(len(y)) if groups is None else groups
-    names = sorted(set(belongs))
+    row_groups: Sequence[Any] = range(len(y)) if groups is None else groups
+    names = sorted(set(row_groups))
     drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % 2 == 0
     first = {name for name, chosen in zip(names, drawn.tolist(), strict=True) if chosen}
-    half = torch.tensor([name in first for name in belongs])
+    half = torch.tensor([name in first for name in row_groups])
     classes = [{label for label, own in zip(y, half.tolist(), strict=True) if own is way} for way in (True, False)]
     if min(map(len, classes)) < 2:
         raise ValueError("One half of the groups has texts of one class alone: name a group_column with more groups.")

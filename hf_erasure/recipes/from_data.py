@@ -20,7 +20,7 @@ from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.counterparts import CounterpartWords
 from hf_erasure.models.pooling import SENTENCE_POOLS
 
-from .erasure import EMBEDDED, Recipe, embedded_model, load_data, written
+from .erasure import EMBEDDED, Recipe, embedded_model, label_text, load_data
 from .gradiend_recipe import GradiendRecipe
 from .run import load_source
 from .schema import overridden, section_of
@@ -28,9 +28,9 @@ from .schema import overridden, section_of
 # The share that is set aside to measure on, where the data have no split for it.
 TEST_SHARE = 0.2
 # The fewest rows of a label: a single row cannot be both fitted on and measured.
-_FEWEST = 2
+_FEWEST_ROWS = 2
 # A column of texts is recognised by its length: so many times the length of any other column, in so many first rows.
-_LONGER, _LOOKED_AT = 3, 200
+_LENGTH_RATIO, _SAMPLED_ROWS = 3, 200
 # How older releases of sentence-transformers write the pooling that an erasure can follow.
 _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
@@ -56,52 +56,54 @@ class FromData:
     overrides: Sequence[str] = field(default_factory=list)  # Further `key=value` entries of the recipe.
 
 
-def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
+def erasure_recipe(options: FromData) -> tuple[Recipe, list[str]]:
     """The recipe, and a few lines about its data. Raises `ValueError` if the data cannot be fitted on."""
-    splits = load_source(given.data, given.name)
+    splits = load_source(options.data, options.name)
     train = "train" if "train" in splits else next(iter(splits))
     if "train" not in splits and len(splits) > 1:
-        raise ValueError(f"{given.data} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
+        raise ValueError(f"{options.data} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
     rows = splits[train]
-    for column in filter(None, (given.label, given.text, given.keep, given.group)):
-        _check_column(rows, column, given.data)
-    labels = _labels(rows, given.label, given.data)
-    text = given.text or _text_column(rows, {given.label, given.keep, given.group}, given.data)
+    for column in filter(None, (options.label, options.text, options.keep, options.group)):
+        _check_column(rows, column, options.data)
+    labels = _class_names(rows, options.label, options.data)
+    text = options.text or _text_column(rows, {options.label, options.keep, options.group}, options.data)
     if empty := [number for number, value in enumerate(rows[text]) if not value]:
-        raise ValueError(f"{given.data}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out.")
-    concept = given.concept or given.label
-    source = str(Path(given.data).resolve()) if Path(given.data).exists() else given.data
-    data: dict[str, Any] = {"source": source, "name": given.name, "train": train, "text_column": text}
-    data |= {"label_column": given.label, "keep_column": given.keep, "group_column": given.group}
-    test = given.test or ("test" if "test" in splits and given.group is None else str(TEST_SHARE))
+        raise ValueError(
+            f"{options.data}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out."
+        )
+    concept = options.concept or options.label
+    source = str(Path(options.data).resolve()) if Path(options.data).exists() else options.data
+    data: dict[str, Any] = {"source": source, "name": options.name, "train": train, "text_column": text}
+    data |= {"label_column": options.label, "keep_column": options.keep, "group_column": options.group}
+    test = options.test or ("test" if "test" in splits and options.group is None else str(TEST_SHARE))
     is_share = test.replace(".", "", 1).isdigit()
     data |= {"test_share": float(test)} if is_share else {"test": test}
-    pool = given.pool or _own_pool(given.model)
-    adapter: dict[str, Any] = {"pair_rank": given.pair_rank} if given.pair_rank else {}
-    if given.counterfactual_words is not None:
-        CounterpartWords.load(given.counterfactual_words, labels)  # raises an error where words and labels do not fit
-        data["counterfactual_words"] = given.counterfactual_words
-    elif given.pair_rank:
+    pool = options.pool or _checkpoint_pool(options.model)
+    adapter: dict[str, Any] = {"pair_rank": options.pair_rank} if options.pair_rank else {}
+    if options.counterfactual_words is not None:
+        CounterpartWords.load(options.counterfactual_words, labels)  # raises an error where words and labels do not fit
+        data["counterfactual_words"] = options.counterfactual_words
+    elif options.pair_rank:
         raise ValueError("--pair-rank is for pairs of texts and counterfactuals: write --counterfactual-words, too.")
-    targets = None if given.targets == "norms" else given.targets  # norms are the default
+    targets = None if options.targets == "norms" else options.targets  # norms are the default
     adapter |= {"target_modules": targets.split(",") if "," in targets else targets} if targets else {}
     content = {
-        "model": given.model, "concept": concept, "labels": labels, "output": given.out or f"out/no-{concept}",
+        "model": options.model, "concept": concept, "labels": labels, "output": options.out or f"out/no-{concept}",
         "data": data, "fit": {"pool": pool}, "adapter": adapter,
     }  # fmt: skip
-    recipe = section_of(overridden(content, given.overrides), Recipe)
+    recipe = section_of(overridden(content, options.overrides), Recipe)
     parts = load_data(recipe.data, recipe.labels)
-    fitted, held = (parts[name] for name in (recipe.data.train, recipe.data.test))
-    unknown = {written(value) for value in _names(held, given.label)} - set(recipe.labels)
+    fitted, measured = (parts[name] for name in (recipe.data.train, recipe.data.test))
+    unknown = {label_text(value) for value in _label_values(measured, options.label)} - set(recipe.labels)
     if unknown:
         raise ValueError(f"The split {recipe.data.test!r} has labels that {train!r} lacks: {sorted(unknown)[:5]}.")
-    count = Counter(written(value) for value in _names(rows, given.label))
-    said = [f"{given.data}: {given.label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
-    apart = f"no {given.group!r} in both" if given.group else "no text in both"
+    count = Counter(label_text(value) for value in _label_values(rows, options.label))
+    lines = [f"{options.data}: {options.label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
+    apart = f"no {options.group!r} in both" if options.group else "no text in both"
     how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
-    said.append(f"fitted on {len(fitted)} rows, measured on {len(held)} others ({how})")
-    said.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
-    return recipe, said
+    lines.append(f"fitted on {len(fitted)} rows, measured on {len(measured)} others ({how})")
+    lines.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
+    return recipe, lines
 
 
 def feature_recipe(
@@ -140,25 +142,25 @@ def _check_column(rows: Dataset, column: str, source: str) -> None:
 def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
     """Return `text`, or the column whose texts are by far the longest; the columns `others` are left out."""
     kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items() if name not in others}
-    some = rows.select(range(min(len(rows), _LOOKED_AT)))
-    length = {name: sum(len(text or "") for text in some[name]) for name, kind in kinds.items() if "string" in kind}
+    sample = rows.select(range(min(len(rows), _SAMPLED_ROWS)))
+    length = {name: sum(len(text or "") for text in sample[name]) for name, kind in kinds.items() if "string" in kind}
     longest = sorted(length, key=lambda name: -length[name])
     if "text" in length or len(longest) == 1:
         return "text" if "text" in length else longest[0]
-    if longest and length[longest[0]] > _LONGER * length[longest[1]]:
+    if longest and length[longest[0]] > _LENGTH_RATIO * length[longest[1]]:
         return longest[0]
     raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(longest) or 'COLUMN'}.")
 
 
-def _names(rows: Dataset, column: str) -> list[Any]:
+def _label_values(rows: Dataset, column: str) -> list[Any]:
     """The labels of all rows; class ids are replaced by their names."""
     names = getattr(rows.features[column], "names", None)
     return [names[value] if names and isinstance(value, int) and value >= 0 else value for value in rows[column]]
 
 
-def _labels(rows: Dataset, column: str, source: str) -> list[str]:
+def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
     """The classes of a column, in the order of their ids, numbers or names."""
-    values = _names(rows, column)
+    values = _label_values(rows, column)
     if not values:
         raise ValueError(f"{source} has no rows.")
     if missing := [number for number, value in enumerate(values) if value is None or value == ""]:
@@ -175,16 +177,16 @@ def _labels(rows: Dataset, column: str, source: str) -> list[str]:
     count = Counter(values)
     if len(count) < 2:
         raise ValueError(f"{source}: {column!r} is {values[0]!r} in all rows; a concept needs two labels or more.")
-    rare = [value for value, rows_of_it in count.items() if rows_of_it < _FEWEST]
+    rare = [value for value, rows_of_it in count.items() if rows_of_it < _FEWEST_ROWS]
     if rare:
         raise ValueError(
             f"{source}: {len(rare)} of {len(count)} labels of {column!r} are on one row alone, such as {rare[0]!r}: "
             "each needs several texts. Is it the column of the concept?"
         )
-    return [name for name in names if name in count] if names else [written(value) for value in sorted(count)]
+    return [name for name in names if name in count] if names else [label_text(value) for value in sorted(count)]
 
 
-def _own_pool(model: str) -> str | None:
+def _checkpoint_pool(model: str) -> str | None:
     """The pool of a sentence-transformers checkpoint; None if the model is of another kind or pools in another way."""
     folder = embedded_model() if model == EMBEDDED else model
     options: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -192,6 +194,6 @@ def _own_pool(model: str) -> str | None:
         path = cached_file(folder, "1_Pooling/config.json", **options)
     except (OSError, ValueError):
         return None  # the model does not exist: loading it raises the error
-    kept = json.loads(read_text(Path(path))) if path else {}
-    modes = [name for key, name in _POOLS.items() if kept.get(key) is True]
-    return SENTENCE_POOLS.get(str(kept.get("pooling_mode"))) or (modes[0] if len(modes) == 1 else None)
+    pooling = json.loads(read_text(Path(path))) if path else {}
+    modes = [name for key, name in _POOLS.items() if pooling.get(key) is True]
+    return SENTENCE_POOLS.get(str(pooling.get("pooling_mode"))) or (modes[0] if len(modes) == 1 else None)

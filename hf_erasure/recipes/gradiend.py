@@ -82,14 +82,9 @@ class GradiendRun:
     def new_trainer(self) -> GradiendTrainer:
         """A new trainer of the adapter in its present state."""
         return GradiendTrainer(
-            self.model,
-            self.args,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.choice,
-            neutral_dataset=self.data.neutral["choice"],
-            processing_class=self.tokenizer,
-            adapter_name=ADAPTER_NAME,
-        )
+            self.model, self.args, train_dataset=self.data.train, eval_dataset=self.data.choice,
+            neutral_dataset=self.data.neutral["choice"], processing_class=self.tokenizer, adapter_name=ADAPTER_NAME,
+        )  # fmt: skip
 
     def select(self, goals: Sequence[str], budget: float) -> None:
         """Choose an edit for every goal on the choice data, with one scan, and steer to the edit of the first goal."""
@@ -133,7 +128,7 @@ class GradiendRun:
     @property
     def edits(self) -> pd.DataFrame:
         """One row for each edit, the first without an edit: class probabilities, goals, language modelling."""
-        return table_of({name: _row(point) for name, point in self.tested.items()}, "edit for")
+        return table_of({name: _edit_row(point) for name, point in self.tested.items()}, "edit for")
 
     def in_plain_words(self) -> str:
         """What the first of the chosen edits does, in a sentence."""
@@ -164,7 +159,7 @@ class GradiendRun:
         self.selection.to_pandas().to_csv(output / GRID_FILE, index=False)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
         sizes = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-        tables = [_markdown(table) for table in (self.encoding, self.edits) if len(table)]
+        tables = [_markdown_table(table) for table in (self.encoding, self.edits) if len(table)]
         parts = [title, f"Measured on the test data. Rows: {sizes}.", *tables, *self.messages]
         (output / TABLES_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -188,7 +183,7 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
         return None
     run.save(recipe.output, recipe.select.goals[0])
     if values:
-        _draw_values(values, output / HISTOGRAM_FILE)
+        _draw_histograms(values, output / HISTOGRAM_FILE)
     _draw_grid(run.selection.to_pandas(), list(run.chosen), output / SURFACE_FILE)
     return run
 
@@ -199,13 +194,13 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
     Returns the new run, and the largest difference of its measures from the written ones: of the encoder, of every
     edit, and of the adapter as it is loaded. Raises `ValueError` if the folder holds no finished run.
     """
-    run, results = _finished(folder, progress)
+    run, results = _load_finished(folder, progress)
     run.encode()
     run.test()
     # The adapter is active, not merged. Float32 weights are the same either way; half precision rounds the same sum.
     config, scorer = run.trainer.config, run.trainer.scorer(run.data.test, run.data.neutral["test"])
     pair = (config.pair[0], config.pair[1]) if config.pair else run.trainer.pairs[0]
-    loaded = _row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
+    loaded = _edit_row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
     written = results["edits"][results["saved"]]
     names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
     drift = max(abs(loaded[name] - written[name]) for name in names)
@@ -219,7 +214,7 @@ def select_gradiend_output(
 
     Raises `ValueError` if the folder holds no finished run, or the goal is not defined for its classes.
     """
-    run, results = _finished(folder, progress, goal)
+    run, results = _load_finished(folder, progress, goal)
     run.encoding = table_of(results["encoding"], "encoder")
     run.select([goal], run.recipe.select.budget if budget is None else budget)
     run.test()
@@ -238,7 +233,7 @@ def encode_texts(
     Returns one row per text with a column for each pair of classes, and how many texts were read without a slot. Raises
     `ValueError` if the folder holds no finished run or no encoder, or a text cannot be read.
     """
-    run, _ = _finished(folder, progress)
+    run, _ = _load_finished(folder, progress)
     classes = run.recipe.classes
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
     adapter.encoders()  # raises an error where the adapter has none
@@ -290,7 +285,7 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
     return model.eval(), tokenizer, task
 
 
-def _row(point: Point) -> dict[str, Any]:
+def _edit_row(point: Point) -> dict[str, Any]:
     return (
         {"pair": "/".join(point.pair), "h": point.feature_factor, "α": point.learning_rate}
         | {f"P({name})": value for name, value in point.probabilities.items()}
@@ -299,7 +294,7 @@ def _row(point: Point) -> dict[str, Any]:
     )
 
 
-def _finished(folder: str | Path, progress: bool, *goals: str) -> tuple[GradiendRun, dict[str, Any]]:
+def _load_finished(folder: str | Path, progress: bool, *goals: str) -> tuple[GradiendRun, dict[str, Any]]:
     """A finished run with the adapter that it has written, and its results; the goals are checked first."""
     recipe, results = finished_run(folder, read_gradiend_recipe, "hf-erasure gradiend fit")
     for goal in goals:
@@ -316,7 +311,7 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown_table(table: pd.DataFrame) -> str:
     """A table in GitHub's Markdown."""
     lines = [[str(table.index.name or ""), *map(str, table.columns)]]
     for index, row in table.iterrows():
@@ -328,7 +323,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
+def _draw_histograms(parts: Sequence[EncodedValues], path: Path) -> None:
     """Encoded values as a histogram per class, neutral texts among them; one panel for each pair of classes."""
     figure = figures.Figure(layout="constrained", figsize=(4.2 * len(parts), 3.2))
     panels = figure.subplots(1, len(parts), squeeze=False)[0]

@@ -31,7 +31,7 @@ TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for 
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
 # The most neutral texts that are taken from the sentences; the grid of edits is scored on half of them.
-_NEUTRAL = 400
+_MOST_NEUTRAL = 400
 
 
 @dataclass
@@ -270,8 +270,8 @@ class Materials:
                     f"({', '.join(sorted(known)[:8])} …); give the columns counterfactual, label and "
                     "counterfactual_label too"
                 )
-        given = [{"text": row["text"], "factual": row["factual"]} for row in rows]
-        return Dataset.from_list([row | known[word] for row, word in zip(given, words, strict=True)])
+        texts = [{"text": row["text"], "factual": row["factual"]} for row in rows]
+        return Dataset.from_list([row | known[word] for row, word in zip(texts, words, strict=True)])
 
 
 def load_materials(
@@ -283,9 +283,9 @@ def load_materials(
     `ValueError` if two sets share a text; the message quotes one.
     """
     if recipe.whole is not None:
-        parts = _dealt(recipe.whole, classes, recipe.shares, recipe.seed)
+        parts = _split_whole(recipe.whole, classes, recipe.shares, recipe.seed)
     else:
-        parts = {name: _pairs(getattr(recipe, name), classes, f"data.{name}") for name in PARTS}
+        parts = {name: _load_pairs(getattr(recipe, name), classes, f"data.{name}") for name in PARTS}
     skipped = {}
     if recipe.skip_unusable:
         for name, rows in parts.items():
@@ -298,16 +298,16 @@ def load_materials(
                 raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")
             parts[name] = rows.select(kept)
     if recipe.neutral.whole is not None or recipe.finds_neutral:
-        texts = _texts(recipe.neutral.whole) if recipe.neutral.whole else _without_words(recipe, classes)
-        plain = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
+        texts = _load_texts(recipe.neutral.whole) if recipe.neutral.whole else _neutral_sentences(recipe, classes)
+        neutral_texts = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
     else:
-        plain = {name: _texts(getattr(recipe.neutral, name)) for name in NEUTRAL_PARTS}
-    for name, texts in plain.items():
+        neutral_texts = {name: _load_texts(getattr(recipe.neutral, name)) for name in NEUTRAL_PARTS}
+    for name, texts in neutral_texts.items():
         if not texts:
             raise ValueError(f"data.neutral: there is no text for {name}.")
-    neutral = {name: Dataset.from_dict({"text": texts}) for name, texts in plain.items()}
-    _check_apart({f"data.{name}": rows for name, rows in parts.items()})
-    _check_apart({f"data.neutral.{name}": rows for name, rows in neutral.items()})
+    neutral = {name: Dataset.from_dict({"text": texts}) for name, texts in neutral_texts.items()}
+    _check_disjoint({f"data.{name}": rows for name, rows in parts.items()})
+    _check_disjoint({f"data.neutral.{name}": rows for name, rows in neutral.items()})
     return Materials(**parts, neutral=neutral, skipped=skipped)
 
 
@@ -332,7 +332,7 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     return {str(label): list(entries) for label, entries in words.items()}
 
 
-def _opened(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Dataset | None, dict[str, list[str]]]:
+def _source(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Dataset | None, dict[str, list[str]]]:
     """The rows of a set of pairs that is a file, or else the words of its templates or sentences."""
     kinds = [name for name in ("file", "templates", "sentences") if getattr(recipe, name) is not None]
     if len(kinds) != 1:
@@ -342,52 +342,52 @@ def _opened(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Da
     return None, word_table(recipe, classes, where)
 
 
-def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
-    rows, words = _opened(recipe, classes, where)
+def _load_pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
+    rows, words = _source(recipe, classes, where)
     if rows is not None:
         return rows
     if recipe.templates is not None:
         return pairs_from_templates(recipe.templates, recipe.fillers or {}, words, classes)
-    return pairs_from_sentences(_sentences(recipe), words, classes, single=recipe.single)
+    return pairs_from_sentences(_load_sentences(recipe), words, classes, single=recipe.single)
 
 
-def _without_words(recipe: GradiendDataRecipe, classes: Sequence[str]) -> list[str]:
+def _neutral_sentences(recipe: GradiendDataRecipe, classes: Sequence[str]) -> list[str]:
     """Sentences of `whole` that have none of its words, in a random order, at most as many as are needed."""
     whole = recipe.whole or PairsRecipe()
     words = {word for entries in word_table(whole, classes, "data.whole").values() for word in entries}
-    found = [text for text in _sentences(whole) if not whole_words(words).search(text)]
+    found = [text for text in _load_sentences(whole) if not whole_words(words).search(text)]
     if len(found) < 2:
         raise ValueError(
             f"data.whole: only {len(found)} of its sentences have none of {', '.join(sorted(words))}, and language "
             "modelling is measured on such sentences: write data.neutral, texts without the feature."
         )
     random.Random(recipe.seed).shuffle(found)
-    return found[:_NEUTRAL]
+    return found[:_MOST_NEUTRAL]
 
 
-def _sentences(recipe: PairsRecipe) -> list[str]:
-    return _texts(TextsRecipe(recipe.sentences or [], recipe.split))
+def _load_sentences(recipe: PairsRecipe) -> list[str]:
+    return _load_texts(TextsRecipe(recipe.sentences or [], recipe.split))
 
 
-def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float], seed: int) -> dict[str, Dataset]:
+def _split_whole(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float], seed: int) -> dict[str, Dataset]:
     """Divide one source into three parts that share no sentence."""
     if len(shares) != 3 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
         raise ValueError(f"data.shares is {list(shares)}: write three numbers above 0, for train, choice, test.")
     if recipe.templates is not None:
         raise ValueError("data.whole has templates: write data.train, data.choice and data.test, each with its own.")
-    rows, words = _opened(recipe, classes, "data.whole")
-    texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
+    rows, words = _source(recipe, classes, "data.whole")
+    texts = list(dict.fromkeys(_load_sentences(recipe) if rows is None else rows["text"]))
     # Sentences that differ only in words of the table have the same text once a slot replaces these words.
-    every = {word for entries in words.values() for word in entries}
-    alike: dict[str, list[str]] = {}
+    all_words = {word for entries in words.values() for word in entries}
+    by_masked_text: dict[str, list[str]] = {}
     for text in texts:
-        alike.setdefault(whole_words(every).sub(SLOT, text) if every else text, []).append(text)
-    groups = list(alike.values())
+        by_masked_text.setdefault(whole_words(all_words).sub(SLOT, text) if all_words else text, []).append(text)
+    groups = list(by_masked_text.values())
     random.Random(seed).shuffle(groups)
     ends = [0, *(round(len(groups) * end) for end in itertools.accumulate(shares))]
     parts = {}
-    for name, first, behind in zip(PARTS, ends, ends[1:], strict=False):
-        own = [text for group in groups[first:behind] for text in group]
+    for name, first, stop in zip(PARTS, ends, ends[1:], strict=False):
+        own = [text for group in groups[first:stop] for text in group]
         if rows is not None:
             chosen = set(own)
             parts[name] = rows.select([number for number, text in enumerate(rows["text"]) if text in chosen])
@@ -399,7 +399,7 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
     return parts
 
 
-def _check_apart(parts: Mapping[str, Dataset]) -> None:
+def _check_disjoint(parts: Mapping[str, Dataset]) -> None:
     for (one, rows), (other, more) in itertools.combinations(parts.items(), 2):
         if "text" not in rows.column_names or "text" not in more.column_names:
             continue  # the trainer's own check names the missing columns
@@ -411,7 +411,7 @@ def _check_apart(parts: Mapping[str, Dataset]) -> None:
             )
 
 
-def _texts(recipe: TextsRecipe) -> list[str]:
+def _load_texts(recipe: TextsRecipe) -> list[str]:
     """The texts, each once, without empty texts."""
     source = recipe.texts
     if isinstance(source, str):

@@ -97,15 +97,15 @@ def set_aside(
     units: dict[str, list[int]] = {}
     for number, value in enumerate(rows[key]):
         units.setdefault(str(value), []).append(number)
-    labels, held = [str(value) for value in rows[label_column]], []
+    labels, test_rows = [str(value) for value in rows[label_column]], []
     by_label: dict[str, list[str]] = {}
     for unit, numbers in units.items():
         by_label.setdefault(labels[numbers[0]], []).append(unit)
     for _, names in sorted(by_label.items()):
         random.Random(seed).shuffle(names)
-        held += [row for unit in names[: round(share * len(names)) or int(len(names) > 1)] for row in units[unit]]
-    chosen = set(held)
-    parts = {"train": [row for row in range(len(rows)) if row not in chosen], "test": sorted(held)}
+        test_rows += [row for unit in names[: round(share * len(names)) or int(len(names) > 1)] for row in units[unit]]
+    chosen = set(test_rows)
+    parts = {"train": [row for row in range(len(rows)) if row not in chosen], "test": sorted(test_rows)}
     for label, count in sorted(Counter(labels).items()):
         for name, part in parts.items():
             if all(labels[row] != label for row in part):

@@ -29,7 +29,7 @@ from hf_erasure.adapters.common.config import field_types, is_a, short, type_tex
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
-_FEW = 20  # a message lists all fields if there are fewer
+_FEW_FIELDS = 20  # a message lists all fields if there are fewer
 _KIND, _ABOVE, _WORDS = "fields of", "known at the top", "words"
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
@@ -82,11 +82,11 @@ def overridden(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, A
     return content
 
 
-def _from_yaml(text: str, what: str) -> Any:
+def _from_yaml(text: str, subject: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{subject} not YAML: {' '.join(str(error).split())}") from error
 
 
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
@@ -94,12 +94,12 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
 
     Raises `ValueError` if a key is not known, a key is missing, or a value has another type.
     """
-    only = getattr(kind, "short_for", None)
-    if only is not None and not isinstance(content, dict):
+    field = getattr(kind, "short_for", None)
+    if field is not None and not isinstance(content, dict):
         if not isinstance(content, (str, list)):
             keys = ", ".join(entry.name for entry in fields(kind))  # type: ignore[arg-type]
             raise ValueError(f"{section}={short(content)} in a recipe must be texts, or a section with {keys}.")
-        content = {only: content}
+        content = {field: content}
     spelled_out = getattr(kind, "spelled_out", None)
     if spelled_out is not None and isinstance(content, dict):
         content = spelled_out(content)
@@ -109,21 +109,23 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
             raise ValueError(f"{missing_in or section} lacks {name}: {documented(kind)[name]}")
     entries = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
     declared = typing.get_type_hints(kind)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{section}.{key}" if section else key
-        hint, of = declared[key], entries[key].metadata.get(_KIND)
-        part: Any = next((inner for inner in typing.get_args(hint) or (hint,) if is_dataclass(inner)), None)
-        if (part or of) and value is None:
+        hint, owner = declared[key], entries[key].metadata.get(_KIND)
+        section_class: Any = next((inner for inner in typing.get_args(hint) or (hint,) if is_dataclass(inner)), None)
+        if (section_class or owner) and value is None:
             continue
-        if part is not None:
-            found[key] = section_of(value, part, name)
-        elif of is not None:
-            given = check_section(value, of, name, entries[key].metadata[_ABOVE])
-            found[key] = {inner: _checked(given[inner], field_types(of)[inner], f"{name}.{inner}") for inner in given}
+        if section_class is not None:
+            values[key] = section_of(value, section_class, name)
+        elif owner is not None:
+            nested = check_section(value, owner, name, entries[key].metadata[_ABOVE])
+            values[key] = {
+                inner: _checked(nested[inner], field_types(owner)[inner], f"{name}.{inner}") for inner in nested
+            }
         else:
-            found[key] = _checked(value, hint, name, entries[key].metadata.get(_WORDS))
-    return kind(**found)
+            values[key] = _checked(value, hint, name, entries[key].metadata.get(_WORDS))
+    return kind(**values)
 
 
 def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def check_section(content: Any, kind: type, section: str = "", above: Sequence[s
             raise ValueError(f"{section}.{key} is not known in a recipe: write {key} at the top alone.")
         if key not in known:
             prefix = f"{section}." if section else ""
-            if len(known) < _FEW:
+            if len(known) < _FEW_FIELDS:
                 there = f"is not known in a recipe; {prefix or 'it'} has {', '.join(known)}."
             else:
                 close = difflib.get_close_matches(str(key), known, 3)
@@ -192,52 +194,52 @@ def _required(kind: Any) -> list[str]:
 def json_schema(kind: type) -> dict[str, Any]:
     """What an editor needs to complete and check a recipe: the JSON schema of its dataclass."""
     title = f"A recipe of hf-erasure: {kind.__name__}"
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title} | _object(kind)
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title} | _object_schema(kind)
 
 
-def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> dict[str, Any]:
+def _object_schema(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> dict[str, Any]:
     helps = {entry.name: entry.metadata["help"] for entry in fields(kind) if "help" in entry.metadata}
     words = helps | documented(kind)
     # The fields that PEFT and transformers add differ between their releases: they are allowed, but not listed.
-    mine = [part for part in kind.__mro__ if part.__module__.startswith("hf_erasure.")]
-    ours = {name for part in mine for name in inspect.get_annotations(part)}
-    entries = [entry for entry in fields(kind) if entry.init and entry.name in ours and entry.name not in leave_out]
+    own_classes = [part for part in kind.__mro__ if part.__module__.startswith("hf_erasure.")]
+    listed = {name for part in own_classes for name in inspect.get_annotations(part)}
+    entries = [entry for entry in fields(kind) if entry.init and entry.name in listed and entry.name not in leave_out]
     found: dict[str, Any] = {
         "type": "object",
         "properties": {},
-        "additionalProperties": any(entry.name not in ours for entry in fields(kind)),
+        "additionalProperties": any(entry.name not in listed for entry in fields(kind)),
     }
     for entry in entries:
-        of, choices = entry.metadata.get(_KIND), entry.metadata.get(_WORDS)
-        if of is not None:
-            value = _object(of, entry.metadata[_ABOVE], required=False)
+        owner, choices = entry.metadata.get(_KIND), entry.metadata.get(_WORDS)
+        if owner is not None:
+            value = _object_schema(owner, entry.metadata[_ABOVE], required=False)
         elif choices is not None:
             value = {"enum": [*choices, *([None] if entry.default is None else [])]}
         else:
-            value = _type(field_types(kind)[entry.name])
+            value = _type_schema(field_types(kind)[entry.name])
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if isinstance(default, (str, bool, int, float, list)) and not isinstance(default, enum.Enum):
             value = value | {"default": default}
-        said = {"description": words[entry.name]} if entry.name in words else {}
-        found["properties"][entry.name] = said | value
+        description = {"description": words[entry.name]} if entry.name in words else {}
+        found["properties"][entry.name] = description | value
     if required and (needed := _required(kind)):
         found["required"] = needed
-    only = getattr(kind, "short_for", None)
-    return {"anyOf": [*_alternatives(_type(field_types(kind)[only])), found]} if only is not None else found
+    field = getattr(kind, "short_for", None)
+    return {"anyOf": [*_alternatives(_type_schema(field_types(kind)[field])), found]} if field is not None else found
 
 
-def _type(hint: Any) -> dict[str, Any]:
+def _type_schema(hint: Any) -> dict[str, Any]:
     """The JSON schema of a declared type; for a type that JSON does not have, it allows every value."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        every = [alternative for part in parts for alternative in _alternatives(_type(part))]
-        return {} if {} in every else {"anyOf": every}
+        alternatives = [alternative for part in parts for alternative in _alternatives(_type_schema(part))]
+        return {} if {} in alternatives else {"anyOf": alternatives}
     if origin is list or hint is list:
-        return {"type": "array"} | ({"items": _type(parts[0])} if parts else {})
+        return {"type": "array"} | ({"items": _type_schema(parts[0])} if parts else {})
     if origin is dict or hint is dict:
-        return {"type": "object"} | ({"additionalProperties": _type(parts[1])} if parts else {})
+        return {"type": "object"} | ({"additionalProperties": _type_schema(parts[1])} if parts else {})
     if is_dataclass(hint):
-        return _object(hint)
+        return _object_schema(hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}
     return {"type": _JSON_TYPES[hint]} if hint in _JSON_TYPES else {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_erasure.cli.recipes import _rendered
+from hf_erasure.cli.recipes import _table_text
 from hf_erasure.recipes.erasure import load_data, read_recipe
 from hf_erasure.recipes.run import table_of
 from recipes.gradiend_demo import train
@@ -94,7 +94,7 @@ def results_of(recipe: str) -> dict[str, Any]:
 )
 def test_what_the_demo_prints_as_the_tour_has_it(recipe: str, of: str | None, index: str) -> None:
     found = results_of(recipe) if of is None else results_of(recipe)[of]
-    printed = "\n".join(line.rstrip() for line in _rendered(table_of(found, index)).splitlines())
+    printed = "\n".join(line.rstrip() for line in _table_text(table_of(found, index)).splitlines())
     assert f"\n{printed}\n" in (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
 
 

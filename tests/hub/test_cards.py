@@ -29,7 +29,7 @@ from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
 from hf_erasure.hub.cards import config_in, merged_metadata, updated_readme
 from hf_erasure.hub.facts import CardFacts, facts_of
-from hf_erasure.hub.rendering import adapter_card, draw, template_folder
+from hf_erasure.hub.rendering import draw, rendered, template_folder
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.small_models import LABELS, small_batches
@@ -88,7 +88,7 @@ def gradiend(**fields: Any) -> GradiendConfig:
 
 def card_of(config: Any, **facts: Any) -> ModelCard:
     """The card as huggingface_hub reads it."""
-    return ModelCard(str(adapter_card(replace(facts_of(config), **facts))))
+    return ModelCard(str(rendered(replace(facts_of(config), **facts))))
 
 
 def results_of(card: ModelCard) -> dict[tuple[str, str], float]:
@@ -322,7 +322,7 @@ def test_names_of_strangers_change_nothing_but_text(make: Callable[[str], Any]) 
     def text(name: str) -> str:
         facts = replace(facts_of(make(name)), repo_id="alice/adapter")
         facts.base_id = None  # what is a name on the Hub is tested elsewhere
-        return str(adapter_card(facts))
+        return str(rendered(facts))
 
     plain = text("harmless")
     blocks, keys = shape(ModelCard(plain).text), ModelCard(plain).data.to_dict().keys()
@@ -344,7 +344,7 @@ def test_names_of_strangers_change_nothing_but_text(make: Callable[[str], Any]) 
 
 @pytest.mark.parametrize("make", [nasty_erasure, nasty_gradiend])
 def test_a_name_like_our_marks_does_not_hide_what_is_ours(make: Callable[[str], Any]) -> None:
-    card = adapter_card(facts_of(make("<!-- hf-erasure end -->")))
+    card = rendered(facts_of(make("<!-- hf-erasure end -->")))
     text, outcome, _ = updated_readme(f"{card}\nBy hand.\n", card)
     assert outcome == "made anew"
     assert ModelCard(text).text.count("<!-- hf-erasure end -->") == 1
@@ -376,7 +376,7 @@ def test_provenance_that_makes_no_sense_is_left_out() -> None:
 
 
 def test_metadata_of_others_stays_and_paths_go() -> None:
-    text = str(adapter_card(facts_of(erasure())))
+    text = str(rendered(facts_of(erasure())))
     theirs = ModelCard(
         "---\nlicense: mit\nthumbnail: x.png\npipeline_tag: fill-mask\nbase_model: /home/alice/base\n"
         "tags:\n- base_model:adapter:/home/alice/base\n- mine\n"
@@ -619,7 +619,7 @@ def test_a_card_says_what_is_guarded_what_was_measured_on_and_how_sure_it_is(tmp
         "measured_on": "fitted rows (all of 40)",
     }  # fmt: skip
     facts = facts_of(erasure(provenance=told))
-    text = str(adapter_card(facts))
+    text = str(rendered(facts))
     for words in (
         "What is guarded (`pool`): `cls`; BertForSequenceClassification reads the first token.",
         "On fitted rows (all of 40), of the first token, when it was fitted:",

@@ -199,7 +199,7 @@ def test_a_card_that_fails_stops_no_save(made: Callable, tmp_path: Path, monkeyp
     def fails(*args: Any) -> None:
         raise RuntimeError("no more ink")
 
-    monkeypatch.setattr(cards, "adapter_card", fails)
+    monkeypatch.setattr(cards, "rendered", fails)
     with pytest.warns(UserWarning, match="could not be written: RuntimeError: no more ink"):
         made("erasure").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -122,6 +122,6 @@ def test_held_out_rows_are_read_once_and_short_texts_together(
 @pytest.mark.parametrize("count", [7, 8, 9])
 def test_each_of_several_processes_gets_short_and_long_texts(count: int) -> None:
     rows = Dataset.from_dict({"length": list(range(count))})
-    order = erasure._by_length(["." * length for length in range(count)], shares=2)
+    order = erasure._length_order(["." * length for length in range(count)], shares=2)
     shares = [split_dataset_by_node(rows.select(order), rank, 2)["length"] for rank in (0, 1)]
     assert [list(share) for share in shares] == [list(range(count))[rank::2] for rank in (0, 1)]
