@@ -44,7 +44,7 @@ from transformers.utils import cached_file
 
 from hf_erasure.models.model import as_attribute, base_of
 
-from .common.acting import adapters_now, warn_user
+from .common.acting import warn_user
 from .common.config import ChildConfig, find_fault, read_config
 from .common.files import CARD, COMMIT, CONFIG, PICKLE, PREFIX, STAGING, WEIGHTS
 from .common.layer import AdapterChild, child_configs, is_child
@@ -198,11 +198,11 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
                 f"PEFT says that none of the adapters {known} is active, as after delete_adapter: say which one is to "
                 f"be saved, model.set_adapter({known[-1]!r})."
             )
-        unsaved = [name for name in adapters_now(model).switched_on if name in configs and name not in names]
-        if unsaved:  # sticky ones
+        unsaved = [name for name, config in configs.items() if config.sticky and name not in names]
+        if unsaved:
             warn_user(
-                f"{unsaved} act beside {names} and are not saved in {str(folder)!r}: save each into a folder of its "
-                "own, after model.set_adapter(name)."
+                f"The sticky adapters {unsaved} act beside {names} and are not saved in {str(folder)!r}: save each "
+                "into a folder of its own, after model.set_adapter(name)."
             )
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}

@@ -203,7 +203,7 @@ def solve_sites(
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
 
-# Texts (or environments) are far fewer than features where there is less than one of them for this many features.
+# Texts are far fewer than features where there is less than one of them for this many features.
 _FEATURES_PER_TEXT = 2
 # The most bytes of float64 sums that a pass holds. The weights of a model with so many wide sites take more.
 MOST_BYTES = 1 << 31
@@ -326,7 +326,7 @@ def finish_fit(
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.residuals or report.unsettled:
         warnings.warn(report.shortfall, stacklevel=3)
-    if report.outlook and _FEATURES_PER_TEXT * report.groups < max(line.width or 0 for line in lines):
+    if report.outlook and _FEATURES_PER_TEXT * report.examples < max(line.width or 0 for line in lines):
         logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()

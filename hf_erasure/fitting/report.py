@@ -232,24 +232,20 @@ class ErasureReport:
         )
 
     @property
-    def groups(self) -> int:
-        """How many independent groups were fitted on: texts, or the environments that the texts were made in."""
-        return min(self.examples, self.environments or self.examples)
-
-    @property
     def expected_reading(self) -> float | None:
         """The accuracy that a linear probe is expected to reach on other texts, if it is fitted anew on them.
 
         The formula is that of `hf_erasure.erasers.expected_accuracy`, for the last site that was measured and its
-        correlation without the adapter. None for concepts other than two classes, for methods other than LEACE, with
-        counterfactuals, which leave less than the formula says, and without `eval_batches`.
+        correlation without the adapter. None for concepts other than two classes, for methods other than LEACE, without
+        `eval_batches`, and with counterfactuals or within environments, which leave less than the formula says.
         """
-        if self.classes != 2 or self.counterfactuals or self.method != "leace" or not self.eval_examples:
+        other = self.classes != 2 or self.counterfactuals or self.environments or self.method != "leace"
+        if other or not self.eval_examples:
             return None
         line = self._last_measured
         if line is None:
             return None
-        return expected_accuracy(_accuracy(line.correlation_before or 0.0), line.width or 1, self.groups)
+        return expected_accuracy(_accuracy(line.correlation_before or 0.0), line.width or 1, self.examples)
 
     @property
     def _last_measured(self) -> SiteReport | None:
@@ -262,18 +258,17 @@ class ErasureReport:
         reads = self.expected_reading
         if reads is None or (line := self._last_measured) is None:
             return ""
-        of = f"{self.examples} texts" + (f" in {self.environments} environments" if self.environments else "")
-        most = "at most" if self.environments else "about"  # the formula is of LEACE, which erases less
         found = _accuracy((line.interval_after or (0.0,))[0])
         if found > reads and not self.eval_fitted:
             return (
-                f"On these held-out texts a linear probe reads {found:.0%} or more, where the formula for {of}\n"
-                f"of one kind expects {reads:.0%}: they differ from those fitted on, as in templates or names. Name\n"
-                "such kinds (concept_dataloader(…, environment_column=…)) and erase within each (environment_rank)."
+                f"On these held-out texts a linear probe reads {found:.0%} or more, where the formula for "
+                f"{self.examples} texts\nof one kind expects {reads:.0%}: they differ from those fitted on, as in "
+                "templates or names. Name\nsuch kinds (concept_dataloader(…, environment_column=…)) and erase within "
+                "each (environment_rank)."
             )
         return (
-            f"A linear probe that is fitted anew on other texts is expected to read {most} {reads:.0%}, by the "
-            f"formula\nfor {of} fitted on. More texts leave less, and so do counterfactuals\n"
+            f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
+            f"for {self.examples} texts fitted on. More texts leave less, and so do counterfactuals\n"
             "(concept_dataloader(…, counterfactual_words=…))."
         )
 
