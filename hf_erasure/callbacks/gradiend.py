@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.pytorch_utils import Conv1D
@@ -40,6 +42,7 @@ class GradiendCallback(LoggingCallback):
 
     Both modes work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change of
     the weight by the LoRA's matrices takes its place. All rows share these matrices, so a guard acts on a whole weight.
+    What else an adapter may train there, such as the magnitudes of DoRA, is refused.
 
     Args:
         adapter_name: A fitted GRADIEND adapter of the model.
@@ -115,16 +118,17 @@ class GradiendCallback(LoggingCallback):
 # ---- weights that are trained, themselves or by a LoRA ---------------------------------------------------------------
 
 
+# A `(rank, in)`, B `(out, rank)`, and the factor of `B A`, which a LoRA adds to the weight.
+LoraMatrices = tuple[nn.Parameter, nn.Parameter, float]
+
+
 @dataclass
 class TrainedWeight:
-    """One weight of the base model, by its full name, that training changes: the weight itself, or only its `lora`.
-
-    An entry of `lora` is A `(rank, in)`, B `(out, rank)`, and the factor of `B A`, which a LoRA adds to the weight.
-    """
+    """One weight of the base model, by its full name, that training changes: the weight itself, its `lora`, or both."""
 
     name: str
     weight: nn.Parameter
-    lora: list[tuple[nn.Parameter, nn.Parameter, float]]
+    lora: list[LoraMatrices]
     transposed: bool = False  # kept as (in, out)
 
     def oriented(self, change: Tensor) -> Tensor:
@@ -141,15 +145,14 @@ class TrainedWeight:
         return index % weight.shape[-1] if self.transposed else index // weight[0].numel()
 
     def value(self) -> Tensor:
-        """`(shape of the weight)`: what training changes, the weight or what its LoRA adds."""
-        if not self.lora:
-            return self.weight.detach()
+        """`(shape of the weight)`: what training changes, the weight, what its LoRA adds, or their sum."""
         products = (scaling * (b.detach().float() @ a.detach().float()) for a, b, scaling in self.lora)
-        return self.oriented(sum(products, torch.zeros(())))
+        own = self.weight.detach() if self.weight.requires_grad else torch.zeros(())
+        return own + self.oriented(sum(products, torch.zeros(()))) if self.lora else own
 
     def gradient(self) -> Tensor:
         """`(shape of the weight)`: its gradient; or, to first order, its change when its LoRA moves by gradients."""
-        if not self.lora:
+        if self.weight.requires_grad:
             return _gradient_of(self.weight)
         found = torch.zeros(())
         for a, b, scaling in self.lora:
@@ -163,26 +166,50 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def trained_weights(model: nn.Module, adapter_name: str) -> list[TrainedWeight]:
-    """The weights that a GRADIEND adapter targets and that are trained. Raises `ValueError` if there are none."""
+    """The weights that a GRADIEND adapter targets and that are trained.
+
+    Raises:
+        ValueError: If there are none, or an adapter trains more than the two matrices of a LoRA at one of them.
+    """
     found = []
     modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
     for name, weight in targeted_parameters(model, adapter_name).items():
         path, _, own = name.rpartition(".")
         module: Any = modules.get(path)
-        lora, is_lora = [], isinstance(module, LoraLayer)
-        if own == "weight" and is_lora and not weight.requires_grad:
-            a, b, scaling = module.lora_A, module.lora_B, module.scaling
-            trained = [n for n in module.active_adapters if n in a and a[n].weight.requires_grad]
-            lora = [(a[n].weight, b[n].weight, scaling[n]) for n in trained]
-        if weight.requires_grad or lora:
-            found.append(
-                TrainedWeight(name, weight, lora, module is not None and isinstance(innermost(module), Conv1D))
-            )
+        lora = _trained_matrices(path, module) if isinstance(module, BaseTunerLayer) else []
+        if weight.requires_grad or (lora and own == "weight"):
+            # Behind a LoRA's A an embedding, which has a row for each of its inputs, is like a layer kept as (in, out).
+            kinds = (Conv1D, nn.Embedding) if lora else (Conv1D,)
+            is_transposed = module is not None and isinstance(innermost(module), kinds)
+            found.append(TrainedWeight(name, weight, lora if own == "weight" else [], is_transposed))
     if not found:
         raise ValueError(
             f"Training changes none of the weights that the GRADIEND adapter {adapter_name!r} knows: there is nothing "
             "to watch. Train the model's own weights, or put a LoRA on linear layers that the adapter targets."
         )
+    return found
+
+
+def _trained_matrices(path: str, module: Any) -> list[LoraMatrices]:
+    """The matrices of the LoRAs that are trained on a linear layer or an embedding."""
+    found: list[LoraMatrices] = []
+    if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+        layer: Any = module
+        stores = ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B))
+        for (a, b), name in itertools.product(stores, layer.active_adapters):
+            if name in a and name not in layer.lora_variant:
+                one, two = (getattr(store[name], "weight", store[name]) for store in (a, b))
+                if one.dim() == 2 and (one.requires_grad or two.requires_grad):
+                    found.append((one, two, layer.scaling[name]))
+    known = {id(p) for p in innermost(module).parameters()} | {id(p) for a, b, _ in found for p in (a, b)}
+    for name, parameter in module.named_parameters():
+        acts = not {*name.split(".")}.isdisjoint(module.active_adapters)
+        if acts and parameter.requires_grad and id(parameter) not in known:
+            raise ValueError(
+                "GradiendCallback can only read what the two matrices of a LoRA add to a linear layer or an embedding, "
+                f"and at {path!r} an adapter trains {name!r} in another way: train a LoRA without DoRA, lora_bias and "
+                f"target_parameters there, or fit the GRADIEND adapter with exclude_modules=[{path!r}]."
+            )
     return found
 
 
@@ -210,7 +237,7 @@ class _Guard:
             change = self._values(weight) - self.recorded[weight.name]
             along += float((change * self.direction[weight.name]).double().sum())
             size += float(change.double().square().sum())
-            if weight.lora:
+            if not weight.weight.requires_grad:
                 for _ in range(CORRECTIONS):
                     self._correct_lora(weight)
             else:
@@ -244,6 +271,7 @@ class _Guard:
         for a, b, scaling in weight.lora:
             steps.append((b, scaling * toward @ a.detach().float().T))
             steps.append((a, scaling * b.detach().float().T @ toward))
+        steps = [(parameter, step) for parameter, step in steps if parameter.requires_grad]
         total = sum(float(step.double().square().sum()) for _, step in steps)
         for parameter, step in steps if total > 0 else ():
             _add_change(parameter, -along / total * step, None)

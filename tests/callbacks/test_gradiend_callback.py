@@ -255,17 +255,43 @@ def test_a_checkpoint_without_what_is_trained_is_refused(tmp_path: Path):
         trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["by the LoRA", "itself, under a LoRA"])
-def test_a_weight_that_is_kept_as_in_by_out_is_known_as_such(own: bool) -> None:
+@pytest.mark.parametrize("target", ["h.0.attn.c_attn", "wte"])
+@pytest.mark.parametrize("own", [False, True], ids=["by the LoRA", "itself too"])
+def test_a_weight_that_is_kept_as_in_by_out_is_known_as_such(own: bool, target: str) -> None:
     model: Any = model_of("gpt2")
     model.add_adapter(GradiendConfig(feature="gender", classes=list(CLASSES), sticky=True), adapter_name="feature")
-    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn", "wte"], init_lora_weights=False, fan_in_fan_out=True)
     model.add_adapter(lora, adapter_name="lora")
-    if own:
-        model.requires_grad_(True)
-    found = {weight.name: weight for weight in trained_weights(model, "feature")}
-    name = "transformer.h.0.attn.c_attn"
-    weight, layer = found[f"{name}.weight"], model.get_submodule(name)
-    assert weight.rows(None).max() + 1 == layer.out_features == 3 * layer.in_features
-    expected = layer.get_base_layer().weight if own else layer.get_delta_weight("lora")
+    model.requires_grad_(own)
+    for name, parameter in model.named_parameters():  # as LoRA-FA trains B alone
+        if "lora_B" in name or "lora_embedding_B" in name:
+            parameter.requires_grad_(True)
+    name = f"transformer.{target}"
+    weight = {weight.name: weight for weight in trained_weights(model, "feature")}[f"{name}.weight"]
+    layer: Any = model.get_submodule(name)
+    assert target == "wte" or weight.rows(None).max() + 1 == layer.out_features == 3 * layer.in_features
+    expected = layer.get_delta_weight("lora") + (layer.get_base_layer().weight if own else 0)
     torch.testing.assert_close(weight.value(), expected.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"target_modules": [], "target_parameters": ["0.self_attn.q_proj.weight"]},
+        {"kind": peft.LoHaConfig},
+    ],
+    ids=["DoRA", "lora_bias", "target_parameters", "LoHa"],
+)
+def test_what_is_not_two_matrices_of_a_lora_is_refused(options: dict[str, Any]) -> None:
+    model: Any = model_of("llama")
+    model.add_adapter(GradiendConfig(feature="gender", classes=list(CLASSES), sticky=True), adapter_name="feature")
+    kind = options.get("kind", peft.LoraConfig)
+    fields = {
+        "target_modules": ["0.self_attn.q_proj"],
+        **{key: value for key, value in options.items() if key != "kind"},
+    }
+    model.add_adapter(kind(**fields), adapter_name="other")
+    with pytest.raises(ValueError, match=r"in another way: train a LoRA without DoRA"):
+        trained_weights(model, "feature")
