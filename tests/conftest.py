@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports transformers, which reads it once.
+# Set before any import of transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -19,13 +19,13 @@ import pytest
 from tests.matrix import PROPERTY, record
 from tests.prepared import OBJECTS
 
-# What is imported stays, and looking through it for garbage again and again takes long.
+# Imported objects are never freed, and searching them for garbage again and again during the imports takes long.
 gc.disable()
-# transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.
+# transformers asks for the version of PEFT at each load of an adapter, which reads and parses a file each time: 5 ms.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 CELL = "lifecycle_cell"
-# Of few tests that take long. Workers begin with them, so that none is left alone with one of them at the end.
+# The files with few tests that take long. Workers begin with them, so that no worker is left with one at the end.
 LONG = {
     "docs/test_notebooks.py", "docs/test_pages.py", "distributed/test_command.py", "distributed/test_failing.py",
     "distributed/test_fits.py", "ecosystem/test_compiled.py", "ecosystem/test_lora_alone.py",
@@ -58,7 +58,7 @@ def short_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def matrix(request: pytest.FixtureRequest) -> Callable[[str, str, str, str], None]:
-    """`matrix(table, row, column, outcome)` enters what a test has seen into the documentation's tables."""
+    """A function: `matrix(table, row, column, outcome)` enters a test's outcome into the documentation's tables."""
 
     def enter(table: str, row: str, column: str, outcome: str) -> None:
         request.node.user_properties.append((PROPERTY, (table, row, column, outcome)))
@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class MatrixRecorder:
-    """Keeps what passing tests enter, as it comes: several runs, one of them killed, add up to one table."""
+    """Writes the entries of each passing test to a file at once, so that several runs, even killed ones, add up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,7 +85,7 @@ class MatrixRecorder:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--matrix")
-    # In the process that gathers the reports of all.
+    # `workerinput` is missing only in the process that gathers the reports of all workers.
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(MatrixRecorder(path.resolve()))
     config.addinivalue_line(
@@ -96,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("lifecycle"):
-            # Properties travel with the report from the processes of xdist to the one that prints.
+            # With xdist, the report carries the properties from a worker to the process that prints the summary.
             item.user_properties.append((CELL, item.nodeid))
     if "PYTEST_XDIST_WORKER" in os.environ:
         counts = Counter(item.path for item in items)
@@ -104,15 +104,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of later garbage collections: torch and transformers are millions of objects.
+    """Leave imported objects out of later garbage collections: torch and transformers have millions of them.
 
-    The process that only gathers the reports of others does not come here, and does without torch.
+    The process that only gathers the reports of workers does not call this, and does not import torch.
     """
     import accelerate.utils.memory
     import torch
 
     torch.set_num_threads(1)
-    # Every training begins with a look through all objects for garbage, so that devices give memory back: 0.2 s.
+    # Every training begins with a garbage collection, to give device memory back. It takes 0.2 s, and is left out here.
     clear_device_cache = accelerate.utils.memory.clear_device_cache
     accelerate.utils.memory.clear_device_cache = lambda garbage_collection=False: clear_device_cache()
     gc.enable()
@@ -121,7 +121,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Leave what the tests have made out of pytest's five collections at the end."""
+    """Leave the objects of the tests out of the five garbage collections that pytest makes at its end."""
     gc.freeze()
 
 

@@ -1,6 +1,6 @@
-"""What can be counted of the package's own text: lines, files, imports, constants, and what it wraps of other packages.
+"""Counts of the package's own source: lines, files, imports, constants, and which functions of others it wraps.
 
-`python -m tests.house` prints the figures, and where the lines are that should become fewer.
+`python -m tests.house` prints the counts, and the places of the lines that should become fewer.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LINES, FILES, WRAPPED = 27_000, 140, 15
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands.
+    """A place in the source, and its text.
 
     Attributes:
-        path: Relative to the folder of the package.
-        line: Counted from 1.
+        path: The file, relative to the folder of the package.
+        line: The line, counted from 1.
         function: The qualified name of the `def` around it; empty outside of any.
-        says: What stands there.
-        is_constant: It is part of what a module assigns to a name in capitals.
+        says: The text at this place.
+        is_constant: Whether it is part of what a module assigns to a name in capitals.
     """
 
     path: Path
@@ -74,12 +74,12 @@ def lines_of(path: Path) -> int:
 
 
 def package_of(path: Path) -> tuple[str, ...]:
-    """The names of the package that a file is in."""
+    """The names of the package that a file is in, from the outermost on."""
     return (NAME, *path.relative_to(PACKAGE).parent.parts)
 
 
 def imported_by(node: ast.AST, package: tuple[str, ...]) -> list[str]:
-    """Absolute names of what a statement imports; of the package itself, the names in it."""
+    """Absolute names of the modules that a statement imports; from this package's root, also the imported names."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -97,7 +97,7 @@ def imported(path: Path) -> set[str]:
 
 @functools.cache
 def nodes(path: Path) -> tuple[tuple[Any, str, bool], ...]:
-    """Every node of a file, the function around it, and whether it is part of a constant of the module."""
+    """Every node of a file, with the function around it and whether it is part of a constant of the module."""
     found, tree = [], tree_of(path)
 
     def look(node: ast.AST, around: str, function: str, constant: bool) -> None:
@@ -134,7 +134,7 @@ def imports_in_functions() -> list[Place]:
 
 @functools.cache
 def literals() -> tuple[tuple[str | int, Place], ...]:
-    """Strings, parts of f-strings, and whole numbers with their sign, without docstrings."""
+    """Strings, parts of f-strings, and whole numbers with their sign; docstrings are left out."""
     found = []
     for path in files():
         told = {id(node.value) for node, _, _ in nodes(path) if isinstance(node, ast.Expr)}
@@ -162,15 +162,15 @@ def lines_with(pattern: str) -> list[Place]:
 
 
 def wrapped() -> dict[str, list[str]]:
-    """Functions of other packages in whose place a function of this one is called, and where each is replaced."""
+    """Functions of other packages that this package replaces by its own, each with the places of the replacement."""
     import hf_erasure
 
-    importlib.import_module("transformers.trainer")  # which is wrapped when it is imported
+    importlib.import_module("transformers.trainer")  # The package wraps it when it is imported.
     assert Path(hf_erasure.__file__).parent == PACKAGE
     found: dict[str, list[str]] = {}
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in OTHERS]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has objects that warn as soon as they are looked at
+        warnings.simplefilter("ignore")  # Some objects of torch warn as soon as they are looked at.
         for module in modules:
             for name, value in list(vars(module).items()):
                 _note(found, module.__name__, name, value)
@@ -185,7 +185,7 @@ def _note(found: dict[str, list[str]], owner: str, name: str, value: Any) -> Non
     function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     if isinstance(function, type | ModuleType):
         return
-    # As text: there are 150,000 functions, and a `Path` takes ten times as long.
+    # The path stays a string: there are 150,000 functions, and making a `Path` takes ten times as long.
     path = function.__code__.co_filename if isinstance(function, FunctionType) else ""
     ours = path.startswith(f"{PACKAGE}{os.sep}") or type(function).__module__.partition(".")[0] == NAME
     if ours and callable(function):

@@ -1,4 +1,4 @@
-"""Fewer cases than a full product, where two things cannot act on each other."""
+"""Fewer cases than a full product, for parameters that cannot act on each other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 
 def in_turn(arguments: str, *choices: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise with every combination of all choices but the last, and with one of the last for each.
+    """Parametrise with every combination of all choices but the last; each gets one value of the last choice, in turn.
 
-    Every pair of a value of the last and a value of another one occurs, where one of the others has as many values as
-    the last, or where there are two others. Write beside it why the last does not depend on all others together.
+    Each value of the last choice meets each value of another choice if one of the other choices has as many values as
+    the last, or if there are two other choices. Say beside it why the last need not meet all combinations of others.
 
     Args:
         arguments: The names of the arguments, with commas.

@@ -1,6 +1,6 @@
-"""The compatibility tables of the documentation, made of what a run of the tests has found.
+"""The compatibility tables of the documentation, made from the outcomes of a run of the tests.
 
-A test says what it saw with the fixture `matrix`; `make matrix` runs those tests, gathers their words in a file, and
+A test enters an outcome with the fixture `matrix`. `make matrix` runs those tests, gathers their entries in a file, and
 writes them into the page.
 """
 
@@ -17,7 +17,7 @@ Found = tuple[str, str, str, str]  # table, row, column, outcome
 
 
 def record(path: Path, location: tuple[str, int | None, str], cells: list[Found]) -> None:
-    """Append what one test has entered."""
+    """Append the entries of one test to the file."""
     if cells:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -25,7 +25,7 @@ def record(path: Path, location: tuple[str, int | None, str], cells: list[Found]
 
 
 def recorded(path: Path) -> list[Found]:
-    """All that was recorded, in the order of the tests, whichever process ran them when; each test's last word."""
+    """All recorded entries of the last run of each test, in the order of the tests, whichever process ran them."""
     found = {tuple(location): cells for location, cells in map(json.loads, path.read_text("utf-8").splitlines())}
     return [tuple(cell) for location in sorted(found) for cell in found[location]]
 
@@ -45,10 +45,10 @@ def render(cells: Iterable[Found]) -> str:
 
 
 def write(page: Path, cells: list[Found]) -> None:
-    """Put the tables into the places that the page keeps for them.
+    """Put the tables into the places that the page marks for them.
 
     Raises:
-        ValueError: If the page has no place for a table, or there is none for one of its places.
+        ValueError: If the page has no place for a table, or has a place for which there is no table.
     """
     text = page.read_text(encoding="utf-8")
     places = re.findall(r"<!-- matrix: (.*?) -->", text)

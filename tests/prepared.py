@@ -1,14 +1,14 @@
-"""Processes for tests, forked from one that has imported what they need: a fresh Python takes eight seconds to do so.
-All workers of a test run fork from the same ones.
+"""Processes for tests, forked from one that has made the imports already: a fresh Python takes eight seconds for them.
+All workers of a test run fork from the same processes.
 
 `run` and `start` run a function of a test module in a process of its own, `command` runs `hf-erasure` there, and
-`together` runs a function in several processes that know of each other, as torchrun starts them. There are three kinds
-of processes to fork from:
+`together` runs a function in several processes that work together, as torchrun starts them. There are three kinds of
+processes to fork from:
 
 - `PACKAGE` has imported hf_erasure;
-- `TRANSFORMERS` has imported transformers, and neither PEFT nor hf_erasure: as a program that knows of neither;
-- `LIBRARIES` has imported what is not of Hugging Face: the client of the Hub, transformers and hf_erasure are imported
-  anew in each process, and read the environment when they are.
+- `TRANSFORMERS` has imported transformers, but not PEFT or hf_erasure, like a program that uses neither of them;
+- `LIBRARIES` has imported libraries that are not by Hugging Face. Each new process imports huggingface_hub,
+  transformers and hf_erasure itself, and they read its environment variables then.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ IMPORTED = {
         "torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "numpy", "pandas", "pyarrow", "scipy.stats",
         "pytest",
     ),
-    # It imports its parts when they are asked for; these are what small models take.
+    # transformers imports its parts when they are used; these are the parts that small models need.
     TRANSFORMERS: tuple(f"transformers.models.{m}.modeling_{m}" for m in ("auto", "bert", "llama")),
     PACKAGE: ("hf_erasure.cli", "accelerate", "trl", "matplotlib.pyplot", "sklearn.linear_model"),
 }  # fmt: skip
-# The same in all workers of a test run. Short, as the name of a socket is no longer than about 100 characters.
+# One id for all workers of a test run. It is short, since the name of a socket has at most about 100 characters.
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)[:12]
-# Of a process that hangs; the slowest takes half a minute on an idle core.
+# Seconds until a process counts as hanging; the slowest takes half a minute on an idle core.
 PATIENCE = 300
-# So many new ones are looked through for garbage at a time. By default it is 700, less than one model makes, and some
-# hundredths of the time of all tests go into looking.
+# Python searches for garbage when there are this many new objects. The default of 700 is less than one model makes, and
+# takes a few hundredths of the time of all tests.
 OBJECTS = 20_000
-# Between two looks at a process, in seconds.
+# Seconds between two looks at a process.
 PAUSE = 0.005
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is to do.
+    """A function call for a process, and its surroundings.
 
     Attributes:
-        call: The pickled function and its arguments; they are imported in the new process.
-        folder: Where it runs.
-        environment: All of it.
+        call: The pickled function and its arguments; the new process imports what they need.
+        folder: The working directory.
+        environment: All environment variables.
         printed: The files for standard output and standard error.
     """
 
@@ -78,7 +78,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ended:
-    """What has become of a process: the names are those of `subprocess`."""
+    """The result of a process; the names are those of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
@@ -89,14 +89,14 @@ class Ended:
 
 
 def serve(address: str, modules: Sequence[str]) -> None:
-    """Import modules, then start tasks and say what has become of them, until no one is connected any more."""
+    """Import modules, then start tasks and report their exit statuses, until the last connection is closed."""
     gc.disable()
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError:  # what is not installed, no task imports either
+        except ImportError:  # A task does not import it either if it is not installed.
             continue
-    # As in the tests' own process; what is imported is left out of the collections of every process that is forked.
+    # The same settings as in the tests' own process. Forked processes never collect what is imported here.
     gc.enable()
     gc.set_threshold(OBJECTS, 10, 10)
     gc.freeze()
@@ -121,7 +121,7 @@ def _accepted(listener: socket.socket) -> Connection:
 
 
 def _answered(connection: Connection, every: Sequence[socket.socket | Connection]) -> bool:
-    """Do what is asked for; false where the other end is closed. A task's process keeps none of `every` open."""
+    """Do one request; return False if the other end is closed. The process of a task closes its copies of `every`."""
     try:
         asked = connection.recv()
         if isinstance(asked, Task):
@@ -149,7 +149,7 @@ def _work(task: Task) -> None:
         os.environ.clear()
         os.environ.update(task.environment)
         os.chdir(task.folder)
-        # Fresh processes begin with numbers of their own, except for those of torch.
+        # Fresh processes draw different numbers with NumPy, and the same numbers with torch.
         sys.modules["numpy"].random.seed()
         function, arguments = pickle.loads(task.call)
         function(*arguments)
@@ -166,8 +166,8 @@ def _work(task: Task) -> None:
 
 @functools.cache
 def _server(kind: str) -> Connection:
-    """A connection to `serve`, with the modules of a kind imported; one `serve` for all workers of a test run."""
-    # Whoever makes the folder starts it, and `serve` removes the folder when all have left.
+    """A connection to `serve` with the modules of a kind imported; all workers of a test run share one `serve`."""
+    # The worker that makes the folder starts `serve`, which removes the folder when all connections are closed.
     folder = Path(tempfile.gettempdir(), f"prepared-{RUN}-{kind}")
     address, said = str(folder / "socket"), folder / "said"
     process, end = None, time.monotonic() + PATIENCE
@@ -178,7 +178,7 @@ def _server(kind: str) -> Connection:
         try:
             connection: Connection = Client(address, "AF_UNIX")
             connection.recv()
-        # The socket is not there yet, or nobody listens yet, or the last one has just left.
+        # The socket does not exist yet, or `serve` does not listen yet, or it has just ended.
         except (FileNotFoundError, ConnectionError, EOFError):
             if (process is not None and process.poll() is not None) or time.monotonic() > end:
                 printed = said.read_text() if said.is_file() else "nothing"
@@ -205,7 +205,7 @@ class Process:
     """A process that does a task.
 
     Attributes:
-        pid: Its number.
+        pid: The number of the process.
     """
 
     def __init__(self, task: Task, kind: str) -> None:
@@ -225,10 +225,10 @@ class Process:
             os.kill(self.pid, number)
 
     def wait(self, timeout: float = PATIENCE) -> Ended:
-        """What has become of it.
+        """Wait until the process ends, and return its result.
 
         Raises:
-            TimeoutError: It takes longer than that; it is killed.
+            TimeoutError: If it takes longer than `timeout` seconds; it is killed.
         """
         end = time.monotonic() + timeout
         while self.poll() is None:
@@ -251,15 +251,15 @@ def start(
     environment: dict[str, str] | None = None,
     printed: tuple[Path, Path] | None = None,
 ) -> Process:
-    """Start a function that a module has, in a process of its own.
+    """Start a function of a module in a process of its own.
 
     Args:
-        function: What runs.
-        arguments: That it is called with; they can be pickled.
-        folder: Where it runs.
-        kind: What is imported already.
-        environment: The environment; by default this process's.
-        printed: The files for what it prints on both ways; by default new ones.
+        function: The function to run.
+        arguments: Its arguments, which can be pickled.
+        folder: The working directory.
+        kind: The kind of process to fork from.
+        environment: All environment variables; by default those of this process.
+        printed: The files for standard output and standard error; by default new ones.
     """
     if printed is None:
         files = tempfile.mkdtemp(prefix="printed-", dir=folder)
@@ -271,12 +271,12 @@ def start(
 
 
 def run(function: Callable[..., Any], *arguments: Any, folder: Path, **options: Any) -> Ended:
-    """Run a function in a process of its own to its end; see `start`."""
+    """Run a function in a process of its own until it ends; see `start`."""
     return start(function, *arguments, folder=folder, **options).wait()
 
 
 def run_code(code: str, *arguments: str) -> None:
-    """Run a text of Python as `python -c` does, for what has to come before any import of a test module."""
+    """Run Python code as `python -c` does, for statements that come before any import of a test module."""
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
 
@@ -293,7 +293,7 @@ def command(*words: object, folder: Path) -> Ended:
 
 
 def run_command(words: list[str]) -> None:
-    """What `hf-erasure` does with its words; ends the process."""
+    """Do what `hf-erasure` does with these words; ends the process."""
     sys.argv = ["hf-erasure", *words]
     importlib.import_module("hf_erasure.cli").app()
 
@@ -311,7 +311,7 @@ def together(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # What accelerate's launcher sets is not there: whoever starts torchrun does not know of it.
+    # Variables that accelerate's launcher sets are left out, since torchrun does not set them.
     known = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     known |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"} | variables
     known |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}

@@ -3,9 +3,9 @@
 Build the wheel and the sdist, and check that what a user installs is what the repository has: run by `make
 release-check` and, before it publishes, by the release workflow.
 
-The wheel is installed into a fresh environment without constraints (torch aside, whose build is chosen first), so with
-the newest releases that its ranges admit. Everything is tried from another folder with an interpreter that does not
-see the checkout, and the main job of `make demo` is run there. The sdist has to give the same wheel.
+The wheel is installed into a fresh environment without constraints, hence with the newest releases that its ranges
+admit; only the build of torch is chosen first. Everything is tried from another folder with an interpreter that does
+not see the checkout, and the main job of `make demo` is run there. The sdist has to give the same wheel.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.compile(r"__version__ = \"([^\"]+)\"")
-COMMAND = "hf_erasure_command.py"  # beside the package, as it starts without that
-# What a user cannot do without, beside the modules.
+COMMAND = "hf_erasure_command.py"  # It stands beside the package, since it starts before the package is imported.
+# Files that a user needs, whether or not git lists them.
 PACKAGED = (
     COMMAND, "hf_erasure/py.typed", "hf_erasure/evaluation/templates/report.html.j2", "hf_erasure/metrics/weat.py",
 )  # fmt: skip
@@ -42,7 +42,7 @@ names = ("torch", "transformers", "peft", "accelerate", "datasets", "huggingface
 print("with " + ", ".join(f"{name} {version(name)}" for name in names))
 """
 
-# Run by the fresh interpreter, in a folder that is empty.
+# The fresh interpreter runs this in an empty folder.
 INSTALLED = """
 import importlib, pathlib, pkgutil, sys
 from importlib.metadata import version
@@ -81,14 +81,14 @@ print(f"{len(found)} modules, {len(METRICS)} metrics, {len(CARDS)} templates of 
 
 
 class Unfit(Exception):
-    """The distribution is not what a user should get."""
+    """The distribution is not fit to be released."""
 
 
 def run(command: Sequence[str | Path], *, cwd: Path, isolated: bool = False) -> str:
-    """Run a command, and give what it prints.
+    """Run a command, and return what it prints.
 
     Raises:
-        Unfit: It fails.
+        Unfit: If it fails.
     """
     environment = {key: value for key, value in os.environ.items() if not (isolated and key.startswith("PYTHON"))}
     environment |= {"HF_HUB_OFFLINE": "1"} if isolated else {}
@@ -124,7 +124,7 @@ def cards() -> list[str]:
 
 
 def digests(wheel: Path) -> dict[str, str]:
-    """File in the wheel → digest; its own list of files aside, which repeats the others."""
+    """File in the wheel → digest; without the wheel's own list of files, which repeats the other digests."""
     with zipfile.ZipFile(wheel) as archive:
         return {
             name: hashlib.sha256(archive.read(name)).hexdigest()
@@ -134,10 +134,10 @@ def digests(wheel: Path) -> dict[str, str]:
 
 
 def check_contents(wheel: Path, sdist: Path, version: str, tag: str) -> None:
-    """The names, the version and the lists of files.
+    """Check the names, the version and the lists of files.
 
     Raises:
-        Unfit: Something is missing, or the version is not that of the tag and of the changelog.
+        Unfit: If a file is missing or foreign, or the version differs from the tag or is not in the changelog.
     """
     if f"-{version}-" not in wheel.name or f"-{version}.tar" not in sdist.name:
         raise Unfit(f"{wheel.name} and {sdist.name} are not of version {version}")
@@ -163,10 +163,10 @@ def _text(name: str) -> str:
 
 
 def check_sdist(wheel: Path, sdist: Path, folder: Path) -> None:
-    """A wheel that is built of the unpacked sdist has the same files, to the byte.
+    """Check that a wheel built from the unpacked sdist has the same files, to the byte.
 
     Raises:
-        Unfit: It has not.
+        Unfit: If a file differs.
     """
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -183,9 +183,9 @@ def check_installed(wheel: Path, folder: Path, version: str, borrowed: str | Non
 
     Args:
         wheel: The wheel.
-        folder: For the environment.
-        version: That it must have.
-        borrowed: Site packages to take the dependencies from, in the place of an installation; to save time.
+        folder: The folder in which the environment is made.
+        version: The version that the package must have.
+        borrowed: Site packages that have the dependencies; saves the time of their installation.
     """
     venv.create(folder / "environment", with_pip=True)
     binaries = folder / "environment" / ("Scripts" if os.name == "nt" else "bin")
@@ -211,10 +211,10 @@ def check_installed(wheel: Path, folder: Path, version: str, borrowed: str | Non
 
 
 def torch_pin() -> str:
-    """The release of torch in constraints.txt, which is installed first: the wheel of the index may be another build.
+    """The pin of torch in constraints.txt. It is installed first, since the index may have another build of the newest.
 
     Raises:
-        Unfit: The file does not pin torch.
+        Unfit: If the file does not pin torch.
     """
     found = re.search(r"^torch==[^\s;]+", _text("constraints.txt"), re.MULTILINE)
     if found is None:
@@ -226,7 +226,7 @@ def check_main_job(program: Path, folder: Path) -> None:
     """Do what `make demo` does first: erase a concept from the embedded model, load the adapter again, compare.
 
     Raises:
-        Unfit: It fails, or no adapter is saved.
+        Unfit: If a command fails, or an adapter is not saved.
     """
     run([program, "fit", ROOT / MAIN_JOB, "output=adapter"], cwd=folder, isolated=True)
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():

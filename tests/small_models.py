@@ -1,7 +1,7 @@
-"""Small models of ten architectures, built from configs, and data in which the concept really is.
+"""Small models of ten architectures, built from configs, and data that really contain the concept.
 
-Random weights with an initialisation of transformers' own would make many tests pass by symmetry: norms that are all
-ones, biases that are all zero, attention that is nearly uniform. So every parameter is drawn anew, and far from those.
+With the initialisation of transformers, many tests would pass by symmetry: norm weights are all one, biases are all
+zero, attention is nearly uniform. So every parameter is drawn anew, far from these values.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a small model, and what its parts are called.
+    """How to build a small model, and the names of its parts.
 
     Attributes:
-        build: Makes the model, with transformers' own initialisation.
+        build: Makes the model, initialised by transformers.
         auto: The Auto class that loads it.
-        task_type: PEFT's name of that class's task; None where PEFT has no class for it.
-        targets: The ways of saying where to erase, by what they stand for.
-        norms: What `target_modules=None` must choose.
-        bias_free: Some of its linear layers have no bias.
-        tied: Its embedding shares its weight with the head.
+        task_type: PEFT's name for the task of that class; None where PEFT has none.
+        blocks, attention, embeddings: The `target_modules` that mean these parts.
+        norms: The modules that `target_modules=None` must choose.
+        bias_free: Whether some of its linear layers have no bias.
+        tied: Whether its embedding shares its weight with the head.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -178,7 +178,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         task_type=None,
         blocks=rf"{re.escape(_VIT_BLOCKS)}\.\d+",
         attention=["attention"] if _VIT_BLOCKS == "layers" else r"encoder\.layer\.\d+\.attention",
-        # Its embeddings take pixels, which are floating-point numbers in rows, so that both sites exist.
+        # Its embeddings take pixels, floating-point numbers in rows, so erasing is possible at their input and output.
         embeddings=["embeddings"],
         norms=[*_per_layer(_VIT_BLOCKS, "layernorm_before", "layernorm_after"), "layernorm"],
     ),
@@ -193,12 +193,12 @@ def _built(name: str) -> PreTrainedModel:
 
 
 def small_model(name: str) -> PreTrainedModel:
-    """A model with the same weights at every call; not to be changed."""
+    """A model with the same weights at every call; callers must not change it."""
     return _built(name)
 
 
 def shortened(model: Path, folder: Path) -> Path:
-    """A folder with the first two layers of a stored language model, and its tokenizer, under its name."""
+    """Save the first two layers of a stored language model and its tokenizer in a subfolder with the model's name."""
     kind = getattr(hf, hf.AutoConfig.from_pretrained(model).architectures[0])
     kind.from_pretrained(model, num_hidden_layers=2).save_pretrained(folder / model.name)
     hf.AutoTokenizer.from_pretrained(model).save_pretrained(folder / model.name)
@@ -206,7 +206,7 @@ def shortened(model: Path, folder: Path) -> Path:
 
 
 def roughen(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Draw all parameters anew: matrices with a scale of 0.2, vectors (norm weights, biases) about their values."""
+    """Draw matrices anew with a scale of 0.2; noise of scale 0.3 is added to vectors (norm weights, biases)."""
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -218,18 +218,18 @@ def roughen(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def shared_layers_model(blocks: int = 2) -> nn.Module:
-    """An ALBERT, whose blocks are one module that is called several times; a third call takes three times as long."""
+    """An ALBERT, whose blocks are one module, called several times; three calls take three times as long as two."""
     config = hf.AlbertConfig(**{**_TEXT, "num_hidden_layers": blocks, "intermediate_size": 48}, embedding_size=16)
     return roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval()
 
 
 def small_batch(name: str, *, seed: int = 0, rows: int = 16, length: int = 8) -> dict[str, Tensor]:
-    """Inputs with padding, and `concept_labels` that the inputs give away.
+    """Inputs with padding, and `concept_labels` that can be told from the inputs.
 
     Args:
         name: The architecture.
-        seed: Of the draw.
-        rows: Sequences, or images.
+        seed: The seed of the draw.
+        rows: The number of sequences or images.
         length: Tokens in the longest sequence.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -238,7 +238,7 @@ def small_batch(name: str, *, seed: int = 0, rows: int = 16, length: int = 8) ->
         stripes = torch.linspace(-1, 1, 16).repeat(3, 16, 1)
         pixels = torch.randn(rows, 3, 16, 16, generator=generator) + labels.view(-1, 1, 1, 1) * stripes
         return {"pixel_values": pixels, "concept_labels": labels}
-    # Each class has tokens of its own, and shares others with the other class.
+    # Each class has token ids of its own, and ids that the other class has too.
     ids = torch.randint(4, 40, (rows, length), generator=generator) + 24 * labels[:, None]
     lengths = torch.randint(length // 2, length + 1, (rows,), generator=generator)
     lengths[0] = length
@@ -256,7 +256,7 @@ def small_batches(name: str, count: int = 3, seed: int = 100) -> list[dict[str, 
 
 
 def paired_batches(name: str, count: int = 3, seed: int = 100) -> list[dict[str, Tensor]]:
-    """The same with counterfactuals, in which some tokens are others; environments; and a label to keep."""
+    """The same with counterfactuals, in which some tokens differ, and with environments and a label to keep."""
     return [_paired(batch) for batch in small_batches(name, count, seed)]
 
 
@@ -264,7 +264,7 @@ def _paired(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     labels = batch["concept_labels"]
     rows = len(labels)
     other = {key: value.clone() for key, value in batch.items()}
-    # Of each row the third and the fifth token, in a way that depends on the class and on the row.
+    # The third and the fifth token of each row are moved, depending on the class and on the row.
     moved = torch.arange(rows) % 5 + 1 + 7 * labels
     other["input_ids"][:, 2:5:2] = 4 + (other["input_ids"][:, 2:5:2] + moved[:, None]) % 50
     own, ignored = torch.arange(rows), torch.full((rows,), -100)
@@ -280,7 +280,7 @@ def _paired(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch without what it says of the concept."""
+    """The inputs of the model in a batch, without the keys about the concept."""
     return {key: value for key, value in batch.items() if not key.startswith("concept_")}
 
 
@@ -299,6 +299,6 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest difference of two sets of outputs, relative to the largest value of the tensor it is in."""
+    """The largest difference between two sets of outputs, relative to the largest value in its tensor."""
     assert left.keys() == right.keys()
     return max(float((left[key] - right[key]).abs().max() / right[key].abs().max()) for key in left)

@@ -1,4 +1,4 @@
-"""The command, as a user types it: fit a recipe, check the folder in another process, and be told what is wrong."""
+"""The command, as a user types it: fit a recipe, check the folder in another process, and get clear errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
         assert expected in printed
     table = json.loads((folder / "results.json").read_text())
     first = next(iter(table.values()))
-    # The first site is erased exactly in one pass; half of 80 test rows are of either gender.
+    # The first site is erased exactly in one pass; half of the 80 test rows are of either gender.
     assert first["gender before"] > first["gender after"]
     assert first["gender majority"] == pytest.approx(0.5, abs=0.1)
     # The card says what the probes of the last layer read, and who labelled the data.
@@ -168,7 +168,7 @@ def test_a_pre_ln_model_goes_through_the_same_table(assets: Path, recipe: Path, 
             f"model={assets / 'models' / 'stories260k'}",
             f"output={tmp_path / name}",
             f"adapter.target_modules={targets}",
-            # On the rows fitted on, so that what is left is a leak of the method and not of new cues.
+            # The rows that were fitted on, so that a leak is one of the method and does not come from new cues.
             "data.test=train",
         ]
         result = CliRunner().invoke(app, ["fit", str(recipe), *overrides, "--no-progress"])
@@ -176,5 +176,5 @@ def test_a_pre_ln_model_goes_through_the_same_table(assets: Path, recipe: Path, 
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         leaks[name] = config["provenance"]["leakage"]["last_hidden_state"]
     assert leaks["blocks"][1] > 0.5 * leaks["blocks"][0]
-    # The halves' own covariances cancel, hence no more than 0.
+    # On fitted rows the covariances of the two halves are opposite, so the leakage is at most 0.
     assert leaks["final"][1] < 0.05 < leaks["final"][0]

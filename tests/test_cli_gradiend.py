@@ -95,7 +95,7 @@ def test_fit_prints_both_tables_and_writes_adapter_figures_and_results(fitted: t
     assert "On the recipe's test split:" in card and "FPI, which the edit was chosen for" in card
     assert "| labels | 2 sentence templates of the recipe, filled with words of each class |" in card
     assert "](encoded.png)" in card and "](surface.png)" in card
-    # The tables of the page are those that were printed.
+    # The page shows the tables that were printed.
     assert "| none | female/male | 0 | 0 |" in (folder / "results.md").read_text()
 
 
@@ -132,7 +132,7 @@ def test_evaluate_reproduces_the_results_in_a_second_process(fitted: tuple[Path,
     result = command("gradiend", "evaluate", fitted[0], "--no-progress", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith(": same")
-    # The tables are the same; the fit has its correlation on the choice data above them.
+    # The tables are the same; above them, the output of the fit also has the correlation on the choice data.
     tables = fitted[1].partition("On the test data:\n\n")[2].partition("\n\nadapter:")[0]
     assert result.stdout.startswith(tables)
 
@@ -180,7 +180,7 @@ def test_encode_writes_a_value_a_text(fitted: tuple[Path, str], tmp_path: Path) 
     values = pd.read_csv(tmp_path / "values.csv")
     assert list(values.columns) == ["text", "factual", "female/male"]
     assert values["female/male"][0] > 0.5 > -0.5 > values["female/male"][1]
-    # Without --output it is printed, and nothing else is.
+    # Without --output the table is printed, and nothing else.
     assert (
         invoke("encode", fitted[0], tmp_path / "texts.csv", "--no-progress")[1] == (tmp_path / "values.csv").read_text()
     )

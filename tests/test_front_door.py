@@ -1,4 +1,4 @@
-"""The way in: a model and a table on the command line, adapters looked at, and help that is there at once."""
+"""First steps: a model and a table on the command line, a look at adapters, and help that appears at once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_help_imports_nothing_that_is_slow(words: list[str]) -> None:
 
 
 def test_help_takes_a_second_at_most() -> None:
-    """Beside what Typer takes: processor time, the best of three, since others use the machine too."""
+    """One second more than importing Typer, in processor time; the best of three, since others use the machine too."""
 
     def seconds(*words: str) -> float:
         taken = []
@@ -99,7 +99,7 @@ def test_help_takes_a_second_at_most() -> None:
 
 
 def test_a_command_that_was_started_without_the_package_works_with_it(tmp_path: Path) -> None:
-    # In a process that knows transformers, and neither PEFT nor this package.
+    # Run in a process that has imported transformers, but not PEFT or this package.
     code = (
         "import runpy, sys\nassert 'peft' not in sys.modules and 'hf_erasure' not in sys.modules\n"
         f"sys.argv = ['hf-erasure', 'info', {str(tmp_path / 'nothing')!r}]\n"
@@ -219,7 +219,7 @@ def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
     words, message = WRONG[what]
     code, _, errors = run("fit", "no/such-model", people, *words, "--no-progress")
     assert code == 2 and message in errors
-    # `datasets` shows how it reads a file that it has not read before.
+    # `datasets` shows its progress when it reads a file for the first time.
     said = [line for line in errors.strip().splitlines() if "Generating" not in line]
     assert len(said) == 1, errors
 

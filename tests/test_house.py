@@ -1,4 +1,4 @@
-"""How the package is built: which folder imports which, where constants stand, how much there is of it."""
+"""The build of the package: which folder may import which, where constants are defined, and how long it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MATHEMATICS = {"erasers", "gradiend"}
 BELOW_FITTING = {"adapters", "models", *MATHEMATICS}
 BELOW_METRICS = {"fitting", *BELOW_FITTING}
 BELOW_RECIPES = {"metrics", *BELOW_METRICS}
-# What each folder may import of the package, besides itself and the version.
+# The folders of the package that each folder may import, besides itself and the version.
 MAY_IMPORT = {
     "erasers": set(),
     "gradiend": set(),
@@ -40,9 +40,9 @@ MAY_IMPORT = {
     "callbacks": {"hub", *BELOW_METRICS},
     "cli": {"recipes", "callbacks", "hub", "evaluation", *BELOW_RECIPES},
 }
-# Files beside the folders. Only `__init__` imports the table of patches, which may import all but the command line.
+# Modules beside the folders. Only `__init__` imports the table of patches, which may import all but the command line.
 BESIDE = {"__init__", "_version", "moved", "patches"}
-IN_DISTRIBUTION = {"yaml": "pyyaml"}  # Module → what it is installed as, where that has another name.
+IN_DISTRIBUTION = {"yaml": "pyyaml"}  # Module → the name of its distribution, where that differs.
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 
 PUBLIC = {
@@ -76,7 +76,7 @@ def _has(pattern: str) -> Callable[[str | int], bool]:
     return lambda value: isinstance(value, str) and re.search(pattern, value) is not None
 
 
-# What is written down once, as a constant of a module that others import.
+# Strings and numbers that are written only once, as a constant of a module that others import.
 WRITTEN_ONCE: dict[str, Callable[[str | int], bool]] = {
     "the configuration's file": _is("adapter_config.json"),
     "the tensors' file": _is("adapter_model.safetensors"),
@@ -87,14 +87,14 @@ WRITTEN_ONCE: dict[str, Callable[[str | int], bool]] = {
     "the names of a GRADIEND's tensors": _is("gradiend_"),
     "the id of no label": lambda value: value == -100,
 }
-# How often it is written, where that is more than once or in a function. To be emptied.
+# How often one is written, where that is more than once or in a function. To be emptied.
 WRITTEN_OFTEN = {
     "the names of an erasure's tensors": 2,
     "the names of a GRADIEND's tensors": 3,
     "the id of no label": 2,
 }
 
-# Not more than today; every step of the redesign lowers them, down to the goals in `tests.house`.
+# The sizes of today. Every step of the redesign lowers them, down to the goals in `tests.house`.
 MOST_LINES, MOST_FILES = 32_174, 139
 
 
@@ -162,7 +162,7 @@ def test_the_package_is_imported_at_the_top_of_a_file():
 
 
 def test_what_is_imported_is_declared():
-    """Optional packages are imported in functions; an extra brings them, or the user has them for his own model."""
+    """A module imported outside functions is a dependency. Optional packages are imported in functions."""
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
     declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     names = {re.split(r"[^\w-]", text)[0].lower().replace("-", "_") for text in declared}
@@ -204,6 +204,6 @@ def test_the_public_names():
 
 
 def test_there_is_not_more_of_it():
-    """Where a step has to add something first, it raises a limit and says in its commit what will take it down."""
+    """A step that has to add lines first raises a limit, and its commit says what will lower the limit again."""
     assert sum(map(lines_of, files())) <= MOST_LINES
     assert len(files()) <= MOST_FILES

@@ -1,4 +1,4 @@
-"""Erasures that leave the library: folded into weights, or written as a stock LoRA."""
+"""Erasures that are used without the library: folded into weights, or written as an ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.small_models import (
     small_model,
 )
 
-# Besides the ten of the lifecycle matrix: those with something else between a norm and what follows it.
+# Architectures beyond the ten of `ARCHITECTURES`, which have other modules between a norm and the layers after it.
 MORE: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
     "opt": lambda: hf.OPTForCausalLM(
@@ -53,7 +53,7 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED)),
     "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)),
 }
-# Sums over at most 64 columns in float32, after two blocks; the bound the specification asks for.
+# Covers sums over at most 64 columns in float32, after two blocks; it is the bound that the specification demands.
 LORA_TOLERANCE = 1e-5
 
 
@@ -109,7 +109,7 @@ def fitted(
 
 
 def wrapped(model: PreTrainedModel, architecture: str, folder: Path) -> peft.PeftModel:
-    """The same adapter on a fresh model, as PEFT loads it: where the verbs of merging are."""
+    """The same adapter on a fresh model, as PEFT loads it; PEFT's model has the merge methods."""
     model.save_pretrained(folder)
     return peft.PeftModel.from_pretrained(base_of(architecture), folder)
 
@@ -123,8 +123,8 @@ class Row:
 
     Attributes:
         sites: A regular expression for the norms.
-        refusal: Words of the refusal, whatever the erasure; None where a linear one folds.
-        affine: Words of the refusal of an affine one; None where that folds too.
+        refusal: Words of the message that refuses every erasure; None where a linear erasure can be folded.
+        affine: Words of the message that refuses an affine erasure; None where it can be folded too.
     """
 
     architecture: str
@@ -181,7 +181,7 @@ TABLE = [
     Row("phi3", r"model.layers.\d.post_attention_layernorm", affine=NO_BIAS),
     Row("phi3", r"model.norm", affine=NO_BIAS),
 ]
-# What refuses every erasure does so before anybody asks whether it is affine: one of the two.
+# A refusal of every erasure comes before the code asks whether it is affine, so one of the two is tested there.
 ROWS = [(row, affine) for row in TABLE for affine in (False, True) if affine or row.refusal is None]
 every_row = pytest.mark.parametrize(("row", "affine"), ROWS, ids=lambda v: "-affine" if v is True else f"{v or ''}")
 
@@ -230,7 +230,7 @@ def test_following_the_advice_of_the_refusal_gives_an_adapter_that_folds(archite
 
 
 def test_the_advice_on_a_missing_bias_names_the_sites_that_need_one(tmp_path: Path) -> None:
-    """GPT-NeoX has biases everywhere but at its head, which takes the final norm."""
+    """GPT-NeoX has biases everywhere except at its head, which takes the output of the final norm."""
     refused = wrapped(fitted("gpt_neox"), "gpt_neox", tmp_path / "refused")
     advice = "affine=False, leave out the sites that need one, exclude_modules=['gpt_neox.final_layer_norm']"
     with pytest.raises(ValueError, match=re.escape("ConceptErasureConfig(affine=None)") + ".*" + re.escape(advice)):
@@ -260,7 +260,7 @@ def test_the_refusal_at_norms_names_the_word_that_merges_and_that_merges(
 
 
 class Tiny(nn.Module):
-    """Two norms and two linear layers; subclasses say what is done with them."""
+    """Two norms and two linear layers; the subclasses differ in how they use them."""
 
     main_input_name = "x"
 
@@ -280,7 +280,7 @@ class Plain(Tiny):
 
 
 class Residual(Tiny):
-    """The view that is added has no trace of the norm in its Python object."""
+    """The added view of the norm's output has no mark of the norm in its Python object."""
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -295,7 +295,7 @@ class InPlace(Tiny):
 
 
 class OtherCall(Tiny):
-    """The linear layer takes another activation too."""
+    """The linear layer takes a second activation, which does not come from the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(self.norm(x)) + self.up(self.other(x)))
@@ -412,7 +412,7 @@ def test_a_merge_that_changes_outputs_is_taken_back(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_merges_as_well_as_it_computes(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The check allows for the dtype; how good the merge is, float32 tells."""
+    """The check after a merge allows for the dtype; how good the merge is, the float32 outputs show."""
     model = fitted("llama", affine=False)
     exact = outputs_of(model, batch_of("llama"))
     model.save_pretrained(tmp_path)
@@ -420,7 +420,7 @@ def test_half_precision_merges_as_well_as_it_computes(dtype: torch.dtype, tmp_pa
     unmerged = distance(_float(outputs_of(half, batch_of("llama"))), exact)
     half.merge_adapter()
     merged = distance(_float(outputs_of(half, batch_of("llama"))), exact)
-    # Merging trades the rounding of erased activations for that of merged weights; they are of one size.
+    # Merging replaces the rounding of erased activations by that of merged weights; both are of the same size.
     assert merged < 2 * unmerged
 
 
@@ -466,8 +466,8 @@ def test_unmerging_one_site_leaves_the_others_in_a_weight_they_share() -> None:
 # ---- export to LoRA --------------------------------------------------------------------------------------------------
 
 EXPORTABLE = [row for row in TABLE if row.refusal in (None, TIED)]
-# Of linear layers and norms an affine erasure and a linear one in turn: one piece of code exports either, and puts the
-# affine part into a bias. At both sites and in all rows of the table, whose architectures have several.
+# An affine and a linear erasure in turn: one piece of code exports both, and puts the affine part into a bias. Every
+# architecture of `ARCHITECTURES` or of the table has several cases, so both kinds occur in each.
 IN_EXPERTS = [row for row in EXPORTABLE if row.architecture == "mixtral" and "post_attention" in row.sites]
 EXPORTS = [
     *[(a, "all-linear", s, (i + j) % 2 == 0) for i, a in enumerate(ARCHITECTURES) for j, s in enumerate(SITES)],
@@ -502,7 +502,7 @@ assert not [name for name in sys.modules if name.startswith("hf_erasure")]
 
 
 def test_every_export_loads_where_this_package_is_not_imported_and_gives_the_same(tmp_path: Path) -> None:
-    """All in one process, which stands for a program that has PEFT and nothing else."""
+    """All exports load in one process, which stands for a program that has PEFT but not this package."""
     jobs, expected = [], {}
     for architecture in {case[0] for case in EXPORTS}:
         base_of(architecture).save_pretrained(tmp_path / architecture)
@@ -565,7 +565,7 @@ def test_the_export_says_where_peft_cannot_merge_it(case: tuple, reason: str | N
 
 
 def test_a_lora_of_readers_meets_the_rules_of_a_serving_engine(tmp_path: Path) -> None:
-    """Those of vLLM's loader: lora/peft_helper.py and lora/lora_model.py there."""
+    """The rules are those of vLLM's loader, in its files lora/peft_helper.py and lora/lora_model.py."""
     export_to_lora(fitted("llama", "readers", affine=False, site="input"), "gender", tmp_path)
     config, tensors = (
         json.loads((tmp_path / "adapter_config.json").read_text()),
@@ -584,7 +584,7 @@ def test_a_lora_of_readers_meets_the_rules_of_a_serving_engine(tmp_path: Path) -
 
 
 def test_ranks_that_differ_are_written_per_module(tmp_path: Path) -> None:
-    """A norm's erasure and that of the layer behind it meet in one weight."""
+    """The erasures of a norm and of a layer behind it change one weight, whose LoRA needs the sum of their ranks."""
     model = fitted("llama", r"model.layers.\d.(input_layernorm|self_attn.q_proj|mlp.gate_proj)", affine=False)
     export_to_lora(model, "gender", tmp_path)
     lora = peft.PeftModel.from_pretrained(base_of("llama"), tmp_path)
@@ -627,7 +627,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
 
 
 def test_a_lora_around_a_layer_that_would_take_the_erasure_is_named(tmp_path: Path) -> None:
-    """Its matrices take the norm's output too, and they are another adapter's."""
+    """The matrices of the LoRA take the norm's output too, and belong to another adapter."""
     model = fitted("llama", ("input_layernorm",), affine=False)
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
     model.set_adapter(["gender", "lora"])
@@ -652,7 +652,7 @@ def test_low_rank_keeps_the_largest_directions_and_says_how_much_that_is() -> No
     v, _ = torch.linalg.qr(torch.randn(5, 3, generator=generator, dtype=torch.float64))
     delta = u @ torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ v.T
     a, b, kept = low_rank(delta, 2)
-    # By construction the singular values are 3, 2, 1; float64 rounding.
+    # The singular values are 3, 2, 1 by construction; the tolerance is float64 rounding.
     assert kept == pytest.approx(13 / 14, abs=1e-12)
     assert float((delta - b @ a).norm()) == pytest.approx(1, abs=1e-12)
     assert low_rank(delta, 3)[2] == pytest.approx(1, abs=1e-12)
@@ -664,7 +664,7 @@ def test_low_rank_keeps_the_largest_directions_and_says_how_much_that_is() -> No
 
 
 def fit_stories(assets: Path, folder: Path, **fields: Any) -> tuple[Path, PreTrainedModel]:
-    """An erasure at the block norms of a trained Llama, on noise: how good it is does not matter here."""
+    """An erasure at the block norms of a trained Llama, fitted on noise: how good it is does not matter here."""
     source = assets / "models" / "stories260k"
     model = hf.AutoModelForCausalLM.from_pretrained(source)
     config = {"labels": LABELS, "exclude_modules": ["model.norm"], **fields}
@@ -702,7 +702,7 @@ def test_merge_unties_on_request_and_says_what_it_costs(assets: Path, tmp_path: 
     assert refused.exit_code == 2 and "--untie" in refused.stderr and "exclude_modules=['lm_head']" in refused.stderr
     result = CliRunner().invoke(app, [*command, "--untie"])
     assert result.exit_code == 0, result.output
-    # A table of 512 tokens with 64 float32 numbers each.
+    # The table has 512 tokens with 64 float32 numbers each.
     assert f"tie_word_embeddings=False), which takes {512 * 64 * 4:,} bytes" in result.stdout
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     batch = {"input_ids": torch.arange(3, 20)[None]}

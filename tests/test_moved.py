@@ -1,4 +1,4 @@
-"""Every path that README, docs and recipes of the release before named still works, and says where to look now."""
+"""Every import path that README, docs and recipes of the last release named still works, and warns with the new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import hf_erasure
 from hf_erasure import moved
 
-# Module → the names that were documented in it.
+# Module → the names in it that were documented.
 # fmt: off
 DOCUMENTED = {
     "hf_erasure.adapters": ["edited", "erasure_layers", "set_features"],
@@ -98,7 +98,7 @@ DOCUMENTED = {
 
 
 def before(module: str, name: str) -> object:
-    """What a program of before imports."""
+    """Import a name as a program written for the last release does."""
     sys.modules.pop(module, None) if module.partition(".")[2] in moved.MOVED else None
     return getattr(importlib.import_module(module), name)
 

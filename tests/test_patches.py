@@ -1,4 +1,4 @@
-"""What is wrapped is one table, and a release that lacks a line of it is named in a sentence."""
+"""All wrapped functions are in one table; if a library lacks one of them, a message names it and the consequence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def method_noted(original: Callable, owner: Any, *args: Any, **kwargs: Any) -> A
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package that is not ours, in two modules of which one has a function of the other."""
+    """A stand-in for another package, with two modules; one of them has a function of the other."""
     module, again = types.ModuleType("theirs"), types.ModuleType("theirs_again")
 
     class Owner:
@@ -102,12 +102,12 @@ def test_every_line_says_why():
     assert len(wrapped()) == len(table), "what is wrapped is in the table"
 
 
-# What takes longest of what this package can use.
+# The slowest imports among the packages that this one can use.
 LATER = {"datasets", "jinja2", "matplotlib", "pandas", "pyarrow", "sklearn", "transformers.trainer", "typer"}
 
 
 def test_an_import_brings_in_little_beside_peft_and_transformers():
-    """At most a tenth of what these two take: modules are counted, since time differs between machines."""
+    """At most a tenth of what PEFT and transformers import, in modules, since time differs between machines."""
     program = (
         "import sys, peft, transformers\nbefore = set(sys.modules)\nimport hf_erasure\n"
         "print(*(set(sys.modules) - before))"
@@ -136,7 +136,7 @@ def test_trainer_is_wrapped_in_either_order_and_once(order: tuple[str, str], tmp
     assert done.stdout.split() == ["transformers.trainer", "True"], done.stderr
 
 
-# Run where transformers is imported, and PEFT and this package are not.
+# Runs in a process that has imported transformers, but not PEFT or this package.
 RENAMED = """
 import warnings
 from transformers import Trainer
@@ -160,7 +160,7 @@ except ImportError as error:
 
 
 def test_renamed_methods_of_trainer_leave_the_rest_at_work(tmp_path: Path):
-    """Its private ones, of which another release may have others, and of which an import must not fail."""
+    """Another release may name Trainer's private methods differently, and an import must not fail because of that."""
     done = run(run_code, RENAMED, folder=tmp_path, kind=TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()

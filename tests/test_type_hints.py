@@ -1,4 +1,4 @@
-"""Type hints of all that is public can be looked up, as documentation tools and validators do."""
+"""The type hints of all public classes and functions can be resolved, as documentation tools and validators do."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PLACES = sorted(".".join(path.parent.relative_to(ROOT.parent).parts) for path in
 
 
 def public(place: str) -> Iterator[tuple[str, Any]]:
-    """The classes and functions that a package names, and public methods that its classes define."""
+    """The public classes and functions of a package, and the public methods that its classes define."""
     module = importlib.import_module(place)
     for name in getattr(module, "__all__", ()):
         thing = getattr(module, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
             yield name, thing
         for key, value in vars(thing).items() if inspect.isclass(thing) else ():
-            # What a dataclass makes is read with the names of its own module, whatever the base's annotations say.
+            # An `__init__` that a dataclass generates is left out: a base's annotations may not resolve in its module.
             if key.startswith("_") and (key != "__init__" or is_dataclass(thing)):
                 continue
             value = inspect.unwrap(value.fget if isinstance(value, property) else getattr(value, "__func__", value))

@@ -1,4 +1,4 @@
-"""Erasures that go into a table that the embedding and the head share: `untie=True`."""
+"""Erasures that are merged into a table shared by the embedding and the head: `untie=True`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fitted(name: str, folder: Path, targets: Any, site: str, affine: bool = Fals
 
 
 def tables(model: Any) -> int:
-    """How many parameters the model has."""
+    """How many different parameters the model has; a tied table counts once."""
     return len({p.data_ptr() for p in model.parameters()})
 
 
@@ -101,7 +101,7 @@ def test_a_tied_table_gets_values_of_its_own_on_request_and_is_tied_again(
 
 
 def test_a_model_that_computes_something_else_untied_is_refused_as_it_was(tmp_path: Path) -> None:
-    """UMT5 divides what its head takes where the table is tied, and does not where it is not."""
+    """UMT5 divides the input of its head where the table is tied, and does not where it is not."""
     wrapper, batch = fitted("umt5", tmp_path, ["lm_head"], "input"), batch_of("umt5")
     before = State(wrapper, batch)
     with pytest.raises(ValueError, match="computes other outputs with the same weights"):

@@ -1,4 +1,4 @@
-"""Whoever follows a call opens no more files and functions than before, and fewer of other packages' are wrapped."""
+"""A reader who follows a call opens no more files and functions than before; few functions of others are wrapped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.house import literals, wrapped
 from tests.test_house import WRITTEN_OFTEN, WRITTEN_ONCE
 from tests.walk import CALLS, GOALS, listing, measured
 
-# Files and functions. Every step of the redesign lowers them, down to `GOALS`.
+# The most files and functions of a call. Every step of the redesign lowers them, down to `GOALS`.
 LIMITS = {
     "add_adapter": (11, 66),
     "fit_concept_erasure, sequential": (25, 234),
@@ -41,7 +41,7 @@ def test_no_more_functions_of_other_packages_are_wrapped():
 
 
 def test_what_the_house_still_allows_is_still_there():
-    """Not in `test_house`, which runs at every step: for a while the list may be longer than it needs to be."""
+    """Kept out of `test_house`, which runs at every step: between steps the list may be longer than it needs to be."""
     found = {what: [place for value, place in literals() if is_it(value)] for what, is_it in WRITTEN_ONCE.items()}
     often = {what: len(at) for what, at in found.items() if len(at) > 1 or not all(place.is_constant for place in at)}
     assert often == WRITTEN_OFTEN, "lower the counts in WRITTEN_OFTEN, and take out what is written once by now"

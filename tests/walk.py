@@ -1,14 +1,14 @@
-"""How many files and functions of this package a reader walks through who follows one call.
+"""How many files and functions of this package a reader goes through when following one call.
 
-`python -m tests.walk` prints a table of all calls, `python -m tests.walk --list load_adapter` the functions of one call
-in the order in which they are entered first, with how long each is, how often it is entered, and from where. A short
-one that is entered from one function only is the first to look at.
+`python -m tests.walk` prints a table of all calls. `python -m tests.walk --list load_adapter` prints the functions of
+one call in the order of their first entry, with their lengths, how often each is entered, and from where. A short
+function that is entered from only one other is the first to look at.
 
-What is counted: files and functions in which at least one frame is entered, on any thread. A function is a `def`,
+What is counted: files and functions with at least one entered frame, on any thread. A function is a `def`,
 whether it is a plain function, a method, a property, a wrapper of another library's function, or a `def` inside
 another. A lambda, a comprehension or a generator expression belongs to the `def` around it. What a dataclass
-generates is not counted, as it has no line in a file, and neither are module bodies: every call is made once before it
-is measured, so that imports and caches are done. Functions of other libraries are not counted.
+generates is not counted, as it has no line in a file. Module bodies are not counted either: every call is made once
+before it is measured, so that imports and caches are done. Functions of other libraries are not counted.
 
 The models are small. An erasure is fitted on a Llama with two layers and two batches of 16 rows, a GRADIEND on a masked
 BERT with two layers and six pairs.
@@ -45,14 +45,14 @@ from hf_erasure import (
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, tokenizer_of
 from tests.small_models import LABELS, inputs_of, small_batch, small_batches, small_model
 
-# Until it is imported, whatever is imported is looked for by this package as well.
+# Until transformers.trainer is imported, a function of this package runs at every import, and would be counted.
 importlib.import_module("transformers.trainer")
 
 PACKAGE = Path(hf_erasure.__file__).parent
 ERASURE, GRADIEND = "llama", "bert"
 RATE = 1e-2
 
-# What the house wants to be: files and functions.
+# The goals for each call: files and functions.
 GOALS = {
     "add_adapter": (9, 50),
     "fit_concept_erasure, sequential": (18, 110),
@@ -68,10 +68,10 @@ class Function:
     """A `def` of this package.
 
     Attributes:
-        file: Relative to the folder of the package.
-        line: Of its first decorator, or of its `def`.
-        name: Qualified within the file.
-        lines: How many it has.
+        file: The file, relative to the folder of the package.
+        line: The line of its first decorator, or of its `def`.
+        name: The qualified name within the file.
+        lines: The number of its lines.
     """
 
     file: str
@@ -85,8 +85,8 @@ class Entered:
     """How a function was entered.
 
     Attributes:
-        times: How often; each time that a generator goes on counts.
-        callers: The functions of this package that were nearest above it.
+        times: How often; each resumption of a generator counts too.
+        callers: For each entry, the nearest function of this package above it on the stack.
     """
 
     times: int = 0
@@ -98,8 +98,8 @@ class Walk:
     """What one call went through.
 
     Attributes:
-        entered: In the order of the first entry.
-        deepest: The most frames of this package that were on one stack.
+        entered: The functions, in the order of the first entry.
+        deepest: The highest number of frames of this package on one stack.
     """
 
     entered: dict[Function, Entered] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Walk:
 
 @functools.cache
 def _functions_of(path: Path) -> tuple[tuple[int, int, str], ...]:
-    """First line, last line and name of every `def` in a file, an inner one after the one around it."""
+    """First line, last line and name of every `def` in a file; an inner one comes after the one around it."""
     found: list[tuple[int, int, str]] = []
 
     def look(node: ast.AST, within: str) -> None:
@@ -135,9 +135,9 @@ def _functions_of(path: Path) -> tuple[tuple[int, int, str], ...]:
 
 @functools.cache
 def function_of(code: CodeType) -> Function | None:
-    """The `def` that code belongs to; None for code of others and for that of modules and classes."""
+    """The `def` that code belongs to; None for code of other packages, modules and classes."""
     path = Path(code.co_filename)
-    # Python asks `moved` for every module that any library looks for and does not find; no reader goes there.
+    # Python calls `moved` for every module that an import does not find, in any library; it is not part of a walk.
     if code.co_name == "<module>" or not path.is_relative_to(PACKAGE) or path.name == "moved.py":
         return None
     line = code.co_firstlineno
@@ -149,7 +149,7 @@ def function_of(code: CodeType) -> Function | None:
 
 
 def walk_of(call: Callable[[], Any]) -> Walk:
-    """Make a call, and return what it went through."""
+    """Make a call, and return the functions that it went through."""
     walk, lock = Walk(), threading.Lock()
 
     def enter(frame: FrameType, event: str, _: Any) -> None:
@@ -263,7 +263,7 @@ def _steered_forward(folder: Path) -> Callable[[], Any]:
     return lambda: model(**inputs)
 
 
-# How to make ready for each call, in a folder that may be written to.
+# A function for each call that prepares it, in a folder that may be written to, and returns it.
 CALLS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     "add_adapter": _adding,
     "fit_concept_erasure, sequential": functools.partial(_fitting, sequential=True),
@@ -279,7 +279,7 @@ CALLS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 
 
 def measured(name: str) -> Walk:
-    """The walk of one of `CALLS`, after the call was made once."""
+    """The walk of one of `CALLS`, measured after the call was made once before."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         CALLS[name](Path(folder, "first"))()
@@ -290,7 +290,7 @@ def measured(name: str) -> Walk:
 
 
 def table(walks: dict[str, Walk]) -> str:
-    """One line a call, with the goal where there is one."""
+    """A line for each call, with its goal if it has one."""
     rows = [("call", "files", "functions", "goal", "deepest stack")]
     for name, walk in walks.items():
         goal = "{} / {}".format(*GOALS[name]) if name in GOALS else ""
