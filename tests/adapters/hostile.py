@@ -24,7 +24,7 @@ WAYS = ("load_adapter", "from_pretrained", "PeftModel.load_adapter")
 
 
 class Bomb:
-    """A pickle of it makes a file when it is loaded."""
+    """An object whose pickle makes a file when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -34,7 +34,7 @@ class Bomb:
 
 
 def rewrite(folder: Path, **fields: Any) -> None:
-    """Put other values into a configuration."""
+    """Change fields of a saved configuration."""
     written = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(written | fields))
 
@@ -47,7 +47,7 @@ def retensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> 
 
 
 def at(folder: Path, part: str) -> str:
-    """The key of a tensor."""
+    """The key in the folder's file of the tensor that is named `part`."""
     return next(key for key in load_file(folder / WEIGHTS) if key.endswith(part))
 
 
@@ -80,7 +80,7 @@ def link(folder: Path, name: str) -> None:
 
 
 def sparse(folder: Path) -> None:
-    """A file of 4 TiB of which nothing is on disk, with a header that says so."""
+    """A sparse file whose header promises 4 TiB, of which nothing is on disk."""
     tensors = load_file(folder / WEIGHTS)
     described, end = {}, 0
     for key, value in tensors.items():
@@ -103,7 +103,7 @@ def pickled(folder: Path, name: str) -> None:
     (folder / name).write_bytes(pickle.dumps(Bomb(folder / "executed")))
 
 
-# On the name of a module neither engine ends before the machine is gone.
+# A pattern that takes practically for ever to match against a module's name, in either regex engine.
 EVIL = r"(.|..)+[#%]"
 
 
@@ -120,7 +120,7 @@ def load(way: str, model: Any, folder: Path, name: str = "newcomer") -> Any:
 
 
 def refused(way: str, model: Any, folder: Path, words: str, name: str = "newcomer") -> None:
-    """Loading raises a sentence of a common type, and what can be seen of the model and the folder stays as it was."""
+    """Check that loading raises a sentence of a common type, and leaves the model and the folder as they were."""
     before, files = State(model, small_batch("bert", seed=7)), {path: path.lstat() for path in folder.rglob("*")}
     with pytest.raises((ValueError, TypeError, OSError), match=words):
         load(way, model, folder, name)

@@ -27,8 +27,8 @@ from tests.small_models import (
 )
 
 NAME = "no_gender"
-# Of float32 outputs after two blocks: a merged weight is rounded once (2^-24 relative), sums over 64 columns and the
-# norms multiply that by less than 100. In float64 the same sums leave 1e-12.
+# The tolerance for outputs after two blocks. In float32 a merged weight is rounded once (2^-24 relative); sums over 64
+# columns and the norms multiply that by less than 100. In float64 the same sums leave 1e-12.
 MERGE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -50,14 +50,14 @@ class Cell:
 
     @property
     def refused(self) -> bool:
-        """Token ids are not an activation; the pixels that go into ViT's embeddings are."""
+        """Whether it is refused: token ids are not an activation, but the pixels that go into ViT's embeddings are."""
         return self.target == "embeddings" and self.site == "input" and self.parts.is_text
 
     @property
     def next_to_weight(self) -> str:
-        """Which of two adapters is next to the weight they are merged into: the `"first"` that acts, or the `"last"`.
+        """Which of two adapters is next to the weight they are merged into: the one that acts `"first"`, or `"last"`.
 
-        At the output of a layer with a weight the first one is; elsewhere the weight comes after both.
+        At the output of a layer with a weight it is the first one; elsewhere the weight comes after both.
         """
         has_weight = self.target == "all-linear" or (self.target == "embeddings" and self.architecture != "vit")
         return "first" if self.site == "output" and has_weight else "last"
@@ -84,7 +84,7 @@ class Cell:
         return "goes into `"
 
 
-# What stands in the way of merging the output of all norms, affine or not.
+# Why erasures at the output of all norms cannot be merged, affine or not; None where they can.
 _NORM_REFUSALS = {
     "bert": "goes into `add`",
     "distilbert": "goes into `add`",
@@ -101,13 +101,13 @@ _NORM_REFUSALS = {
 ALL_CELLS = [Cell(a, t, s) for a in ARCHITECTURES for t in TARGETS for s in SITES]
 CELLS = [cell for cell in ALL_CELLS if not cell.refused]
 REFUSED = [cell for cell in ALL_CELLS if cell.refused]
-# Where a bias-free layer can be merged: without the affine part.
+# The places where an erasure without its affine part can be merged into layers without biases.
 _MERGEABLE = [("all-linear", "output"), ("all-linear", "input"), ("norms", "output"), ("attention", "input")]
 LINEAR_CELLS = [Cell(a, t, s, affine=False) for a in ARCHITECTURES for t, s in _MERGEABLE]
 
 
 def _cell(architecture: str, target: str, site: str) -> Cell:
-    """A cell that is not refused."""
+    """The cell; with the output instead of the input where the input is refused."""
     cell = Cell(architecture, target, site)
     return Cell(architecture, target, "output") if cell.refused else cell
 
@@ -131,13 +131,13 @@ def _every_place() -> list[Cell]:
 
 
 PAIRWISE = _pairwise()
-# For verbs that act on layers as they lie, whichever model that is: a layer differs by the kind of its host and the
-# side of it. Forward passes, saves, loads and merges run on every cell.
+# For verbs that act on each layer alone, in whichever model it is: layers differ only in the kind of their host module
+# and the side of it. Forward passes, saves, loads and merges run on every cell.
 EVERY_PLACE = _every_place()
 
 
 class Lifecycle:
-    """Small models and adapters fitted to them. What is handed out is a copy: tests may do to it what they like.
+    """Small models and adapters fitted to them. Every model is a copy, which a test may change.
 
     Args:
         root: Where models and adapters are saved.
@@ -165,7 +165,7 @@ class Lifecycle:
         return copy.deepcopy(self._fitted(cell, name, seed))
 
     def folder(self, cell: Cell, name: str = NAME, seed: int = 100) -> Path:
-        """The folder that `save_pretrained` wrote for `fitted`; not to be changed."""
+        """The folder that `save_pretrained` wrote for `fitted`; tests must not change it."""
         key = (cell, name, seed)
         if key not in self._folders:
             self._folders[key] = self.root / f"{cell}-{name}-{seed}"
@@ -190,7 +190,7 @@ def config_of(cell: Cell, **fields: Any) -> ConceptErasureConfig:
 
 
 def fit(model: nn.Module, architecture: str, name: str = NAME, seed: int = 100) -> None:
-    """One batch: what several add up to is tested with the fits."""
+    """Fit the adapter on one batch; fits on several batches have tests of their own."""
     batches = [small_batch(architecture, seed=seed, rows=48)]
     fit_concept_erasure(model, batches, name, sequential=False, progress=False)
 

@@ -25,12 +25,12 @@ from hf_erasure import ConceptErasureConfig
 from tests.adapters.lifecycle import fit
 from tests.small_models import LABELS, outputs_of, same, small_batch, small_model
 
-# Other sites, so that a configuration of one does not fit the tensors of the other.
+# The sites differ, so that the configuration of one adapter does not fit the tensors of the other.
 SITES = {"old": ["encoder.layer.0.output.LayerNorm"], "new": ["encoder.layer.1.output.LayerNorm", "query"]}
-# What Python calls when files are made, moved and removed.
+# Python's audit events for files that are made, moved and removed.
 EVENTS = {"open", "os.mkdir", "os.listdir", "os.scandir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
 KILLED = -signal.SIGKILL
-# Some thirty saves of each process, and as many loads beside them.
+# Enough for some thirty saves of each process, and as many loads at the same time.
 SECONDS_AT_ONCE = 1.5
 
 
@@ -58,7 +58,7 @@ def outputs(model: Any) -> dict[str, torch.Tensor]:
 
 
 def in_fork(work: Callable[[], None]) -> int:
-    """How a process ends that does some work: 0, or the negative number of the signal that killed it."""
+    """Do some work in a forked process, and return its exit code: 0, or the negative number of a signal."""
     child = os.fork()
     if not child:
         try:
@@ -71,7 +71,7 @@ def in_fork(work: Callable[[], None]) -> int:
 
 
 def killed_at(step: int, folder: Path, save: Callable[[], None]) -> None:
-    """Save, and be killed right before the `step`-th time that a file or a folder inside `folder` is touched."""
+    """Save, and kill the process right before the `step`-th time that it touches a file or folder in `folder`."""
     left = [step]
 
     def count(event: str, args: tuple) -> None:
@@ -85,7 +85,7 @@ def killed_at(step: int, folder: Path, save: Callable[[], None]) -> None:
 
 
 def which_is_in(folder: Path, expected: dict[str, Any]) -> str:
-    """Whose adapter a folder loads as; what loading says where it cannot be loaded."""
+    """Which of the expected adapters the folder loads as, or the error where it cannot be loaded."""
     model = copy.deepcopy(small_model("bert"))
     try:
         model.load_adapter(str(folder))
@@ -98,7 +98,7 @@ def which_is_in(folder: Path, expected: dict[str, Any]) -> str:
 def kills(
     folder: Path, old: Any, new: Any, save: Callable[[Any], None], places: tuple[str, ...], stride: int = 1
 ) -> dict[str, Any]:
-    """Kill a save of `new` over `old` at every step: what each place holds then, and what the next save leaves."""
+    """Kill a save of `new` over `old` at every step; return what each place holds, and what the next save leaves."""
     expected = {"old": outputs(old), "new": outputs(new)}
     found: list[list[str]] = []
     left: set[str] = set()
@@ -125,7 +125,7 @@ def model_saves(folder: Path) -> dict[str, Any]:
 
 
 def model_saves_unstaged(folder: Path) -> dict[str, Any]:
-    """The control: transformers' own way of saving. Some of the steps show that it would leave a mix."""
+    """The control: transformers' own way of saving, which leaves a mix of both at some of the steps."""
     plain = PreTrainedModel.save_pretrained.__wrapped__
     return kills(folder, adapted("old"), adapted("new"), lambda model: plain(model, folder), ("",), 3)
 
@@ -135,7 +135,7 @@ def peft_model_saves(folder: Path) -> dict[str, Any]:
 
 
 def first_save(folder: Path) -> dict[str, Any]:
-    """A save into a folder that is not there yet, killed at every step: nothing, or the new one."""
+    """Kill a save into a folder that does not exist yet at every step: it leaves nothing, or the new adapter."""
     new = adapted("new")
     expected, found = {"new": outputs(new)}, []
     for step in range(1, 400, 2):
@@ -178,7 +178,7 @@ def at_once(folder: Path) -> dict[str, Any]:
 
 
 def find_all() -> None:
-    torch.set_num_threads(1)  # a fork has no other threads
+    torch.set_num_threads(1)  # threads do not survive a fork
     warnings.simplefilter("ignore")
     roles = (model_saves, model_saves_unstaged, peft_model_saves, first_save, at_once)
     print(json.dumps({role.__name__: role(Path.cwd() / role.__name__) for role in roles}))

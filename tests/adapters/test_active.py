@@ -1,4 +1,4 @@
-"""Whatever goes off when an adapter comes is named in a warning, of either kind and whichever came last."""
+"""Adding an adapter can switch others off: a warning names them, whatever their kinds and their order."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_nothing_is_said_where_nothing_goes_off(kind: str, tmp_path):
     OF["LoRA"].added("bert", "lora", target_modules=["value"]).save_pretrained(tmp_path / "lora")
     for order in (("ours", "lora"), ("lora", "ours")):
         model = base("bert")
-        for name in order:  # each turns on its own layers, and leaves the other's
+        for name in order:  # each turns on its own layers, and does not touch the other's
             assert warned(lambda model=model, name=name: model.load_adapter(tmp_path / name, adapter_name=name)) == []
         assert adapters_now(model).acting.keys() == {"ours", "lora"}
     model = base("bert")
@@ -109,7 +109,7 @@ def test_nothing_is_said_where_nothing_goes_off(kind: str, tmp_path):
 
 @pytest.mark.parametrize("kind", ["erasure", "GRADIEND"])
 def test_switching_to_one_that_was_injected_is_no_addition(kind: str):
-    """`add_adapter` ends in `set_adapter`; only there is the adapter a newcomer that sent others off unasked."""
+    """`add_adapter` calls `set_adapter`; only then were others switched off unasked, by an adapter that is new."""
     model = base("bert")
     model.add_adapter(OF[kind].config(target_modules=["query"]), "ours")
     assert (

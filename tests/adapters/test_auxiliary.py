@@ -1,4 +1,4 @@
-"""A head that was trained with one adapter stays on when an adapter of another method comes, goes, or fails to come."""
+"""A head trained with one adapter stays on when another method's adapter is added, deleted, or fails to load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def classifier() -> Any:
 
 
 def tuned(**fields: Any) -> Any:
-    """The classifier with a LoRA whose copies were trained."""
+    """The classifier with a LoRA whose copies of modules or of token rows were trained."""
     model = classifier()
     OF["LoRA"].add(model, "bert", "lora", **{**LORA, **fields})
     for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load_lora(model: Any, folder: Path) -> None:
     model.load_adapter(folder, adapter_name="lora")
     trained = dict(tuned().named_parameters())
-    with torch.no_grad():  # older releases of transformers load no head
+    with torch.no_grad():  # older releases of transformers do not load the head
         for name, parameter in model.named_parameters():
             if ".modules_to_save.lora." in name:
                 parameter.copy_(trained[name])
@@ -127,7 +127,7 @@ HEADS = {
 @pytest.mark.parametrize("task", HEADS)
 @pytest.mark.parametrize("kind", OURS)
 def test_a_head_that_a_class_of_peft_adds_is_enabled_too(kind: str, task: str, copied: str):
-    """It is added after the LoRA has been, and `enable_adapters` of transformers forgets trained modules."""
+    """PEFT adds that head after the LoRA, and `enable_adapters` of transformers does not enable trained modules."""
     cls, head = HEADS[task]
     base: Any = roughen(cls(small_model("bert").config), torch.Generator().manual_seed(0)).eval()
     OF[kind].add(base, "bert", "ours", target_modules=["key"])
@@ -149,7 +149,7 @@ def test_it_does_whichever_came_last(kind: str, folders: dict[str, Path]):
     model.load_adapter(folders[f"{kind} False"], adapter_name="ours")
     load_lora(model, folders["lora"])
     assert head_that_acts(model) == "lora"
-    # And the other way about: the head is ours, and the LoRA has none.
+    # The reverse: our adapter has a head, and the LoRA does not.
     model = classifier()
     OF[kind].add(model, "bert", "ours", target_modules=["key"], modules_to_save=["classifier"])
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_two_heads_of_one_module_are_refused_before_anything_changes(kind: str):
     ):
         model.set_adapter(["lora", "ours", "rival"])
     assert torch.equal(logits_of(model), expected)
-    # Only ours: then the head of the base model answers, and that is said.
+    # With our adapter alone, the head of the base model acts, and a warning says so.
     with pytest.warns(
         UserWarning, match=r"'classifier' that was trained with the adapter 'lora' does not act any more"
     ):
@@ -304,7 +304,7 @@ def test_taking_ours_away_leaves_the_other_adapter_whole(kind: str, how: str, fo
 
 @pytest.mark.parametrize("kind", OURS)
 def test_deleting_ours_leaves_no_trace_on_what_others_have(kind: str):
-    """Neither an entry on a host, nor a class of ours in the place of PEFT's: such a model is saved without us."""
+    """Hosts keep no entry of ours, and PEFT's classes are back: such a model can be saved and read without us."""
     model = tuned(**TOKENS)
     before = {name: type(module) for name, module in model.named_modules()}
     expected, entries = logits_of(model), {name: [*module._modules] for name, module in model.named_modules()}

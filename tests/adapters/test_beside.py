@@ -1,4 +1,4 @@
-"""Fitting names the adapters that are off and records those that are on; loading and verifying compare."""
+"""Fitting names adapters that are off and records those that are on; loading and verifying compare with the record."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def test_loading_says_what_was_on_and_is_not(road: str, folders: dict[str, Path]
     model = base("bert")
     (said,) = said_by(lambda: load(model), "Other adapters")
     assert said.startswith(missing)
-    # It came first, and the other comes now, under a name of its own.
+    # The erasure was loaded first. The LoRA is loaded now, under another name.
     assert missing in str(verify_adapter(model, "ours"))
     assert said_by(lambda: model.load_adapter(folders["lora"], adapter_name="renamed"), "Other adapters") == []
     assert "Other adapters" not in str(verify_adapter(model, "ours"))
     model = base("bert").to(torch.bfloat16)
     model.load_adapter(folders["lora"], adapter_name="renamed")
     assert said_by(lambda: load(model), "Other adapters") == []
-    # Another one of the same name, and two at once.
+    # Another LoRA of the same name.
     model = base("bert")
     model.load_adapter(folders["another"], adapter_name="lora")
     (said,) = said_by(lambda: load(model), "Other adapters")

@@ -1,7 +1,7 @@
-"""Strength and target: what they make of activations, in the model, in its weights, in files, and of other adapters.
+"""Strength and target: their effect on activations, in the model, in merged weights, in files and beside adapters.
 
-Outputs are compared up to `MERGE_TOLERANCE`, which says how far float32 rounding goes in the small models; readings up
-to 1e-4 of their spread between the classes.
+Outputs are compared up to `MERGE_TOLERANCE`, the float32 rounding of the small models. Readings are compared up to
+1e-4 of the distance between the classes.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def _fitted(architecture: str, **fields: Any) -> PreTrainedModel:
 
 
 def fitted(architecture: str = "gpt_neox", **fields: Any) -> PreTrainedModel:
-    """Linear layers with biases have a place for whatever a dial adds."""
+    """A model with a fitted erasure; its linear layers have biases, which can hold what strength and target add."""
     return copy.deepcopy(_fitted(architecture, **{"target_modules": "all-linear"} | fields))
 
 
 def saved(model: PreTrainedModel, folder: Path, **changed: Any) -> Path:
-    """The adapter in a folder, with some fields of its configuration written anew."""
+    """Save the adapter to a folder, and change some fields of the saved configuration."""
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
@@ -68,7 +68,7 @@ def loaded(architecture: str, folder: Path, **options: Any) -> peft.PeftModel:
 
 
 def activations(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What arrives at each site, with no eraser acting at any."""
+    """The activation at each site while no eraser acts."""
     seen: dict[str, Tensor] = {}
     layers = erasure_layers(model, NAME)
     for path, layer in layers.items():
@@ -83,7 +83,7 @@ def state(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     return {path: layer.eraser_state(NAME) for path, layer in site_layers(model, NAME).items()}
 
 
-# ---- what they are ---------------------------------------------------------------------------------------------------
+# ---- definitions -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
@@ -133,7 +133,7 @@ def test_a_target_gives_every_state_the_reading_of_its_class(architecture: str, 
             apart = float((means[1] - means[0]).abs().max())
             found = layer.apply_eraser(NAME, rows.float()).double() @ right.double().T
             assert float((found - goal).abs().max()) < 1e-4 * max(apart, float(reads.abs().max()))
-            # And what is not read stays: only along the lefts does anything move.
+            # The parts that are not read stay: rows move only along the columns of `left`.
             rest = rows - layer.apply_eraser(NAME, rows.float()).double()
             along = torch.linalg.lstsq(left.double(), rest.T).solution
             assert float((rest.T - left.double() @ along).abs().max()) < 1e-4 * float(rows.abs().max())
@@ -238,7 +238,7 @@ def test_what_is_saved_is_the_eraser_and_the_dial_beside_it(tmp_path: Path) -> N
     again = loaded("gpt_neox", tmp_path / "half")
     assert again.peft_config[NAME].strength == 0.5
     assert distance(outputs_of(again, batch), outputs_of(model, batch)) == 0
-    # A configuration that is given counts, and what it does not say is that of the file.
+    # A configuration that is passed has priority; fields that it does not set come from the file.
     config = ConceptErasureConfig(labels=LABELS, target_modules="all-linear", target="male", task_type="CAUSAL_LM")
     given = loaded("gpt_neox", tmp_path / "half", config=config)
     assert (given.peft_config[NAME].strength, given.peft_config[NAME].target) == (0.5, "male")
@@ -310,7 +310,7 @@ def test_readers_that_share_an_eraser_share_its_strength() -> None:
 
 
 def test_compiled_code_follows_the_strength() -> None:
-    """As one graph; `eager` runs what was captured as it is, so that outputs are those of the model to the bit."""
+    """It stays one graph. The backend `eager` runs the graph unchanged, so outputs equal the model's to the bit."""
     model, batch = fitted(target_modules=None), small_batch("gpt_neox", seed=5)
     with torch.compiler.set_stance("default"):
         torch.compiler.reset()
@@ -352,7 +352,7 @@ def test_combined_ones_are_full_and_know_no_target() -> None:
 
 
 def test_fitting_is_at_full_strength_whatever_the_strength_is() -> None:
-    """So that the strength can be changed afterwards: what arrives downstream is what a full erasure leaves."""
+    """Then the strength can be changed afterwards: each later site is fitted behind full erasures."""
     full, half = (base("llama") for _ in range(2))
     for model, strength in ((full, 1.0), (half, 0.5)):
         config = ConceptErasureConfig(labels=LABELS, strength=strength)

@@ -1,4 +1,4 @@
-"""Copies of an adapter have one digest, and no two adapters share it."""
+"""Copies of an adapter have the same digest, and different adapters have different ones."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.small_models import LABELS, WIDTH, outputs_of, roughen, same, small_b
 
 CELL = Cell("bert", "norms", "output")
 ALL_LINEAR = Cell("bert", "all-linear", "output")
-# Which model the call meets: nothing on it, another erasure, or a LoRA.
+# What is on the model before the call: nothing, another erasure, or a LoRA.
 STARTS = ("bare", "erasure", "lora")
 every_start = pytest.mark.parametrize("start", STARTS)
 
@@ -47,7 +47,7 @@ def loads(model: nn.Module, lifecycle: Lifecycle, name: str = NAME) -> None:
     assert not model.training
 
 
-# What PEFT says of targets that are not there, depending on its release.
+# PEFT's message about targets that do not exist, which depends on its release.
 NOWHERE = "not found|No modules were targeted"
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, type[Exception], str]] = {
     "wrong target": ({"target_modules": ["no_such_module"]}, NAME, ValueError, NOWHERE),
@@ -102,7 +102,7 @@ def test_something_that_is_no_config(start: str, lifecycle: Lifecycle):
     before = state_of(model, "bert")
     with pytest.raises(TypeError, match="PeftConfig"):
         model.add_adapter({"labels": LABELS}, adapter_name=NAME)
-    if start == "bare":  # left behind by transformers itself, which a program with a LoRA alone sees too
+    if start == "bare":  # transformers itself sets it, also in a program that uses LoRA alone
         assert model._hf_peft_config_loaded
         model._hf_peft_config_loaded = False
     before.assert_same(state_of(model, "bert"))
@@ -163,8 +163,8 @@ DAMAGES = {
 every_damage = pytest.mark.parametrize("damage", DAMAGES)
 
 
-# A load breaks off while the configuration, the file or the tensors are looked at. What else is on the model then shows
-# with one damage of each of the three.
+# A load stops while the configuration, the file or the tensors are checked: one damage of each of the three is enough
+# to show whether other adapters on the model are left alone.
 STAGES = ("no sites", "truncated", "missing tensor")
 DAMAGED_STARTS = [(d, "bare") for d in DAMAGES] + [(d, start) for d in STAGES for start in STARTS[1:]]
 
@@ -305,7 +305,7 @@ def test_a_fitted_config_without_its_tensors_raises_at_the_first_forward(lifecyc
 
 
 def test_a_lora_that_fails_to_load_is_left_to_peft(lifecycle: Lifecycle, tmp_path: Path):
-    """What transformers leaves behind is the same with and without this package."""
+    """The state that transformers leaves is the same with and without this package."""
     lora = lifecycle.base("bert")
     lora.add_adapter(peft.LoraConfig(target_modules=["query"], r=2))
     lora.save_pretrained(tmp_path)
@@ -318,7 +318,7 @@ def test_a_lora_that_fails_to_load_is_left_to_peft(lifecycle: Lifecycle, tmp_pat
 
 
 def test_arguments_by_position(lifecycle: Lifecycle):
-    """The wrapped calls take what the originals take."""
+    """The wrapped calls take the same positional arguments as the originals."""
     expected = outputs_of(lifecycle.fitted(CELL), small_batch("bert"))
     model = lifecycle.base("bert")
     tensors = load_file(lifecycle.folder(CELL) / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""An adapter recognises the base that it was fitted on, in other dtypes too, and says how far another one is."""
+"""An adapter recognises the base that it was fitted on, in other dtypes too; for another base it says how far it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = ("erasure", "gradiend")
 
 
 def said(act: Callable[[], Any]) -> list[str]:
-    """What is said about the base while an adapter is loaded."""
+    """The warnings about the base while an adapter is loaded."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
@@ -50,7 +50,7 @@ def said(act: Callable[[], Any]) -> list[str]:
 
 
 def saved(model: PreTrainedModel, kind: str, folder: Path, **fields: Any) -> Path:
-    """Fit an adapter to a model and save it; the model is left without."""
+    """Fit an adapter to a model, save it, and delete it from the model."""
     if kind == "erasure":
         model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **fields), adapter_name="x")
         vocabulary = model.config.vocab_size
@@ -71,7 +71,7 @@ def llama(seed: int = 0, **fields: Any) -> PreTrainedModel:
 
 
 def moved(model: PreTrainedModel, step: float) -> PreTrainedModel:
-    """A model with noise of that share of each weight's spread."""
+    """The model with noise added; `step` is its size as a share of each weight's spread."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ def moved(model: PreTrainedModel, step: float) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_in_another_dtype_is_the_same_base(kind: str, tmp_path: Path):
-    """Each fitted on a copy in one dtype, loaded into one in another; rounding by both is allowed for."""
+    """An adapter is fitted on a copy in one dtype and loaded into another; the check allows for both roundings."""
     for name in ("float32", "bfloat16"):
         folder = saved(llama().to(DTYPES[name]), kind, tmp_path / name)
         for dtype in DTYPES.values():
@@ -94,7 +94,7 @@ def test_a_copy_in_another_dtype_is_the_same_base(kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", INT8)
 def test_an_int8_copy_is_the_same_base_and_another_one_is_not(kind: str, tmp_path: Path):
-    """Also from int8 to float: the adapter is fitted on either. Half of the sites are at quantised weights."""
+    """Adapters are fitted on either copy and loaded into either. Half of the sites are at quantised weights."""
     bases, fields = Bases(tmp_path), {"target_modules": ["q_proj", "down_proj", "input_layernorm", "embed_tokens"]}
     of_float = saved(bases.load("llama"), "erasure", tmp_path / "float", **fields)
     of_int8 = saved(bases.load("llama", kind), "erasure", tmp_path / "int8", **fields)
@@ -124,7 +124,7 @@ def test_the_warning_says_how_far_the_weights_have_moved(kind: str, step: float,
         return
     (told,) = said(lambda: model.load_adapter(str(folder)))
     assert re.search(words, told) and "fit the adapter again" in told
-    # Noise of that share has moved the sampled values by it, up to the chance of some hundred samples.
+    # The sampled values have moved by the share `step`, up to the sampling error of some hundred values.
     drift = float(re.search(r"moved by ([\d.]+)% of their spread", told)[1]) / 100
     assert abs(drift - step) < 0.2 * step + 1e-3
 
@@ -149,12 +149,12 @@ def test_it_can_be_loaded_all_the_same(kind: str, tmp_path: Path, monkeypatch: p
     (told,) = said(lambda: model.load_adapter(str(folder)))
     assert "loaded anyway, since HF_ERASURE_ANY_BASE is set" in told
     assert adapter_children(model)
-    if kind == "erasure":  # a GRADIEND acts when it is given a strength
+    if kind == "erasure":  # a GRADIEND acts only after it is given a strength
         assert not same(outputs_of(model, batch), plain)
 
 
 def test_norms_of_ones_do_not_make_models_alike(tmp_path: Path):
-    """Erasers sit at norms, which a new model has at one: matrices next to them are sampled too."""
+    """Erasers are at norms, whose weights are one in every new model, so matrices next to them are sampled too."""
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -169,7 +169,7 @@ def test_norms_of_ones_do_not_make_models_alike(tmp_path: Path):
 
 
 def test_norms_near_one_do_not_make_matrices_near_zero_correlate(tmp_path: Path):
-    """All values together do, since means differ between the two; within each weight they do not."""
+    """Pooled values of norms and matrices would correlate, since their means differ; within a weight they do not."""
     models = [llama(seed) for seed in (1, 2)]
     with torch.no_grad():
         for model in models:
@@ -195,14 +195,14 @@ def test_one_matrix_that_was_made_anew_is_told_by_its_name(tmp_path: Path):
 
 
 def resized(tokens: int, base: PreTrainedModel | None = None, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """The small Llama with tokens added or removed; new rows are drawn anew, as in every run."""
+    """The small Llama with tokens added or removed; the new rows are random, as in any program that resizes."""
     model = llama() if base is None else base
     torch.manual_seed(seed)
     model.resize_token_embeddings(tokens, **fields)
     return model.eval()
 
 
-# How the new rows are drawn makes no difference to rows that are not looked at: one way for each pair, in turn.
+# New rows are not compared, so it does not matter how they are drawn: each pair has one way, in turn.
 @in_turn(
     "vocabularies, mean_resizing",
     [(64, 65), (65, 64), (65, 65), (64, 128), (128, 128), (80, 72), (64, 40)],
@@ -211,7 +211,7 @@ def resized(tokens: int, base: PreTrainedModel | None = None, seed: int = 0, **f
 def test_an_erasure_loads_where_tokens_were_added_or_removed(
     vocabularies: tuple[int, int], mean_resizing: bool, tmp_path: Path
 ):
-    """Also where it acts on the embeddings; rows that one of the models lacks, or that are new in both, say nothing."""
+    """It may act on the embeddings; rows that one of the models lacks, or that are new in both, are not compared."""
     there, here = vocabularies
     fields = {"target_modules": ["embed_tokens", "input_layernorm", "norm"]}
     folder = saved(resized(there, mean_resizing=mean_resizing), "erasure", tmp_path / "adapter", **fields)
@@ -239,7 +239,7 @@ def test_a_gradiend_of_another_vocabulary_is_refused_with_that_reason(
     def base() -> PreTrainedModel:
         return copy.deepcopy(gradiend._tied_llama()) if tied else llama()
 
-    monkeypatch.setenv(fingerprint.ANY_BASE, "1")  # its tensors fit no other shape
+    monkeypatch.setenv(fingerprint.ANY_BASE, "1")  # it allows another base, but the tensors fit no other shape
     for there, here in ((64, 66), (66, 64)):
         folder = saved(resized(there, base()), "gradiend", tmp_path / f"{there}")
         model = resized(here, base())
@@ -255,7 +255,7 @@ def test_a_gradiend_of_another_vocabulary_is_refused_with_that_reason(
 
 
 def test_a_gradiend_that_changes_rows_of_added_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """They are others in every run; one that changes none of them loads."""
+    """Rows of added tokens differ in every run; a GRADIEND that changes none of them loads."""
     of_all = saved(resized(72), "gradiend", tmp_path / "all", density=1.0, target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match=r"changes rows of added tokens: .* from row \d+ .* Save the resized model"):
         resized(72, seed=1).load_adapter(str(of_all))
@@ -282,7 +282,7 @@ def test_a_model_that_is_resized_under_a_gradiend_adapter_says_so(tmp_path: Path
 
 
 def test_a_model_of_another_shape_takes_what_fits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An erasure at norms needs their width and no other; a GRADIEND needs the shape of every weight it changes."""
+    """An erasure at norms needs only their width to fit; a GRADIEND needs the shape of every weight it changes."""
     config = copy.deepcopy(small_model("llama").config)
     config.intermediate_size = 48
     folders = {kind: saved(llama(), kind, tmp_path / kind) for kind in KINDS}
@@ -338,7 +338,7 @@ def test_hundreds_of_weights_stay_a_small_file_and_are_told_apart(tmp_path: Path
 
 
 def test_where_the_base_came_from_is_kept(tmp_path: Path):
-    """The id and the commit of what was downloaded, and the class."""
+    """The adapter keeps the id and the commit of the downloaded base, and its class."""
     model = llama()
     model.config._commit_hash, model.name_or_path = "c0ffee", "user/base"
     folder = saved(model, "erasure", tmp_path / "adapter")
@@ -357,7 +357,7 @@ def test_where_the_base_came_from_is_kept(tmp_path: Path):
 def test_weights_that_are_out_of_reach_are_left_out_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As of a model that is sharded, or whose weights accelerate keeps where they cannot be reached."""
+    """A model may be sharded, or accelerate may keep its weights where they cannot be read."""
     folder = saved(llama(), "gradiend", tmp_path / "adapter")
     original = placement.is_sharded
 
@@ -367,7 +367,7 @@ def test_weights_that_are_out_of_reach_are_left_out_and_it_is_said_once(
     monkeypatch.setattr(placement, "is_sharded", sharded)
     (told,) = said(lambda: llama().load_adapter(str(folder)))
     assert re.search(r"was checked in part: 15 of the \d+ weights .* cannot be read here", told)
-    with pytest.raises(ValueError, match="another model"):  # by those that can be
+    with pytest.raises(ValueError, match="another model"):  # the weights that can be read show it
         llama(seed=7).load_adapter(str(folder))
 
 
@@ -385,7 +385,7 @@ def test_an_adapter_without_a_fingerprint_says_so(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_stories_its_further_training_and_a_new_start(kind: str, assets: Path, tmp_path: Path):
-    """Copies in other dtypes are the same, 20 steps of training are told, an untrained one is refused."""
+    """Copies in other dtypes pass, 20 steps of training give a warning, an untrained model is refused."""
     place = assets / "models" / "stories260k"
 
     def base(**kwargs: Any) -> PreTrainedModel:

@@ -182,24 +182,24 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.fixture(scope="module")
 def present(lifecycle: Lifecycle) -> peft.PeftModel:
-    """A `PeftModel` with an adapter; not to be changed."""
+    """A `PeftModel` with an adapter; tests must not change it."""
     return peft.PeftModel.from_pretrained(lifecycle.base("bert"), lifecycle.folder(CELL, seed=200))
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matching is given up after a tenth of the usual time."""
+    """The time limit for matching is a tenth of the usual one."""
     monkeypatch.setattr("hf_erasure.adapters.common.config._SECONDS_A_MATCH", 0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("harm", ERASURES)
 def test_erasures(harm: str, present: peft.PeftModel, lifecycle: Lifecycle, tmp_path: Path):
-    """In each of the three ways that an adapter can be loaded."""
+    """Each harm is tried in the three ways in which an adapter can be loaded."""
     make, words = ERASURES[harm]
     folder = folder_with(make, lifecycle.folder(CELL), tmp_path / "evil")
     model = lifecycle.base("bert")
-    for way in WAYS[:2]:  # one after the other, since each leaves the model as it was
+    for way in WAYS[:2]:  # on one model in turn, since each way leaves it as it was
         refused(way, model, folder, words)
     refused(WAYS[2], copy.deepcopy(present), folder, words)
 
@@ -208,7 +208,7 @@ def test_erasures(harm: str, present: peft.PeftModel, lifecycle: Lifecycle, tmp_
 
 
 def cached(folder: Path, cache: Path) -> Path:
-    """The snapshot of a repository `user/name` with the files of a folder, in a cache of the Hub."""
+    """Put the files of a folder into a cache of the Hub as the repository `user/name`; return the snapshot."""
     repository = cache / "models--user--name"
     snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
     for place in (snapshot, blobs, repository / "refs"):
@@ -223,7 +223,7 @@ def cached(folder: Path, cache: Path) -> Path:
 @pytest.mark.parametrize("by", ["path", "id"])
 @every_way
 def test_a_repository_in_a_cache_of_the_hub_is_made_of_links(way: str, by: str, lifecycle: Lifecycle, tmp_path: Path):
-    """It loads as a folder, and by its name without asking anybody."""
+    """It loads as a folder, and by its name without a request to the Hub."""
     snapshot = cached(lifecycle.folder(CELL), tmp_path)
     name, where = (str(snapshot), {}) if by == "path" else ("user/name", {"cache_dir": str(tmp_path)})
     model = lifecycle.base("bert")
@@ -252,7 +252,7 @@ def test_a_repository_with_nothing_but_a_pickle(way: str, lifecycle: Lifecycle, 
 
 
 def test_an_unfitted_adapter_with_an_endless_pattern(lifecycle: Lifecycle, tmp_path: Path):
-    """Its targets are to be found here, so its pattern is matched; other patterns are matched as by PEFT."""
+    """Only an unfitted adapter's pattern is matched, to find its targets; harmless ones match as with PEFT."""
     evil, good = tmp_path / "evil", tmp_path / "good"
     with pytest.warns(UserWarning, match="never fitted"):
         ConceptErasureConfig(labels=["a", "b"], target_modules=EVIL).save_pretrained(evil)
@@ -270,7 +270,7 @@ def test_an_unfitted_adapter_with_an_endless_pattern(lifecycle: Lifecycle, tmp_p
 
 
 def test_an_unknown_field_is_left_out_as_by_peft(lifecycle: Lifecycle, tmp_path: Path):
-    """Newer releases of PEFT add fields; of a damaged or mistyped name the warning tells."""
+    """Newer releases of PEFT add fields; a damaged or mistyped name shows in the warning."""
     folder = folder_with(lambda f: rewrite(f, brand_new=1), lifecycle.folder(CELL), tmp_path / "new")
     model = lifecycle.base("bert")
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['brand_new'\]"):
@@ -279,7 +279,7 @@ def test_an_unknown_field_is_left_out_as_by_peft(lifecycle: Lifecycle, tmp_path:
 
 
 def test_use_safetensors_false_is_refused(lifecycle: Lifecycle, tmp_path: Path):
-    """transformers then prefers a pickle to the safetensors beside it."""
+    """With `use_safetensors=False` transformers prefers a pickle to the safetensors file beside it."""
     folder = tmp_path / "both"
     shutil.copytree(lifecycle.folder(CELL), folder)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(folder / "executed")))
@@ -299,7 +299,7 @@ def test_names_of_adapters_that_lead_elsewhere(name: str, lifecycle: Lifecycle):
 
 
 def test_files_that_cannot_be_looked_at_are_not_loaded(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch):
-    """As when a server answers the first question with an error, and the second one with an adapter."""
+    """A server may answer the first request with an error, and the second one with an adapter."""
 
     def fail(self: Any, name: str) -> None:
         raise OSError("503 Service Unavailable")
@@ -337,7 +337,7 @@ SAVED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("harm", SAVED)
 def test_modules_to_save(harm: str, lifecycle: Lifecycle, tmp_path: Path):
-    """Also where an adapter of that name is there, whose copies must stay."""
+    """The last load is over an adapter of the same name, whose copies of modules must stay."""
     model = lifecycle.base("bert")
     model.add_adapter(config_of(CELL, modules_to_save=["pooler"]), adapter_name="default")
     fit(model, "bert", "default")
@@ -399,7 +399,7 @@ BOUNDED = ("rank 10^9", "width and rank 10^9", "4 TiB that are not there", "10^4
 
 
 def test_memory_is_bounded(lifecycle: Lifecycle, tmp_path: Path):
-    """In a process that may take a gigabyte more than it has before it loads, and memory is not what it misses."""
+    """The process may use one GiB more than before it loads, and no load fails for lack of memory."""
     for harm in BOUNDED:
         folder_with(ERASURES[harm][0], lifecycle.folder(CELL), tmp_path / harm)
     script = f"""

@@ -23,7 +23,7 @@ from tests.small_models import outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
 KINDS = ("erasure", "gradiend")
-# What decides on the outputs besides the tensors; names and where it was fitted do not.
+# The fields that the outputs depend on beside the tensors; names and the place of the fit do not matter.
 DECIDES = {
     "erasure": ("peft_type", "fitted", "fitted_sites", "site", "sticky", "modules_to_save"),
     "gradiend": (
@@ -63,7 +63,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Where something stands in a JSON value."""
+    """The path of every value inside a JSON value."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -89,7 +89,7 @@ def change_config(folder: Path, draw: Callable[[st.SearchStrategy], Any]) -> Non
 
 
 def change_tensors(folder: Path, draw: Callable[[st.SearchStrategy], Any]) -> None:
-    """Remove a tensor, give it another name, type, shape or value, or put one there that was not."""
+    """Remove a tensor, give it another name, type, shape or value, or add a new one."""
     tensors = load_file(folder / WEIGHTS)
     key = draw(st.sampled_from(sorted(tensors)))
     how = draw(st.sampled_from(["remove", "rename", "type", "shape", "value", "add"]))
@@ -114,7 +114,7 @@ def change_tensors(folder: Path, draw: Callable[[st.SearchStrategy], Any]) -> No
 
 
 def change_bytes(folder: Path, draw: Callable[[st.SearchStrategy], Any]) -> None:
-    """Cut a file, or change, insert or remove bytes; those of the head more often than the rest."""
+    """Cut a file, or change, insert or remove bytes, more often in its header than in the rest."""
     file = folder / draw(st.sampled_from([CONFIG, WEIGHTS]))
     content = bytearray(file.read_bytes())
     at = draw(st.integers(0, 64) | st.integers(0, len(content) - 1)) % len(content)
@@ -141,7 +141,7 @@ def decides(folder: Path, kind: str) -> Any:
 
 
 def seen_of(model: Any) -> Any:
-    """What a failed load must leave alone."""
+    """The state that a failed load must not change."""
     flags = {name: (p.requires_grad, p._version) for name, p in model.named_parameters()}
     modules = [
         (name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))

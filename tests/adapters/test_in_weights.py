@@ -1,4 +1,4 @@
-"""What erasers make of weights: the changed module computes alone what the module and the erasers compute."""
+"""Erasers merged into weights: the changed module alone computes what the module and the erasers computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_erasure.erasers import apply_erasure
 from tests.small_models import LABELS, distance, outputs_of, small_batch, small_model
 
 WIDTH, OTHER, EXPERTS = 5, 4, 3
-# Of sums of some 40 float64 products of numbers near one.
+# The rounding of sums of some 40 float64 products of numbers near one.
 TOLERANCE = 1e-11
 
 
@@ -44,7 +44,7 @@ class Scaled(nn.Embedding):
 
 
 def module_of(kind: str, side: str) -> tuple[nn.Module, str, int, int]:
-    """A module with `WIDTH` features at a side; the parameter, its axis, and that of the activation."""
+    """A module with `WIDTH` features at a side, its parameter, and their axis in the parameter and the activation."""
     takes, gives = (WIDTH, OTHER) if side == "input" else (OTHER, WIDTH)
     if kind == "linear":
         return nn.Linear(takes, gives), "weight", 1 if side == "input" else 0, -1
@@ -121,7 +121,7 @@ def test_what_is_put_around_an_input_takes_no_mean(padding: int) -> None:
 
 @pytest.mark.parametrize("word", ["readers", "writers"])
 def test_words_merge_on_offloaded_models_without_a_trace(word: str, tmp_path) -> None:
-    """The weights stay where they are; nothing is traced, since the adapter has them by name."""
+    """The weights stay offloaded; the model is not traced, since the adapter has the weights' names."""
     model, batch = copy.deepcopy(small_model("llama")), small_batch("llama", seed=5)
     model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=word), adapter_name="gender")
     fit_concept_erasure(model, [small_batch("llama", seed=100, rows=48)], "gender", sequential=False, progress=False)
@@ -132,6 +132,6 @@ def test_words_merge_on_offloaded_models_without_a_trace(word: str, tmp_path) ->
     before = outputs_of(wrapped, batch)
     with pytest.warns(UserWarning, match="without the usual comparison"):
         wrapped.merge_adapter()
-    assert distance(outputs_of(wrapped, batch), erased) < 1e-5  # of float32 outputs after two blocks
+    assert distance(outputs_of(wrapped, batch), erased) < 1e-5  # float32 outputs after two blocks
     wrapped.unmerge_adapter()
     assert distance(outputs_of(wrapped, batch), before) == 0

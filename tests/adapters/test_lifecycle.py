@@ -63,7 +63,7 @@ def test_fitted_adapter_erases_at_every_site_and_says_so(cell: Cell, lifecycle: 
         # An erased activation has nothing left in the directions that the eraser reads: R (x - mean) = 0.
         layer = layers[path]
         right, mean = layer.concept_erasure_right[NAME], layer.concept_erasure_bias[NAME]
-        if hidden.shape[-1] != len(mean):  # pictures have their channels, which are their features, in front
+        if hidden.shape[-1] != len(mean):  # an image's features are its channels, in axis 1
             hidden = hidden.movedim(1, -1)
         left_over = (hidden - mean) @ right.T
         scale = (hidden - mean).norm(dim=-1, keepdim=True) * right.norm()
@@ -113,7 +113,7 @@ def turn(cell: Cell) -> int:
 
 
 def way_of(cell: Cell) -> str:
-    """How a cell is loaded. PEFT has no Auto class for image encoders; `test_auto_peft_model` has the one without."""
+    """How a cell is loaded. PEFT has no Auto class for image encoders; see `test_auto_peft_model` for those."""
     ways = WAYS if cell.parts.task_type else WAYS[:-1]
     return ways[turn(cell) % len(ways)]
 
@@ -135,7 +135,7 @@ def test_reloaded_output_is_equal_to_the_bit(cell: Cell, lifecycle: Lifecycle):
 
 
 def dtype_of(cell: Cell) -> torch.dtype:
-    """Cells of one architecture, target or site are merged in either dtype; what refuses looks at no number."""
+    """The dtype of a merge, which alternates between cells; a refusal does not depend on the dtype."""
     both = [*MERGE_TOLERANCE]
     return both[(turn(cell) + SITES.index(cell.site)) % 2] if cell.merge_refusal is None else torch.float32
 
@@ -149,7 +149,7 @@ def test_merging_is_exact_or_refused(cell: Cell, lifecycle: Lifecycle):
     unmerged, before = outputs_of(model, batch), state_of(model, cell.architecture)
 
     if cell.merge_refusal is not None:
-        # Both ask the same plan: cells of one architecture or target are refused by either.
+        # Both verbs use the same plan, so each cell tries one of them, in turn.
         verb = (model.merge_adapter, model.merge_and_unload)[(turn(cell) + SITES.index(cell.site)) % 2]
         with pytest.raises(ValueError, match=cell.merge_refusal):
             verb()
@@ -168,7 +168,7 @@ def test_merging_is_exact_or_refused(cell: Cell, lifecycle: Lifecycle):
     assert type(plain) is type(base)
     assert same(outputs_of(plain, batch), merged)
     assert not erasure_layers(plain) and not hasattr(plain, "peft_config")
-    # What its configuration describes: nothing is left over, and a bias that was needed is one that it asks for.
+    # The tensors are those that the configuration describes, also where the merge needed a bias.
     assert list(plain.state_dict()) == list(type(plain)(plain.config).state_dict())
 
 

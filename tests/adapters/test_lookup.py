@@ -1,4 +1,4 @@
-"""An adapter is found wherever the model with it is inside of, by everything that takes a model and a name."""
+"""All functions that take a model and a name find the adapter when the model is inside a wrapper."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NORMS, LINEAR = Cell("bert", "norms", "output"), Cell("bert", "all-linear", "out
 
 
 class Around(nn.Module):
-    """A module of the user's own, whose inputs have names of their own."""
+    """A module of the user's own, whose inputs have other names than the model's."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_an_erasure_is_found_inside(wrapper: str, lifecycle: Lifecycle):
     bare = lifecycle.fitted(NORMS)
-    bare.requires_grad_(True)  # DDP wants something to average
+    bare.requires_grad_(True)  # DDP needs a gradient to average
     model = WRAPPERS[wrapper](bare)
     found = adapter_of(model, NAME, ConceptErasureConfig)
     assert found.owner is bare and found.config is bare.peft_config[NAME]
@@ -122,13 +122,13 @@ def test_fitting_inside_gives_the_same_erasers(wrapper: str, lifecycle: Lifecycl
     plain.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
     for model in (plain, WRAPPERS[wrapper](bare)):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="pool='tokens' guards")  # a head reads the first one
+            warnings.filterwarnings("ignore", message="pool='tokens' guards")  # a head reads the first token
             fit_concept_erasure(model, small_batches("bert"), NAME, pool="tokens", progress=False)
     assert same(outputs_of(bare, small_batch("bert")), outputs_of(plain, small_batch("bert")))
     told = [model.peft_config[NAME].to_dict() for model in (bare, plain)]
     for config in told:
         config["provenance"].pop("reader")
-    if wrapper == "FSDP":  # keeps a part of each weight, of which no sample is taken
+    if wrapper == "FSDP":  # a process has only a part of each weight, which is not sampled
         assert told[0]["provenance"].pop("fingerprint") == {} != told[1]["provenance"].pop("fingerprint")
     assert told[0] == told[1]
 

@@ -1,4 +1,4 @@
-"""The same calls on a LoRA and on an erasure: what can be observed of either is the same."""
+"""The same calls on a LoRA and on an erasure give the same observations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def erasure() -> ConceptErasureConfig:
 
 
 def raised(call: Any, *args: Any) -> str:
-    """The type of the exception a call raises; failing to raise is an answer too."""
+    """The type of the exception that a call raises, or a text where it raises none."""
     try:
         call(*args)
     except Exception as error:
@@ -37,9 +37,9 @@ def raised(call: Any, *args: Any) -> str:
 
 
 def saved_in(folder: Path) -> dict[str, Any]:
-    """What lies in a folder: files, the modules that have tensors, and the fields every adapter's config has.
+    """The content of a folder: files, the modules that have tensors, and the fields every adapter's config has.
 
-    Cards are left out: of a LoRA only a `PeftModel` writes one.
+    Cards are left out: for a LoRA only a `PeftModel` writes one.
     """
     written = [path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"]
     files = sorted(str(path.relative_to(folder)) for path in written)
@@ -59,7 +59,7 @@ def _module_of(key: str) -> str:
 
 
 def trace_of_model(model: Any, config: Any, folder: Path) -> list[Any]:
-    """The verbs of transformers' models."""
+    """What each of the calls on a transformers model gives."""
     seen: list[Any] = []
 
     def look(what: str) -> None:
@@ -100,7 +100,7 @@ def trace_of_model(model: Any, config: Any, folder: Path) -> list[Any]:
 
 
 def trace_of_peft_model(base: Any, config: Any, folder: Path) -> list[Any]:
-    """The verbs of PEFT's models."""
+    """What each of the calls on a `PeftModel` gives."""
     seen: list[Any] = []
     model = peft.get_peft_model(base, config(), adapter_name="a")
 

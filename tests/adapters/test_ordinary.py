@@ -1,4 +1,4 @@
-"""An adapter that was made under inference mode, autocast or another default dtype or device is one like any other."""
+"""An adapter that is made under inference mode, autocast or another default dtype or device is like any other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_ordinary(model: Any) -> None:
-    """State is where and what it should be, and all of the model can be trained."""
+    """Check that the adapter's state has the usual device and dtype, and that the whole model can be trained."""
     found = {**state_of(model), **dict(model.named_parameters())}
     for name, tensor in found.items():
         kind = torch.float32 if tensor.is_floating_point() else torch.int32
@@ -84,7 +84,7 @@ def test_a_loaded_adapter_is_the_same_and_trains(kind: str, mode: str, tmp_path:
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_that_were_merged_there_train(kind: str, mode: str, tmp_path: Path):
-    # The linear layers of this architecture have no biases for a mean.
+    # The linear layers of this architecture have no biases, which the mean of an affine map needs.
     OF[kind].added(ARCHITECTURE, "a", **({"affine": False} if kind == "erasure" else {})).save_pretrained(tmp_path)
     kept, merged = (peft.PeftModel.from_pretrained(base(ARCHITECTURE), str(tmp_path)) for _ in range(2))
     wanted = {name: parameter.detach().clone() for name, parameter in kept.named_parameters()}
@@ -97,7 +97,7 @@ def test_weights_that_were_merged_there_train(kind: str, mode: str, tmp_path: Pa
         check_ordinary(model)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "autocast"])  # there activations are others
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "autocast"])  # autocast changes the activations
 def test_an_erasure_that_was_fitted_there_is_the_same(mode: str):
     expected, model = OF["erasure"].added(ARCHITECTURE, "a"), base(ARCHITECTURE)
     batches = small_batches(ARCHITECTURE, count=1, seed=100)

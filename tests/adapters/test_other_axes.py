@@ -1,4 +1,4 @@
-"""Adapters whose features are not the last axis, or whose examples are not the first, in all that is done to them."""
+"""All verbs on adapters whose features are not the last axis, or whose examples are not the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_erasure import ConceptErasureConfig, combine_adapters, export_to_lora, f
 from hf_erasure.adapters import erasure_layers
 
 LABELS = ["a", "b"]
-# Of float32 sums in another order.
+# The difference of float32 sums in another order.
 ROUNDING = 1e-5
 
 
@@ -67,7 +67,7 @@ def test_they_are_verified_combined_and_described(fitted: tuple, tmp_path: Path)
     for site, layer in erasure_layers(model, "both").items():
         hidden = torch.randn(3, 8, sizes[site]["width"], generator=torch.Generator().manual_seed(0))
         both = layer.apply_eraser("both", hidden.movedim(-1, sizes[site].get("axis", -1)))
-        # What one of them erases, the joint one has erased.
+        # After the joint erasure, each of the two has nothing left to erase.
         assert torch.allclose(layer.apply_eraser("e", both), both, atol=ROUNDING)
     model.save_pretrained(tmp_path)
     card = (tmp_path / "e" / "README.md").read_text(encoding="utf-8")

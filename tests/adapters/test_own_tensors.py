@@ -1,4 +1,4 @@
-"""A save has all tensors of an adapter, or there is no save and the folder stays as it was."""
+"""A save writes all tensors of an adapter, or it fails and the folder stays as it was."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def refused(act: Callable[[], Any], folder: Path, words: str) -> None:
-    """An act fails, and a folder is as it was."""
+    """Check that `act` fails with these words, and leaves the folder as it was."""
     before = content(folder) if folder.exists() else None
     with pytest.raises(ValueError, match=words):
         act()
     assert (content(folder) if folder.exists() else None) == before
 
 
-# ---- what is gone ----------------------------------------------------------------------------------------------------
+# ---- missing tensors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -69,7 +69,7 @@ def test_nor_is_one_that_was_never_fitted(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "Trainer", "callback"])
 def test_a_part_of_an_adapter_is_not_saved(kind: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A layer was cut off under it: some modules still have the adapter, and others are gone."""
+    """A layer of the model was removed: some modules still have the adapter, and others are gone."""
     folder, model = tmp_path / "adapter", OF[kind].added("bert", "default")
     names = [*own_tensors(model, "default")]
     total, kept = len(names), sum(".layer.1." not in name for name in names)
@@ -106,7 +106,7 @@ def test_of_two_adapters_neither_is_written_when_one_is_not_whole(kind: str, tmp
 
 
 def test_values_that_never_arrived_are_not_saved(tmp_path: Path):
-    """The configuration of a fitted adapter without its file, as when only the former was copied."""
+    """The configuration says that the adapter is fitted, but its tensors were never loaded."""
     for kind in OURS:
         config = OF[kind].added("bert", "a").peft_config["a"]
         model = base("bert")
@@ -152,13 +152,13 @@ def test_an_adapter_named_like_a_part_of_a_wrapper_or_a_parameter_is_saved_whole
         assert same(outputs(again, "bert"), outputs(model, "bert"))
 
 
-# ---- what is given ---------------------------------------------------------------------------------------------------
+# ---- a state dict that is passed -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_values_that_are_given_go_before_the_models_own(kind: str, wrapped: bool, tmp_path: Path):
-    """As Trainer gives those it has gathered; what it has not gathered is the model's own."""
+    """Trainer passes the values that it has gathered; values that it has not gathered come from the model."""
     model = OF[kind].wrapped("bert", "default") if wrapped else OF[kind].added("bert", "default")
     expected = own_tensors(model, "default")
     changed = next(name for name, tensor in expected.items() if tensor.is_floating_point() and tensor.numel())

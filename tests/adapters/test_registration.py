@@ -126,7 +126,7 @@ def where_it_is_not_imported(program: str, folder: Path) -> Ended:
 
 
 def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle, tmp_path: Path):
-    """As a notebook with autoreload does; in a process of its own, since classes change their identity."""
+    """A notebook with autoreload does this. It runs in its own process, since a reload replaces the classes."""
     program = f"""
 import importlib, sys, hf_erasure, transformers
 for name in [n for n in sys.modules if n.startswith("hf_erasure.adapters.")] + ["hf_erasure.adapters", "hf_erasure"]:
@@ -184,7 +184,7 @@ for name, change in changes.items():
 
 @pytest.mark.skipif(Version(version("peft")) < Version("0.21"), reason="the page says what PEFT 0.21 does")
 def test_nothing_in_a_folder_makes_peft_import_the_package(lifecycle: Lifecycle, tmp_path: Path):
-    """What `docs/how-to/troubleshooting.md` says was tried; where this fails, PEFT can be told more than it could."""
+    """`docs/how-to/troubleshooting.md` says this was tried; where it fails, a release of PEFT can do more now."""
     folder = Path(shutil.copytree(lifecycle.folder(CELL), tmp_path / "adapter"))
     program = WITHOUT_THE_IMPORT.format(folder=str(folder), base=str(lifecycle.base_folder("bert")))
     done = where_it_is_not_imported(program, tmp_path)
@@ -199,7 +199,7 @@ def test_nothing_in_a_folder_makes_peft_import_the_package(lifecycle: Lifecycle,
             assert error == "KeyError" and names_the_type == "False"
 
 
-# How a release could differ, and what the message says is missing.
+# How a release could differ → a change that imitates it, and what the message says is missing.
 DIFFERENT = {
     "a method is gone": (
         "from peft.tuners.tuners_utils import BaseTuner; del BaseTuner._check_merge_allowed",
@@ -220,13 +220,13 @@ DIFFERENT = {
 }
 
 
-# Each is a process of its own; one of every kind is enough for every day.
+# Each runs in its own process; one of them is enough outside of the slow tests.
 @pytest.mark.parametrize(
     "difference",
     [name if name == "a method is gone" else pytest.param(name, marks=pytest.mark.slow) for name in DIFFERENT],
 )
 def test_a_release_without_what_is_relied_on_fails_at_import(difference: str, tmp_path: Path):
-    """In words that name what is missing, the release that lacks it, and those that have it."""
+    """The error names what is missing, the release that lacks it, and the releases that have it."""
     change, message = DIFFERENT[difference]
     done = where_it_is_not_imported(f"{change}\nimport hf_erasure", tmp_path)
     package = "transformers" if "transformers VERSION" in message else "peft"

@@ -1,4 +1,4 @@
-"""A save happens or does not: processes that are killed, that save at once, and folders that hold something else."""
+"""A save happens whole or not at all: killed processes, processes that save at once, folders with other content."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def hooks() -> Iterator[list]:
-    """The functions that write beside an adapter; those of a test go with it."""
+    """The functions that write files beside an adapter; those that a test adds are removed after it."""
     before = ON_STAGED[:]
     yield ON_STAGED
     ON_STAGED[:] = before
@@ -58,7 +58,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(killed: dict[str, A
     found = [place for (place,) in killed["model_saves"]["found"]]
     turn = found.index("new")
     assert found == ["old"] * turn + ["new"] * (len(found) - turn)
-    # Killed before, and after the new one was committed but not yet in its place.
+    # Some kills came before the new adapter was committed, and some between the commit and the end.
     assert turn > 10 and len(found) - turn > 5
 
 
@@ -76,7 +76,7 @@ def test_the_next_save_removes_what_a_killed_one_left(killed: dict[str, Any]):
 
 
 def test_without_staging_the_same_kills_leave_a_mix(killed: dict[str, Any]):
-    """So they would show one."""
+    """The control: the tests above would show a mix if there were one."""
     assert any("are missing" in place for (place,) in killed["model_saves_unstaged"]["found"])
 
 
@@ -91,7 +91,7 @@ def test_processes_that_save_at_once_do_not_mix(killed: dict[str, Any]):
 
 
 def test_nothing_but_the_adapter_is_left(lifecycle: Lifecycle, tmp_path: Path):
-    """Also where another save into the same folder begins and ends in the middle of it; the last to commit wins."""
+    """Another save into the same folder may begin and end in the middle of one; the last to commit wins."""
     first, second = lifecycle.fitted(CELL), lifecycle.fitted(CELL, seed=200)
     with staged_save(tmp_path) as content:
         (content / "adapter_config.json").write_text("{}")
@@ -165,7 +165,7 @@ def test_an_adapter_is_one_file_however_small_the_shards(lifecycle: Lifecycle, t
 
 
 def test_the_models_own_embeddings_are_not_saved(lifecycle: Lifecycle, tmp_path: Path):
-    """PEFT would add them where the vocabulary was resized, and loading would overwrite those of the base."""
+    """PEFT would add them after the vocabulary was resized, and loading would overwrite those of the base."""
     model = lifecycle.fitted(CELL)
     model.resize_token_embeddings(80)
     model.save_pretrained(tmp_path / "added")
@@ -194,18 +194,18 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(lifecycle: Lifecycle,
 
 
 def test_a_file_system_without_locks(lifecycle: Lifecycle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As some network file systems are: a save still happens or does not, and leaves nothing."""
+    """Some network file systems are such: a save still happens whole or not at all, and leaves no other files."""
 
     def refuse(self: Any, *_: Any, **__: Any) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
 
     monkeypatch.setattr(saving.FileLock, "acquire", refuse)
-    (tmp_path / f"{saving.STAGING}1.lock").write_text("")  # whose writer may live
+    (tmp_path / f"{saving.STAGING}1.lock").write_text("")  # its writer may still run
     lifecycle.fitted(CELL).save_pretrained(tmp_path)
     assert names(tmp_path) - {"README.md"} == {*FILES, f"{saving.STAGING}1.lock"}
 
 
-# ---- folders that hold something else --------------------------------------------------------------------------------
+# ---- folders with other content --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("there", ["LORA", "GRADIEND", "damaged"])
@@ -282,7 +282,7 @@ def test_what_a_folder_pretends_to_be_left_by_a_save_does_no_harm(lifecycle: Lif
 def test_a_committed_save_that_cannot_be_finished_says_so(
     lifecycle: Lifecycle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As in a folder that may only be read."""
+    """The folder may be read-only, for example."""
     folder = tmp_path / "adapter"
     shutil.copytree(lifecycle.folder(CELL), folder / saving.COMMIT)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Modules that share an eraser act as if each had its own, run it once for a tensor, and keep nothing."""
+"""Modules that share an eraser act as if each had its own, run it once for each tensor, and keep no results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.small_models import LABELS, distance, inputs_of, outputs_of, same, sm
 
 NAME = "erasure"
 TYPES = ("llama", "gpt2", "t5", "bert")
-# Fused kernels and gathered rows sum in another order: roundings of 2^-24 of sums of some 64 terms, through two blocks.
+# Fused kernels and gathered rows sum some 64 terms in another order: roundings of 2^-24 relative, through two blocks.
 ROUNDING = 1e-5
 
 
@@ -46,7 +46,7 @@ def fitted(architecture: str = "llama") -> Any:
 
 
 def each_its_own(architecture: str = "llama") -> Any:
-    """The same erasers, one for each module."""
+    """The model with the same erasers, but one for each module."""
     shared, model = _fitted(architecture), copy.deepcopy(small_model(architecture))
     names = [rf"{name}".replace(".", r"\.") for name in shared.peft_config[NAME].fitted_modules]
     model.add_adapter(
@@ -59,7 +59,7 @@ def each_its_own(architecture: str = "llama") -> Any:
 
 
 def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of all parameters, and the output that they are of; the model is in training mode, with the same dropout."""
+    """The gradients of all parameters, and the output; the model is in training mode, with the same dropout."""
     model.requires_grad_(True).train()
     torch.manual_seed(0)
     output = model(**inputs_of(batch))
@@ -71,7 +71,7 @@ def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest difference, as a share of the largest gradient, or of the output's largest value.
 
-    Not of each parameter's own: the gradients of some biases are zero but for rounding.
+    It is not a share of each parameter's own gradient: that of some biases is zero except for rounding.
     """
     largest = {
         is_out: max(float(value.abs().max()) for name, value in expected.items() if (name == "out") is is_out)
@@ -82,7 +82,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What erasers run on."""
+    """The tensors that erasers are run on."""
     seen: list[Tensor] = []
     apply = erasure_layer.apply_erasure
 
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_modules_with_their_own(architecture: str, runs: 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_gradient_checkpointing(architecture: str, reentrant: bool) -> None:
-    """Parts of the pass run again for their gradients; they get what they got."""
+    """Parts of the pass run again for the gradients, and their erasers give the same results again."""
     model, batch = fitted(architecture), small_batch(architecture)
     expected = gradients(each_its_own(architecture), batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -349,7 +349,7 @@ def test_modules_that_the_model_lacks_are_refused(tmp_path: Any) -> None:
         copy.deepcopy(small_model("llama")).load_adapter(tmp_path, adapter_name=NAME)
 
 
-# ---- what was made of a tensor ---------------------------------------------------------------------------------------
+# ---- the shared results ----------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -398,7 +398,7 @@ def test_a_result_that_was_changed_is_made_anew() -> None:
 
 
 def test_where_gradients_are_recorded_nothing_is_kept() -> None:
-    """A result that has a graph holds the tensor, which would hold the result."""
+    """A result with a graph refers to its tensor; kept results would refer back, and neither would be freed."""
     results, make, hidden = SharedResults(), Counted(), torch.zeros(3, requires_grad=True)
     with torch.no_grad():
         assert not results.compute(hidden, make, 3, (make,)).requires_grad

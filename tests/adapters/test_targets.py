@@ -69,7 +69,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ),
         ["decoder.final_layer_norm", *per_layer("decoder.layers", "self_attn_layer_norm", "final_layer_norm")],
     ),
-    # One layer for all depths.
+    # One layer is used at all depths.
     "albert": (
         lambda: hf.AlbertModel(hf.AlbertConfig(**TEXT, embedding_size=16)),
         [
@@ -94,9 +94,9 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
             "norm",
         ],
     ),
-    # The norms of its convolutions belong to no block, and that before its layers to the embedding.
+    # The norms of its convolutions belong to no block, and the norm before its layers belongs to the embedding.
     "wav2vec2": (lambda: wav2vec2(stable=False), per_layer("encoder.layers", "layer_norm", "final_layer_norm")),
-    # As a suffix, the final `layernorm` would also mean `embeddings.layernorm`.
+    # If it were matched as a suffix, the final `layernorm` would also match `embeddings.layernorm`.
     "convnext": (
         lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)),
         [
@@ -118,7 +118,7 @@ def test_default_of_other_architectures(name: str):
     build, expected = OTHERS[name]
     model = build()
     assert default_targets(model) == expected
-    # What PEFT then attaches to is that and nothing else.
+    # PEFT attaches the adapter to exactly these modules.
     model.add_adapter(ConceptErasureConfig(labels=LABELS))
     assert list(erasure_layers(model)) == expected
 

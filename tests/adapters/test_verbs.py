@@ -1,4 +1,4 @@
-"""The other verbs of an adapter's life, over cells in which every pair of architecture, target and site occurs."""
+"""The other verbs of an adapter's life, on cells in which every pair of architecture, target and site occurs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def eraser_values(model: nn.Module, name: str = NAME) -> dict[str, tuple[Tensor,
 def erased(hidden: Tensor, state: tuple[Tensor, ...]) -> Tensor:
     """The formula of the paper, written out."""
     left, right, mean = (part.to(hidden.dtype) for part in state)
-    if hidden.shape[-1] != len(mean):  # pictures have their channels, which are their features, in front
+    if hidden.shape[-1] != len(mean):  # an image's features are its channels, in axis 1
         return erased(hidden.movedim(1, -1), state).movedim(-1, 1)
     return hidden - (hidden - mean) @ right.T @ left.T
 
@@ -51,7 +51,7 @@ def left_over(hidden: Tensor, state: tuple[Tensor, ...]) -> float:
 
 
 def with_second(model: nn.Module, cell: Cell) -> nn.Module:
-    """Add and fit a second adapter at the same place, on other data and as if it were the first."""
+    """Add a second adapter at the same place, fitted on other data while the first is not active."""
     model.disable_adapters()
     config = model.peft_config[NAME]
     fields = {"task_type": config.task_type, "target_modules": cell.parts.target(cell.target), "site": cell.site}
@@ -122,7 +122,7 @@ def test_two_adapters_act_in_the_order_of_the_active_list(cell: Cell, lifecycle:
 
 
 def activations(model: nn.Module, site: str, batch: dict[str, Tensor], paths: list[str] | None = None):
-    """What goes out of (or into) modules in the order in which they are reached first."""
+    """The outputs (or inputs) of modules, in the order in which the modules are first called."""
     found: dict[str, Tensor] = {}
     hosts = {p: m for p, m in model.named_modules() if p in paths} if paths else None
     hosts = hosts or {path: layer.host for path, layer in erasure_layers(model).items()}
@@ -144,7 +144,7 @@ def activations(model: nn.Module, site: str, batch: dict[str, Tensor], paths: li
     return found
 
 
-# Both orders run through one piece of code with two names exchanged: one order a cell, in turn.
+# Both orders run the same code with two names exchanged, so each cell has one order, in turn.
 @in_turn("cell, order", [c for c in CELLS if c.merge_refusal is None], [["default", SECOND], [SECOND, "default"]])
 def test_two_adapters_merge_as_they_act(cell: Cell, order: list[str], lifecycle: Lifecycle):
     model = peft.PeftModel.from_pretrained(lifecycle.base(cell.architecture), lifecycle.folder(cell))
@@ -171,7 +171,7 @@ def test_generating_with_a_cache_equals_generating_without(cell: Cell, lifecycle
     batch = small_batch(cell.architecture, seed=5, rows=4)
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if cell.architecture != "t5":
-        # Decoders continue at the right end.
+        # Decoders continue at the right end, so the padding goes to the left.
         prompt = {name: value.flip(1) for name, value in prompt.items()}
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
     fixed["return_dict_in_generate"] = True
@@ -186,7 +186,7 @@ def test_generating_with_a_cache_equals_generating_without(cell: Cell, lifecycle
 @pairwise
 def test_gradient_checkpointing_changes_no_gradient(cell: Cell, lifecycle: Lifecycle):
     def gradients(model: nn.Module) -> dict[str, Tensor]:
-        # Erasers are buffers: thawing the base does not make them learn.
+        # Erasers are buffers, so unfreezing the base does not train them.
         model.train().requires_grad_(True)
         torch.manual_seed(0)
         output = model(**inputs_of(small_batch(cell.architecture, seed=5)))
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_changes_no_gradient(cell: Cell, lifecycle: Lifec
     assert not any("concept_erasure" in name for name, _ in model.named_parameters())
 
 
-# Pickling sees the class of a model, and nothing of where in it the layers are: once an architecture.
+# Pickling depends on the class of a model, not on where its layers are: one cell for each architecture.
 @pytest.mark.parametrize(
     ("cell", "way"),
     [(cell, "deepcopy") for cell in EVERY_PLACE] + [(cell, "pickle") for cell in EVERY_PLACE[::2]],
@@ -257,8 +257,8 @@ def test_double_precision_carries_the_erasers_along(cell: Cell, lifecycle: Lifec
     assert all(part.dtype == torch.float32 for state in eraser_values(model).values() for part in state)
 
 
-# What breaks a graph is the host: a module that gives a tensor or a tuple, and takes its input by position or by name.
-# These have all of them. Both sites of linear layers, norms and inductor are in tests/ecosystem/test_compiled.py.
+# Host modules can break a graph: they return a tensor or a tuple, and take their input by position or by name. These
+# two have all of that. tests/ecosystem/test_compiled.py has both sites of linear layers, norms and inductor.
 @pytest.mark.parametrize("cell", [Cell("gpt2", "attention", "output"), Cell("llama", "attention", "input")], ids=str)
 def test_compiles_into_one_graph(cell: Cell, lifecycle: Lifecycle):
     torch.compiler.reset()
@@ -302,7 +302,7 @@ def test_auto_peft_model(architecture: str, lifecycle: Lifecycle, tmp_path):
     wrapped = peft.get_peft_model(base, config)
     fit(wrapped, architecture, "default")
     wrapped.save_pretrained(tmp_path)
-    # The adapter says itself which class its base is of.
+    # The adapter's configuration names the class of its base.
     loaded = peft.AutoPeftModel.from_pretrained(tmp_path)
     assert type(loaded.get_base_model()) is type(base)
     batch = small_batch(architecture, seed=5)

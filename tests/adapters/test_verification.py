@@ -30,7 +30,7 @@ LINEAR = Cell("bert", "all-linear", "output")
 
 
 def lora(**fields) -> peft.LoraConfig:
-    # A B of zeros would make a LoRA that does nothing.
+    # With its initial B of zeros a LoRA would do nothing.
     return peft.LoraConfig(r=2, init_lora_weights=False, **{"target_modules": "all-linear", **fields})
 
 
@@ -179,7 +179,7 @@ def test_a_sticky_erasure_stays_on(lifecycle: Lifecycle):
 
 
 def test_a_sticky_erasure_is_merged_with_the_active_adapter(lifecycle: Lifecycle):
-    """At other modules than the active one's, so that nothing but the merge itself would notice its absence."""
+    """It is at other modules than the active adapter, so only the merged outputs would show that it is missing."""
     model = peft.get_peft_model(lifecycle.base("bert"), config_of(CELL, target_modules=["query"], sticky=True), NAME)
     fit(model, "bert")
     model.load_adapter(lifecycle.folder(Cell("bert", "embeddings", "output")), "other")
@@ -191,7 +191,7 @@ def test_a_sticky_erasure_is_merged_with_the_active_adapter(lifecycle: Lifecycle
 
 @pytest.mark.parametrize("site", ["output", "input"])
 def test_both_orders_of_an_erasure_and_a_lora_give_the_same(site: str, lifecycle: Lifecycle, tmp_path: Path):
-    """Put on the same Linear, a LoRA wraps it: the erasure acts on what both give, whichever came first."""
+    """A LoRA wraps the Linear that both are on: the erasure acts on their sum, whichever of them came first."""
     cell, batch = Cell("bert", "all-linear", site), small_batch("bert")
     tuned = lifecycle.base("bert")
     tuned.add_adapter(lora(), adapter_name="tuned")

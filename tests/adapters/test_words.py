@@ -1,4 +1,4 @@
-"""`target_modules="readers"` and `"writers"`: what a configuration says of them, and what it refuses."""
+"""`target_modules="readers"` and `"writers"`: what a configuration accepts with them, and what it refuses."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ MODELS = ("llama", "tied_llama", "gpt2", "bert", "t5", "vit")
 DENSITIES = (1.0, 1e-2, 1e-6)
 # Large enough to move outputs by several per cent with features of unit variance.
 RATE = 0.05
-# Of outputs after two blocks: the edit in another order of float32 operations differs by a rounding a weight (2^-24
-# relative), which sums over 64 columns and norms multiply by less than 200.
+# The tolerance for outputs after two blocks: an edit in another order of float32 operations differs by one rounding in
+# each weight (2^-24 relative), which sums over 64 columns and norms multiply by less than 200.
 ORACLE_TOLERANCE = 2e-5
-# What is not a part of the base model: heads and poolers.
+# The weights that are not a part of the base model: heads and poolers.
 LEFT_OUT = {"llama": {"lm_head.weight"}, "bert": {"pooler.dense.weight", "pooler.dense.bias"}}
 LEFT_OUT["vit"] = LEFT_OUT["bert"]
 
@@ -64,7 +64,7 @@ def feature_of(parameters: dict[str, nn.Parameter], seed: int = 0, density: floa
 
 
 class Gradiends:
-    """Small models and adapters fitted to them. What is handed out is a copy: tests may do to it what they like.
+    """Small models and adapters fitted to them. Every model is a copy, which a test may change.
 
     Args:
         root: Where models and adapters are saved.
@@ -93,7 +93,7 @@ class Gradiends:
         return copy.deepcopy(self._fitted(model, density, name, seed, rate, tuple(sorted(fields.items()))))
 
     def folder(self, model: str, density: float = 1e-2, **kwargs: Any) -> Path:
-        """The folder that `save_pretrained` wrote for `fitted`; not to be changed."""
+        """The folder that `save_pretrained` wrote for `fitted`; tests must not change it."""
         key = (model, density, *sorted(kwargs.items()))
         if key not in self._folders:
             self._folders[key] = self.root / f"adapter-{len(self._folders)}"
@@ -115,7 +115,7 @@ def config_of(density: float = 1e-2, **fields: Any) -> GradiendConfig:
 
 
 def fit(model: nn.Module, name: str = NAME, seed: int = 0, rate: float = RATE) -> Feature:
-    """Give an adapter a feature, and let it act."""
+    """Give an adapter a feature, and a learning rate with which it acts."""
     feature = feature_of(targeted_parameters(model, name), seed)
     set_features(model, name, [feature], [PAIR])
     steer(model, name, learning_rate=rate)

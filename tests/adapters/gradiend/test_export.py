@@ -1,4 +1,4 @@
-"""A GRADIEND adapter as a stock LoRA: exact where the rank suffices, and honest about what is left out."""
+"""A GRADIEND adapter as a stock LoRA: exact where the rank suffices, and what is left out is named."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hf_erasure.adapters import edited, gradiend_layers, steer, targeted_paramet
 from tests.adapters.gradiend.lifecycle import MODELS, NAME, RATE, Gradiends, batch_of, config_of, feature_of, fit
 from tests.small_models import distance, outputs_of, same
 
-# Thin matrices are rounded to float32 and multiplied in another order than the edited weight: 2^-24 relative in each of
-# 32 terms, times what two blocks and their norms make of it.
+# The LoRA's matrices are rounded to float32 and multiplied in another order than the edited weight: 2^-24 relative in
+# each of 32 terms, which two blocks and their norms multiply.
 TOLERANCE = 5e-5
 
 
@@ -23,7 +23,7 @@ TOLERANCE = 5e-5
 def test_with_full_rank_the_matrices_are_carried_exactly(name: str, gradiends: Gradiends, tmp_path: Path):
     batch, model = batch_of(name), gradiends.fitted(name, 1.0)
     export = export_to_lora(model, NAME, tmp_path, rank=64)
-    # What a LoRA cannot carry is taken away from the oracle, by the names that the export states.
+    # Changes that a LoRA cannot carry are removed from the oracle, by the names that the export states.
     oracle = gradiends.base(name)
     parameters = dict(oracle.named_parameters())
     feature = feature_of(targeted_parameters(model, NAME))

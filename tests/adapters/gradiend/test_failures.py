@@ -1,4 +1,4 @@
-"""What cannot be done is refused with a sentence that says what to do, and leaves the model as it was."""
+"""Calls that cannot work are refused with a sentence that says what to do, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-# PEFT wraps a model once, so that `get_peft_model` has a bare one to begin with only.
+# PEFT wraps a model only once, so `get_peft_model` starts from a bare model only.
 WAYS_TO_ADD = [("add_adapter", start) for start in STARTS] + [("get_peft_model", "bare")]
 
 
@@ -174,8 +174,8 @@ DAMAGES = {
 every_damage = pytest.mark.parametrize("damage", DAMAGES)
 
 
-# A load breaks off while the configuration, the file or the tensors are looked at. What else is on the model then shows
-# with one damage of each of the three.
+# A load stops while the configuration, the file or the tensors are checked: one damage of each of the three is enough
+# to show whether other adapters on the model are left alone.
 STAGES = ("no parameters", "truncated", "missing tensor")
 DAMAGED_STARTS = [(d, "bare") for d in DAMAGES] + [(d, start) for d in STAGES for start in STARTS[1:]]
 
@@ -256,7 +256,7 @@ def test_a_wrong_base(base: str, gradiends: Gradiends):
 
 
 def test_weights_that_were_two_where_the_feature_was_fitted(gradiends: Gradiends):
-    """An embedding and a head with changes of their own cannot become one tensor."""
+    """An embedding and a head whose changes differ cannot become one tensor."""
     untied = gradiends.base("llama")
     untied.add_adapter(config_of(1.0, target_modules=["embed_tokens", "lm_head"]), adapter_name=NAME)
     fit(untied)
@@ -426,7 +426,7 @@ def test_heads_are_left_out_of_classes_that_have_one(gradiends: Gradiends):
         names = set(targeted_parameters(model, NAME))
         assert names == {f"bert.{n}" for n, _ in model.bert.named_parameters() if not n.startswith("pooler")}
         assert stated_bytes(model, NAME) > 0
-    # The decoder of the masked language model is the embedding: it is edited with it.
+    # The decoder of the masked language model is tied to the embedding, and is edited with it.
     masked = transformers.BertForMaskedLM(config).eval()
     masked.add_adapter(config_of(1.0, target_modules=["word_embeddings"]), adapter_name=NAME)
     assert masked.cls.predictions.decoder.weight is masked.bert.embeddings.word_embeddings.weight

@@ -85,7 +85,7 @@ def _encoders(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def present(gradiends: Gradiends) -> peft.PeftModel:
-    """A `PeftModel` with an adapter; not to be changed."""
+    """A `PeftModel` with an adapter; tests must not change it."""
     return peft.PeftModel.from_pretrained(gradiends.base("bert"), gradiends.folder("bert", seed=1))
 
 
@@ -94,6 +94,6 @@ def test_gradiends(harm: str, present: peft.PeftModel, gradiends: Gradiends, tmp
     make, words = GRADIENDS[harm]
     folder = folder_with(make, gradiends.folder("bert"), tmp_path / "evil")
     model = gradiends.base("bert")
-    for way in WAYS[:2]:  # one after the other, since each leaves the model as it was
+    for way in WAYS[:2]:  # on one model in turn, since each way leaves it as it was
         refused(way, model, folder, words)
     refused(WAYS[2], copy.deepcopy(present), folder, words)

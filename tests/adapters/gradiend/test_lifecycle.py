@@ -1,7 +1,7 @@
 """Models x densities through add, fit, forward, save, load, merge and unload.
 
-How an adapter is loaded, the dtype of a merge and the strength do not depend on which model and density it is: each
-cell has one of them, in turn, so that every pair with a model or a density occurs.
+The way of loading, the dtype of a merge and the strength do not depend on the model and the density: each cell has one
+value of each, in turn, so that every pair with a model or a density occurs.
 """
 
 from __future__ import annotations
@@ -179,14 +179,14 @@ def test_a_merged_model_saved_plainly_needs_no_adapter(name: str, gradiends: Gra
 
 @every_model
 def test_set_disable_enable_and_delete(name: str, gradiends: Gradiends):
-    # Frozen, as PEFT leaves a model whose last adapter was deleted.
+    # The base is frozen, since PEFT leaves a model frozen when its last adapter is deleted.
     model, batch = gradiends.base(name).requires_grad_(False), batch_of(name)
     plain, untouched = outputs_of(model, batch), state_of(model, name)
     model.load_adapter(gradiends.folder(name), adapter_name="one")
     one = outputs_of(model, batch)
     model.load_adapter(gradiends.folder(name, seed=1), adapter_name="two")
     two = outputs_of(gradiends.fitted(name, seed=1), batch)
-    # `load_adapter` of a bare model leaves the newcomer active alone.
+    # `load_adapter` of a bare model leaves only the new adapter active.
     assert same(outputs_of(model, batch), two) and not same(one, two)
     model.set_adapter("one")
     assert same(outputs_of(model, batch), one)

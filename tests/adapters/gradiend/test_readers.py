@@ -1,4 +1,4 @@
-"""Weights that count in a forward pass though the module that owns them is not called."""
+"""Weights that a forward pass uses although the module that owns them is not called."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def _outputs(model: nn.Module) -> Tensor:
 
 
 def _base(way: str) -> nn.Module:
-    """Frozen, as an adapter freezes it: torch takes another linear kernel for a weight that requires gradients."""
+    """A frozen model, as an adapter freezes it: torch uses another kernel for a weight that requires gradients."""
     return roughen(MODELS[way][0](), torch.Generator().manual_seed(0)).eval().requires_grad_(False)
 
 
 def _attach(model: nn.Module, targets: Any = r".*") -> nn.Module:
-    """With an adapter that changes every weight."""
+    """The model with an adapter that changes every weight of its targets."""
     peft.inject_adapter_in_model(GradiendConfig(target_modules=targets, density=1.0), model, NAME)
     fit(model)
     return model
@@ -99,7 +99,7 @@ def _hidden(model: nn.Module) -> list[str]:
 @every_way
 def test_a_weight_that_is_read_past_its_module_is_changed_for_its_reader(way: str):
     base, name = _base(way), MODELS[way][1]
-    # Not by the forward of its module: that one does not run, or its changes do not reach the other reader.
+    # The change must not depend on the module's own forward: it does not run, or does not reach the other reader.
     model = _attach(copy.deepcopy(base), [name.rpartition(".")[0]])
     by_hand = copy.deepcopy(base)
     with edited(model, NAME):
@@ -191,11 +191,11 @@ def test_deleting_the_adapter_leaves_no_trace_in_the_readers():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-# ---- modules of one's own ----------------------------------------------------------------------------------------
+# ---- custom modules ----------------------------------------------------------------------------------------------
 
 
 class _Reader(nn.Module):
-    """Reads the weight of `inner` in a way that a subclass says."""
+    """Reads the weight of `inner` in the way that a subclass defines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ def test_a_weight_that_is_no_attribute_when_it_is_read_is_named():
         def forward(self, x: Tensor) -> tuple[Tensor]:
             return (x @ self.weight_of_inner(),)
 
-    for reader in (Listing(), Alone()):  # of the second nothing arrives at all
+    for reader in (Listing(), Alone()):  # the second has no other reader, so the whole change is lost
         verified = verify_adapter(_attach(reader), NAME, {"x": torch.randn(2, 8)})
         assert not verified
         assert "acts in part only" in str(verified) and "['inner.weight']" in str(verified)
@@ -416,7 +416,7 @@ def test_a_tied_weight_outside_of_the_adapters_model_is_named():
 def test_a_reader_at_the_root_from_which_accelerate_takes_its_autocast():
     model, x = _attach(_ByName()), torch.randn(2, 8)
     expected, own = model(x)[0], model.forward
-    # As `Accelerator.prepare` with mixed precision leaves it.
+    # The state in which `Accelerator.prepare` with mixed precision leaves a model.
     model._original_forward, model.forward = own, accelerate.utils.convert_outputs_to_fp32(own)
     model = accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
     assert torch.equal(model(x)[0], expected)

@@ -40,14 +40,14 @@ from tests.small_models import LABELS, distance, outputs_of, same, small_batches
 every_model = pytest.mark.parametrize("name", MODELS)
 WRAPPING_MODELS = ("llama", "tied_llama", "gpt2", "bert", "t5")
 wrapping_models = pytest.mark.parametrize("name", WRAPPING_MODELS)
-# A weight that takes two edits one after the other is rounded once more: 2^-24 relative, as for the oracle.
+# A weight that is edited twice is rounded once more: 2^-24 relative, as in `ORACLE_TOLERANCE`.
 TOLERANCE = 2e-5
 
 
-# ---- two of a kind --------------------------------------------------------------------------------------
+# ---- two GRADIEND adapters ------------------------------------------------------------------------------
 
 
-# Where two edits are added to a weight, a model has no say: one pair of densities for each, in turn.
+# Adding two edits to a weight does not depend on the model: each model has one pair of densities, in turn.
 @in_turn("name, densities", MODELS, [(1e-2, 2e-2), (1.0, 1e-2), (1.0, 1.0)])
 def test_two_adapters_add_up(name: str, densities: tuple[float, float], gradiends: Gradiends):
     batch = batch_of(name)
@@ -190,7 +190,7 @@ def test_a_gradiend_outlives_a_lora_that_is_merged(name: str, verb: str, gradien
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         wrapped = peft.get_peft_model(model, lora(), adapter_name="tuned")
-    # PEFT has made the newcomer active alone.
+    # PEFT has made only the new adapter active.
     for module in wrapped.modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             module.set_adapter([NAME, "tuned"])

@@ -140,7 +140,7 @@ def test_an_edit_of_half_precision_weights_is_undone_to_the_bit(density: float, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["llama", "t5"])  # what keeps the state is the layer, which knows no architecture
+@pytest.mark.parametrize("name", ["llama", "t5"])  # the layer keeps its state in the same way in every architecture
 def test_the_state_stays_in_float32(name: str, dtype: torch.dtype, gradiends: Gradiends):
     model, reference = gradiends.fitted(name).to(dtype), gradiends.fitted(name)
     for path, layer in gradiend_layers(model, NAME).items():
@@ -176,7 +176,7 @@ def test_a_small_edit_vanishes_in_bfloat16_and_merging_warns(gradiends: Gradiend
 # ---- copies ---------------------------------------------------------------------------------------------
 
 
-# `torch.save` pickles too, only the storages go another way: one of the two for each model.
+# `torch.save` pickles too, and differs only in how it writes storages: each model has one of the two.
 @pytest.mark.parametrize(
     ("name", "way"),
     [(n, "deepcopy") for n in MODELS] + [(n, ("pickle", "torch.save")[i % 2]) for i, n in enumerate(MODELS)],
@@ -206,7 +206,7 @@ def test_a_copy_is_equal_and_independent(name: str, way: str, gradiends: Gradien
 # ---- compilation ----------------------------------------------------------------------------------------
 
 
-# The graphs of other models and inductor's kernels are in tests/ecosystem/test_compiled.py; GPT-2 has Conv1D.
+# GPT-2 has Conv1D; tests/ecosystem/test_compiled.py has other models and inductor's kernels.
 @pytest.mark.parametrize("density", [1.0, 1e-2])
 def test_compiles_into_one_graph_and_steers_without_another(density: float, gradiends: Gradiends):
     model, batch = gradiends.fitted("gpt2", density), inputs_of(batch_of("gpt2"))
@@ -233,14 +233,14 @@ def test_compiles_into_one_graph_and_steers_without_another(density: float, grad
 
 def _gradients(model: nn.Module, batch, names) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    torch.manual_seed(0)  # T5 drops values in attention, by a function and not a module
+    torch.manual_seed(0)  # T5 has dropout in attention, as a function and not a module
     output = model(**inputs_of(batch))
     (output.logits if "logits" in output else output.last_hidden_state).square().mean().backward()
     found = {n.replace(".base_layer", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: found[n].clone() for n in names if n in found}
 
 
-# How an edit is written into a weight (all of it, or at positions) is the same in every kind of backward pass.
+# An edit is written into a weight (all of it, or at positions) in the same way for every kind of backward pass.
 @in_turn("name, checkpointing, density", MODELS, ["none", "reentrant", "not reentrant"], [1.0, 1e-2])
 def test_gradients_of_the_base_are_those_at_the_edited_weights(name: str, density, checkpointing, gradiends: Gradiends):
     model, batch = gradiends.fitted(name, density), batch_of(name)
@@ -267,7 +267,7 @@ def test_gradients_of_the_base_are_those_at_the_edited_weights(name: str, densit
 
 
 class _Gate(nn.Module):
-    """A module with a weight of its own that waits inside its forward pass, as a suspended batch does."""
+    """A module with a weight that waits inside its forward pass, so that a test can suspend one batch there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ def test_a_module_that_calls_itself_is_edited_once(gradiends: Gradiends):
 # ---- offloading -----------------------------------------------------------------------------------------
 
 
-# Whether the adapter comes before or after the hooks of accelerate shows with either kind of hook.
+# A fault in the order of the adapter and accelerate's hooks shows with either kind of hook.
 @in_turn("name, where, when", ["llama", "tied_llama", "gpt2", "t5"], ["cpu", "disk"], ["before", "after"])
 def test_offloaded_models(name: str, where: str, when: str, gradiends: Gradiends, tmp_path):
     batch = batch_of(name)
