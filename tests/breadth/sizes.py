@@ -136,7 +136,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "image_size": [32, 32], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
         "patch_size": [7, 7], "patch_stride": [4, 4], "patch_padding": [3, 3], "masked_unit_size": [8, 8],
     },
-    "hunyuan_v1_dense hunyuan_vl_text ministral nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "hunyuan_v1_dense ministral nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"moe_topk": 2, "head_dim": 8, "num_key_value_heads": 2},
     "idefics3 smolvlm": {
         "text_config": {
@@ -347,6 +347,30 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "conv_layer_kernel_sizes": [[[3, 3]], [[3, 1]], [[1, 3]], [[3, 3]]], "conv_layer_strides": [[1], [2], [2], [2]],
     },
     "xmod": {"max_position_embeddings": 66, "languages": ["en_XX"], "default_language": "en_XX"},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "cosmos3_edge_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+        },
+    },
+    "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 4, "qk_rope_head_dim": 0},
+    "hunyuan_vl_text": {
+        "head_dim": 8, "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1],
+            "xdrope_section": [1, 1, 1, 1],
+        },
+    },
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "longcat_flash": {
+        "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "yolos": {"image_size": [16, 32], "num_detection_tokens": 5},
     "yoso": {"hidden_size": 32, "use_expectation": True},
     "zamba": {
