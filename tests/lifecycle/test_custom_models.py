@@ -1,4 +1,4 @@
-"""Models that are not of transformers and return plain tensors, as in PEFT's own tests. LoRA is the oracle."""
+"""Models that are not from transformers and return plain tensors, as in PEFT's own tests. LoRA is the oracle."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_verbs_of_peft(name: str, kind: str, tmp_path):
     merged = copy.deepcopy(again).merge_and_unload()
     torch.testing.assert_close(output(merged, name), first, rtol=TOLERANCE, atol=TOLERANCE)
     assert [type(m) for m in merged.modules()] == [type(m) for m in built(name).modules()]
-    assert torch.equal(output(again.unload(), name), plain) or kind == "LoRA"  # whose unmerging rounds
+    assert torch.equal(output(again.unload(), name), plain) or kind == "LoRA"  # a LoRA's unmerging rounds
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -148,7 +148,7 @@ def test_an_erasure_is_measured_where_a_model_returns_a_tensor(name: str):
     assert verify_adapter(model, batch=batch(name))
     layer = next(iter(erasure_layers(model).values()))
     one = {"X": batch(name)["X"][:1]}
-    # Not of the first row alone, in which nothing may have changed.
+    # The share is over all rows, since the first row alone may not have changed.
     share = torch.linalg.vector_norm(output(model, name) - output(built(name), name))
     assert layer.concept_erasure_left["default"].shape[1] == 1 and share > 0 and verify_adapter(model, batch=one)
 
@@ -197,7 +197,7 @@ def test_what_fails_half_way_leaves_what_was_on(kind: str):
 
 @dataclass
 class Returned:
-    """What a model of one's own returns."""
+    """The output of a custom model."""
 
     kept: None
     states: list[Tensor]
@@ -222,7 +222,7 @@ def test_a_model_that_returns_a_dataclass_is_verified(kind: str):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_layer_has_no_weight_or_features_of_its_own(kind: str):
-    """PEFT looks for them in the module that a layer wraps, and ours do not wrap any."""
+    """PEFT looks for them in the module that a layer wraps, and our layers do not wrap a module."""
     layer = next(m for m in wrapped(kind, "MLP", "a").modules() if is_layer(m))
     assert not any(hasattr(layer, name) for name in ("weight", "bias", "in_features", "out_features"))
 

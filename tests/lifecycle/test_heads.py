@@ -1,4 +1,4 @@
-"""Adapters of a bare encoder in the same encoder with a head, and back; saves of a model with one on a part of it."""
+"""Adapters move between an encoder and the same encoder with a head; saves of a model with an adapter on a part."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _BART = hf.BartConfig(
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=48, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
 )  # fmt: skip
-# The bare model, the model with a head, and where the former is in the latter.
+# Name → the architecture, the class of the bare model, and the class of the model with a head.
 PAIRS: dict[str, tuple[str, type[PreTrainedModel], type[PreTrainedModel]]] = {
     "bert": ("bert", hf.BertModel, hf.BertForSequenceClassification),
     "gpt2": ("gpt2", hf.GPT2Model, hf.GPT2LMHeadModel),
@@ -64,7 +64,7 @@ def both(pair: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def hidden_states(pair: str, model: Any) -> dict[str, torch.Tensor]:
-    """The last hidden states of the bare model, or of that inside."""
+    """The last hidden states of a bare model, or of the bare model inside a model with a head."""
     model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     body = getattr(model, model.base_model_prefix, model)
     inputs = inputs_of(small_batch(PAIRS[pair][0]))
@@ -75,7 +75,7 @@ def hidden_states(pair: str, model: Any) -> dict[str, torch.Tensor]:
 
 
 def ended(architecture: str) -> dict[str, torch.Tensor]:
-    """A batch whose rows have an end, which T5 classifies by."""
+    """A batch whose rows have an end token for T5, which T5 classifies by."""
     batch = small_batch(architecture)
     if architecture == "t5":
         batch["input_ids"][:, -1] = 2
@@ -104,10 +104,10 @@ def loaded(model: PreTrainedModel, folder: Path, road: str) -> Any:
 @pytest.mark.parametrize("kind", ["erasure", "gradiend"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_adapter_goes_from_the_encoder_to_the_model_with_a_head_and_back(pair: str, kind: str, tmp_path: Path):
-    """From either model by either road; what is saved there goes back into either by either road, one way for each."""
+    """An adapter of either model loads into both by both roads. Its save there loads again, into one, by one road."""
     models = dict(zip(("bare", "head"), both(pair), strict=True))
     back = itertools.cycle(itertools.product(models.values(), ROADS))
-    # So that other pairs go the other ways back.
+    # Each pair and kind starts at another way back.
     back = itertools.islice(back, [*PAIRS].index(pair) + 2 * (kind == "gradiend"), None)
     for origin, other in (("bare", "head"), ("head", "bare")):
         fitted = copy.deepcopy(models[origin])
@@ -198,7 +198,7 @@ def test_the_command_that_merges_takes_the_model_with_its_head(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_the_commands_refuse_a_model_of_another_type_in_words(kind: str, tmp_path: Path):
-    """The class that an adapter was fitted on cannot even be built of the other's configuration."""
+    """The class that an adapter was fitted on cannot be built from the other model's configuration."""
     OF[kind].added("bert", NAME).save_pretrained(tmp_path / "adapter")
     small_model("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"fitted on .*BertModel.*which this \w+ does not have"):

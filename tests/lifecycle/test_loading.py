@@ -1,4 +1,4 @@
-"""Weights that come later than the modules: from a state dict, onto the meta device, in little memory."""
+"""Adapters whose values come after their modules: from a state dict, onto the meta device, in little memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_injected_from_a_state_dict(architecture: str, kind: str, matrix):
     config, state = model.peft_config["a"], peft.get_peft_model_state_dict(model, adapter_name="a")
     again = base(architecture)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # that configuration and keys disagree
+        warnings.simplefilter("error", RuntimeWarning)  # PEFT's warning that configuration and keys disagree
         peft.inject_adapter_in_model(config, again, "b", state_dict=state)
     peft.set_peft_model_state_dict(again, state, "b")
     assert children(again) == children(model)
@@ -36,7 +36,7 @@ def test_injected_from_a_state_dict(architecture: str, kind: str, matrix):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_state_dict_of_some_modules_goes_to_these(kind: str):
-    """As PEFT does, with its warning; fitted values must all arrive."""
+    """The adapter goes where the keys say, with PEFT's warning; a state dict with missing values is refused."""
     model = OF[kind].added("bert", "a")
     state = peft.get_peft_model_state_dict(model, adapter_name="a")
     half = {key: value for key, value in state.items() if "layer.0." in key}
@@ -69,7 +69,7 @@ def test_a_state_dict_of_another_model_is_refused(kind: str):
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 @pytest.mark.parametrize("way", ["from_pretrained", "PeftModel.load_adapter", "load_adapter", "inject"])
 def test_low_cpu_mem_usage(way: str, architecture: str, kind: str, tmp_path, matrix):
-    """Nothing is on the meta device when it is done, and the output is that of ordinary loading."""
+    """Afterwards nothing is on the meta device, and the output is that of ordinary loading."""
     task_type = ARCHITECTURES[architecture].task_type
     model = OF[kind].added(architecture, "default", task_type=task_type)
     model.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_low_cpu_mem_usage(way: str, architecture: str, kind: str, tmp_path, mat
 
 @pytest.mark.parametrize("kind", OURS)
 def test_loaded_in_little_memory_the_tensors_are_the_adapters_own(kind: str, tmp_path):
-    """Not views into the file, or into the tensors of whoever gave them."""
+    """They are not views into the file, or into the tensors that the caller passed."""
     model = OF[kind].added("llama", "a")
     state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(model, adapter_name="a").items()}
     again = base("llama")
@@ -111,7 +111,7 @@ def test_loaded_in_little_memory_the_tensors_are_the_adapters_own(kind: str, tmp
 @pytest.mark.parametrize("road", ["PeftModel.from_pretrained", "load_adapter"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_configuration_that_is_given_becomes_the_adapters_own(kind: str, road: str, tmp_path):
-    """In the place of the saved one, also the one that the adapter was made with, which no fit has written into."""
+    """It replaces the saved one, also if it is the unfitted configuration that the adapter was made with."""
     config = OF[kind].config(task_type="CAUSAL_LM")
     made = peft.get_peft_model(base("llama"), config).eval()
     OF[kind].fit(made, "llama", "default", 0)
@@ -150,7 +150,7 @@ def test_what_a_given_configuration_says_counts(kind: str, tmp_path):
 def test_what_is_renamed_in_old_checkpoints_is_not_renamed_in_an_adapter(
     kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ):
-    """transformers has such patterns for many model types, and applies them to the files of adapters, too."""
+    """transformers has renaming patterns for many model types, and applies them to adapters' files too."""
     made = OF[kind].added("bert", "a", modules_to_save=["pooler.dense"], exclude_modules=["pooler.dense"])
     made.save_pretrained(tmp_path)
     renamings = [("encoder.layer", "encoder.block"), ("weight", "gamma"), ("concept_erasure", "x"), ("gradiend", "x")]
@@ -179,7 +179,7 @@ def test_a_model_type_whose_keys_are_renamed_takes_its_adapters(kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_model_is_saved_under_its_own_names_after_an_adapter_came_and_went(kind: str, tmp_path):
-    """transformers notes how the adapter's keys were renamed, and would save the model by that."""
+    """transformers records how the adapter's keys were renamed, and would rename the saved model's keys back."""
     OF[kind].added("llama", "a").save_pretrained(tmp_path / "adapter")
     base("llama").save_pretrained(tmp_path / "base")
     for model in (base("llama"), type(base("llama")).from_pretrained(tmp_path / "base")):
@@ -213,7 +213,7 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("otherwise", OTHERWISE)
 def test_values_are_not_loaded_over_an_adapter_that_reads_them_otherwise(otherwise: str, tmp_path):
-    """The configuration of an adapter that is there stays, as PEFT has it; that of the folder would be lost."""
+    """PEFT keeps the configuration of the adapter on the model, so that of the folder would be lost."""
     kind, fields = OTHERWISE[otherwise]
     where = {"target_modules": ["encoder.layer.0.attention.self.query"], "task_type": "FEATURE_EXTRACTION"}
     OF[kind].wrapped("bert", "a", **where).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Merging as PEFT has it: once, in part, never with values that are not finite."""
+"""Merging with PEFT's arguments: only once, some of the adapters, never with values that are not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.small_models import distance, same
 
 # GPT-2 and ViT have biases everywhere, so that erasures merge exactly; GPT-2's layers are Conv1D.
 MODELS = ("bert", "gpt2", "vit")
-# Of float32 outputs after two blocks; see tests/adapters/lifecycle.py.
+# The rounding of float32 outputs after two blocks; see tests/adapters/lifecycle.py.
 TOLERANCE = 1e-5
 
 
@@ -46,7 +46,7 @@ def test_merging_for_the_first_time_does_not_warn(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_one_of_two_is_merged_for_good(architecture: str, kind: str, matrix):
-    """Although another one is active; nothing of either is left on the model."""
+    """It is merged although the other one is active; nothing of either is left on the model."""
     model = OF[kind].wrapped(architecture, "a", "ab")
     model.set_adapter("ab")
     expected = outputs(model, architecture)
@@ -60,7 +60,7 @@ def test_one_of_two_is_merged_for_good(architecture: str, kind: str, matrix):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("names", [["b"], ["a", "b"], "ab"])
 def test_a_name_that_no_adapter_has_is_not_merged(names, kind: str):
-    """PEFT passes over it, and returns a model without the adapter."""
+    """PEFT would ignore the name, and return a model without the adapter."""
     model = OF[kind].wrapped("bert", "a")
     before = outputs(model, "bert")
     for merge in (model.merge_adapter, lambda chosen: model.merge_and_unload(adapter_names=chosen)):
@@ -70,7 +70,7 @@ def test_a_name_that_no_adapter_has_is_not_merged(names, kind: str):
 
 
 def poison_adapter(kind: str, model: peft.PeftModel, name: str) -> None:
-    """Put a NaN into the adapter, at its last module, as a damaged training would."""
+    """Put a NaN into the adapter at its last module, as from a training that failed."""
     if kind == "erasure":
         list(erasure_layers(model).values())[-1].concept_erasure_left[name][0, 0] = torch.nan
     elif kind == "GRADIEND":
@@ -96,7 +96,7 @@ def test_safe_merge_refuses_what_is_not_finite(kind: str, verb: str, broken: str
     before = weights(model)
     with pytest.raises(ValueError, match=r"finite|NaN|broken"):
         getattr(model, verb)(safe_merge=True)
-    if kind in OURS:  # PEFT leaves the layers merged that came before the one that is broken
+    if kind in OURS:  # with a LoRA, PEFT leaves the layers before the broken one merged
         after = weights(model)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)
@@ -142,7 +142,7 @@ def test_after_unloading_another_adapter_can_be_added(kind: str):
     ids=["out", "in", "norm"],
 )
 def test_named_erasures_merge_in_the_order_in_which_they_are_named(targets, site: str, active: list[str]):
-    """Whatever is active, in one call or in two; to erase one concept and then another is not the reverse."""
+    """It does not matter which are active, or whether there are one or two calls; the two orders differ."""
 
     def wrapped(order: list[str]) -> peft.PeftModel:
         model = OF["erasure"].wrapped("gpt2", "a", "ab", target_modules=targets, site=site)
@@ -160,7 +160,7 @@ def test_named_erasures_merge_in_the_order_in_which_they_are_named(targets, site
         assert next(iter(erasure_layers(model).values())).merged_adapters == order
         model.unmerge_adapter()
         assert same_weights(weights(model), plain) and same(outputs(model, "gpt2"), before)
-        if len(active) == 1:  # of two that act both, the one next to the weight goes first
+        if len(active) == 1:  # where both are active, the one next to the weight must be merged first
             for name in order:
                 model.merge_adapter([name])
             assert distance(outputs(model, "gpt2"), expected) < TOLERANCE
@@ -172,7 +172,7 @@ def test_named_erasures_merge_in_the_order_in_which_they_are_named(targets, site
 
 @pytest.mark.parametrize("order", [["norm", "own"], ["own", "norm"]], ids="-".join)
 def test_an_erasure_at_a_layers_input_merges_next_to_its_weight(order: list[str]):
-    """Also where one of a norm in front of it is merged already, which acts before it."""
+    """An erasure at the norm in front of the layer, which acts before it, may be merged already."""
     of = OF["erasure"]
     model = of.wrapped("gpt2", "norm", target_modules=r".*\.ln_1")
     model.add_adapter("own", of.config(target_modules=["c_attn"], site="input"))
@@ -180,7 +180,7 @@ def test_an_erasure_at_a_layers_input_merges_next_to_its_weight(order: list[str]
     of.fit(model, "gpt2", "own", 5)
     model.base_model.set_adapter(["norm", "own"])
     expected, plain = outputs(model.eval(), "gpt2"), weights(model)
-    model.set_adapter(order[0])  # one that acts in between would be in the way
+    model.set_adapter(order[0])  # an active one between the first and the weight would prevent the merge
     for name in order:
         model.merge_adapter([name])
     assert distance(outputs(model, "gpt2"), expected) < TOLERANCE

@@ -1,4 +1,4 @@
-"""Rows of one batch with adapters of their own: `adapter_names=[…]`."""
+"""Rows of one batch with different adapters: `adapter_names=[…]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.small_models import ARCHITECTURES, LABELS, distance, inputs_of, outpu
 MODELS = ("bert", "gpt2", "t5", "vit")
 ROWS = 6
 NAMES = ["a", "__base__", "ab", "a", "ab", "a"]
-# A row alone and a row among others are the same sums in another order, float32, through two blocks.
+# A row alone and a row among others have the same float32 sums in another order, through two blocks.
 TOLERANCE = 1e-5
 
 
@@ -29,7 +29,7 @@ def mixed(model: peft.PeftModel, architecture: str, names: list[str]) -> dict[st
 
 
 def one_by_one(model: peft.PeftModel, architecture: str) -> dict[str, Tensor]:
-    """What each row gives when the whole batch has its adapter."""
+    """The output of each row when the whole batch runs with that row's adapter."""
     parts = {"__base__": outputs_of(small_model(architecture), batch_of(architecture))}
     for name in ("a", "ab"):
         model.set_adapter(name)
@@ -88,7 +88,7 @@ def test_generating_with_beams(beams: int, architecture: str, kind: str):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_names_that_mean_nothing(kind: str):
-    """Each exception leaves all rows with the active adapter."""
+    """Each is refused; after the exception all rows have the active adapter again."""
     model = OF[kind].wrapped("bert", "a", "ab")
     active = outputs(model, "bert")
     with pytest.raises(ValueError, match="abc"):
@@ -117,7 +117,7 @@ def test_gradiend_refuses_and_names_the_adapters(matrix):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_a_model_of_transformers_does_not_read_them(architecture: str, kind: str, matrix):
-    """It takes any keyword and hands it on; a LoRA is then used for all rows without a word."""
+    """It passes any keyword on; a LoRA then acts on all rows without a warning."""
     model = OF[kind].added(architecture, "a", "ab")
     batch, row = batch_of(architecture), "`adapter_names=[…]` without a `PeftModel`"
     if kind == "LoRA":

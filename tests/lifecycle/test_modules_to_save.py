@@ -42,7 +42,7 @@ def test_trained_saved_and_loaded_with_the_adapter(kind: str, tmp_path, matrix):
     assert saved == ["base_model.model.pooler.dense.bias", "base_model.model.pooler.dense.weight"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["pooler.dense"]
     again = base("bert")
-    if LOADS_COPIES or kind in OURS:  # an older transformers loads a LoRA without its copy, and nothing is said
+    if LOADS_COPIES or kind in OURS:  # an older transformers loads a LoRA without its copy, and gives no warning
         again.load_adapter(str(tmp_path), "other")
         assert same(outputs(again, "bert"), expected)
     wrapped = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path), "other")
@@ -63,7 +63,7 @@ def test_off_is_the_base_model_and_deleted_is_too(kind: str):
     assert same(outputs(model, "bert"), acting)
     model.add_adapter("b", OF[kind].config(modules_to_save=["pooler.dense"]))
     model.set_adapter("b")
-    assert as_base(model, "bert")  # "b" was never fitted, nor its copy trained
+    assert as_base(model, "bert")  # "b" was never fitted, and its copy was never trained
     model.set_adapter("a")
     assert same(outputs(model, "bert"), acting)
     for name in ("a", "b"):

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, as_base, base, children, files_in, outputs
 from tests.small_models import same
 
-# Each is a part of another one, of PEFT's own words, or of a module's name.
+# Each is a part of another one, a word that PEFT uses in keys, or a part of a module's name.
 NAMES = ("a", "ab", "default", "default_2", "gender", "gender_2")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "erasure"), ("gpt2", "GRADIEND")])
 def test_names_that_are_parts_of_each_other(architecture: str, kind: str, tmp_path: Path):
-    """Each adapter is saved with its own tensors, and is the same alone, beside all others, and without them again."""
+    """Each adapter is saved with its own tensors, and acts the same alone, beside all others, and alone again."""
     model = OF[kind].added(architecture, *NAMES)
     expected = {}
     for name in NAMES:
@@ -84,7 +84,7 @@ def test_one_of_several_that_were_added_is_saved(kind: str, tmp_path: Path, matr
 
 @pytest.mark.parametrize("kind", OURS)
 def test_two_peft_models_of_two_adapters_exchange_one(kind: str, tmp_path: Path):
-    """An adapter loaded over one of the same name takes its place, and leaves its neighbour alone."""
+    """An adapter that is loaded over one of the same name replaces it, and does not change the other adapter."""
     one, other = OF[kind].wrapped("gpt2", "x", "xy"), OF[kind].wrapped("gpt2", "xy", "x")
     other.set_adapter("x")
     expected = outputs(other, "gpt2")
@@ -102,7 +102,7 @@ def test_two_peft_models_of_two_adapters_exchange_one(kind: str, tmp_path: Path)
 def test_a_saved_configuration_says_nothing_of_its_neighbours(kind: str, tmp_path: Path):
     model = OF[kind].wrapped("llama", "gender", "gender_2")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*never fitted.*")  # both are
+        warnings.filterwarnings("error", message=".*never fitted.*")  # both are fitted
         model.save_pretrained(tmp_path)
     written = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("gender", "gender_2")]
     assert "gender_2" not in json.dumps(written) and written[0]["target_modules"] == written[1]["target_modules"]
@@ -110,7 +110,7 @@ def test_a_saved_configuration_says_nothing_of_its_neighbours(kind: str, tmp_pat
 
 @pytest.mark.parametrize("kind", OURS)
 def test_what_is_left_when_a_lora_was_deleted_is_saved_once_it_is_named(kind: str, tmp_path: Path):
-    """PEFT leaves an empty layer of the LoRA behind, and transformers asks it what is active."""
+    """PEFT leaves an empty layer of the LoRA, which transformers asks for the active adapter."""
     model = base("bert")
     OF["LoRA"].add(model, "bert", "l", target_modules=["query"])
     OF[kind].add(model, "bert", "a", target_modules=["value"])

@@ -1,4 +1,4 @@
-"""Verbs that PEFT has for a LoRA alone: each is refused with a sentence, and changes nothing."""
+"""Verbs that PEFT has only for LoRA: each is refused with a sentence, and changes nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_hotswap(kind: str, tmp_path, matrix):
 
 
 def test_what_a_lora_does(matrix):
-    """The column to compare with."""
+    """The table's column for LoRA, to compare with."""
     model = OF["LoRA"].wrapped("bert", "a", "ab")
     model.add_weighted_adapter(["a", "ab"], [0.5, 0.5], "c")
     assert "c" in model.peft_config

@@ -1,7 +1,7 @@
-"""Adapters that an earlier state of the code saved: `python -m tests.saved_before` compares them to the bit.
+"""Adapters that an earlier version of the code saved: `python -m tests.saved_before` compares them to the bit.
 
-Here the fixture of the repository is read on any processor. What is stored is compared to the bit; what is computed,
-within what another order of sums makes of it.
+These tests read the saved folders in the repository on any processor. Stored values are compared to the bit, and
+computed values up to the rounding of another order of sums.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.saved_before.__main__ import expected
 from tests.saved_before.bases import BASES, base_of, digest_of
 from tests.saved_before.cases import ADAPTERS, BASE_DIGESTS, CASES, FILES, HERE, Case, Seen, read_config, save, seen
 
-# The names of weights change from one release of transformers to another, so the oldest supported one reads none.
+# Names of weights change between releases of transformers, so the oldest supported one cannot read these adapters.
 pytestmark = pytest.mark.lifecycle
 # A rounding of float32 is 2^-24 relative; sums over 24 columns in another order, two blocks and their norms multiply it
 # by less than 100.
 TOLERANCE = 1e-5
 # Fitting adds more roundings: covariances, an eigendecomposition, gradients.
 FIT_TOLERANCE = 1e-3
-# The command saves all anew; these have every kind, and a bare encoder, tied weights and two sides among them.
+# The command saves all cases anew. These few have every kind, a bare encoder, tied weights and an encoder-decoder.
 FRESH = [case for case in CASES if case.base in ("bert", "gpt2", "t5", "vit") or case.kind == "erasure-head"]
 
 
@@ -42,7 +42,7 @@ def seen_of(case: Case) -> Seen:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference, relative to the largest value; biases that a merge adds may all be zero."""
+    """The largest difference, relative to the largest value, which may be zero for biases that a merge adds."""
     assert one.shape == other.shape and one.dtype == other.dtype
     return 0.0 if torch.equal(one, other) else float((one - other).abs().max() / other.abs().max())
 
@@ -80,19 +80,19 @@ def test_it_merges_or_refuses_as_it_did(case: Case):
 def test_a_fresh_save_has_the_same_fields_and_tensors(case: Case, tmp_path: Path):
     save(case, tmp_path)
     fresh, file = load_file(tmp_path / FILES[1]), load_file(folder_of(case) / FILES[1])
-    # What a target is made of came later: releases of before do not read files that have it.
+    # The readings that a target needs are newer than the saved folders.
     fresh = {name: value for name, value in fresh.items() if not name.endswith(".concept_erasure_readings")}
     assert {k: (v.shape, v.dtype) for k, v in fresh.items()} == {k: (v.shape, v.dtype) for k, v in file.items()}
     new, old = read_config(tmp_path), read_config(folder_of(case))
     assert new.pop("readings", None) == (["female", "male"] if "erasure" in case.kind else None)
     for config in (new, old):
-        config.pop("affine", None)  # nobody names the map; before, the affine one was what that stood for
+        config.pop("affine", None)  # no case sets it; in the older version an unset value meant the affine map
         del config["provenance"]["hf_erasure_version"]
     assert_alike(new, old)
 
 
 def assert_alike(new: Any, old: Any, where: str = "") -> None:
-    """The same names, types and values; numbers that fitting has computed are near each other."""
+    """Check that names, types and values are the same, and that computed numbers are near each other."""
     assert type(new) is type(old), where
     if isinstance(old, dict):
         assert new.keys() == old.keys(), where
@@ -109,7 +109,7 @@ def assert_alike(new: Any, old: Any, where: str = "") -> None:
 
 
 def test_every_kind_is_among_them():
-    """Ten architectures at least with each of the four, and merges that are refused."""
+    """Each of the four kinds has at least ten architectures, and some merges are refused."""
     for kind in ("erasure-output", "erasure-input", "gradiend-dense", "gradiend-sparse"):
         assert len({case.base for case in CASES if case.kind == kind}) >= 10
     folders = {path.name for path in (HERE / ADAPTERS).iterdir()}

@@ -1,4 +1,4 @@
-"""`get_layer_status` and `get_model_status` tell what is: active, disabled, merged, several, none."""
+"""`get_layer_status` and `get_model_status` report every state: active, disabled, merged, several, none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.small_models import same
 
 
 def seen(model: peft.PeftModel) -> dict[str, object]:
-    """The status of the model and of its layers, but for what the kinds do not share: names and numbers."""
+    """The status of the model and of its layers, without names and counts, which differ between the kinds."""
     whole, layers = peft.get_model_status(model), peft.get_layer_status(model)
     return {
         "enabled": whole.enabled,
@@ -26,7 +26,7 @@ def seen(model: peft.PeftModel) -> dict[str, object]:
 
 
 def trace(kind: str) -> dict[str, object]:
-    """What is seen in each state of a model's life."""
+    """The status in each state of a model's life."""
     model = OF[kind].wrapped("bert", "a", "ab")
     states = {"two": seen(model)}
     model.set_adapter("ab")
@@ -66,7 +66,7 @@ def test_what_belongs_to_the_kind(kind: str):
     assert whole.trainable_params == 0 and whole.total_params == sum(p.numel() for p in base("bert").parameters())
     assert [status.name.rpartition(".")[0] for status in layers] == [f"model.{path}" for path in children(model)]
     assert {status.name.rpartition(".")[2] for status in layers} == {type_name.lower()}
-    assert whole.requires_grad == {}  # there is no parameter in either kind
+    assert whole.requires_grad == {}  # neither kind has parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +92,7 @@ def test_status_without_a_peft_model(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_casting_of_inputs_is_switched_off_for_a_while(kind: str):
-    """PEFT asks every layer whether it casts; ours does so all the same."""
+    """PEFT sets a switch on every layer; our layers cast in both states, so outputs stay the same."""
     model = OF[kind].wrapped("bert", "a")
     before = outputs(model, "bert")
     with peft.helpers.disable_input_dtype_casting(model):

@@ -61,7 +61,7 @@ def test_layers_pattern(architecture: str, pattern: str, kind: str):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("architecture", [*LAYER, "vit"])
 def test_defaults_are_narrowed_too(architecture: str, kind: str):
-    """`target_modules=None` goes with the same fields; PEFT has no such default for a LoRA on most models."""
+    """The fields work with `target_modules=None` too, for which PEFT has no default with LoRA on most models."""
     everywhere = targets(kind, architecture, target_modules=None)
     second = ARCHITECTURES[architecture].blocks.replace(r"\d+", "1")
     in_second = [path for path in everywhere if re.match(rf"{second}\.", path)]

@@ -1,4 +1,4 @@
-"""Every task type of PEFT: its class, its head that is trained and saved, and what a failure leaves."""
+"""Every task type of PEFT: its class, its head that is trained and saved, and the model after a failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tests.lifecycle.verbs import KINDS, OF, OURS, children, weights
 from tests.small_models import outputs_of, roughen, same, small_batch, small_model
 
-# The small model, the class, its head, and modules to act on.
+# Task → the small model, the class, its heads, and modules to act on.
 TASKS: dict[str, tuple[str, Any, list[str], list[str]]] = {
     "SEQ_CLS": ("bert", hf.BertForSequenceClassification, ["classifier"], ["query"]),
     "TOKEN_CLS": ("bert", hf.BertForTokenClassification, ["classifier"], ["query"]),
@@ -39,12 +39,12 @@ def base(task: str) -> PreTrainedModel:
 
 
 def trained(kind: str, task: str, **fields: Any) -> peft.PeftModel:
-    """A `PeftModel` with an adapter that acts and a head that was trained, as far as the task has one."""
+    """A `PeftModel` with an adapter that acts, and with a trained head if the task has one."""
     architecture, _, _, targets = TASKS[task]
     config = OF[kind].config(**{"task_type": task, "target_modules": targets, **fields})
     wants = config.modules_to_save
     model = peft.get_peft_model(base(task), config, "a")
-    assert kind == "LoRA" or config.modules_to_save == wants  # the caller may use it for another model
+    assert kind == "LoRA" or config.modules_to_save == wants  # unchanged, since the caller may use it for another model
     OF[kind].fit(model, architecture, "a", 0)
     train(model)
     return model.eval()
@@ -83,7 +83,7 @@ def test_saved_and_loaded_with_the_trained_head(task: str, kind: str, tmp_path):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("task", WITH_HEADS)
 def test_an_adapter_that_was_saved_without_a_head_goes_with_the_models_own(task: str, kind: str, tmp_path):
-    """As `model.add_adapter` makes it; PEFT raises a KeyError where it is a LoRA."""
+    """`model.add_adapter` makes such an adapter; for a LoRA, PEFT raises a KeyError."""
     architecture, _, _, targets = TASKS[task]
     model, batch = base(task), small_batch(TASKS[task][0], seed=7)
     OF[kind].add(model, architecture, "a", task_type=task, target_modules=targets)
@@ -111,7 +111,7 @@ def test_no_adapter_is_put_on_a_head_that_is_copied(task: str, kind: str):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("task", WITH_HEADS)
 def test_nothing_is_left_to_the_class_of_a_task(task: str, kind: str, monkeypatch: pytest.MonkeyPatch):
-    """Which would otherwise train the head after the adapter was attached; what fails there nobody undoes."""
+    """That class would set up the head after the adapter is attached, and a failure there would not be undone."""
     left: list[Any] = []
     monkeypatch.setattr(peft.peft_model, "_set_trainable", lambda *_, module_names, **__: left.append(module_names))
     model = peft.get_peft_model(base(task), OF[kind].config(task_type=task, target_modules=TASKS[task][3]))
@@ -123,7 +123,7 @@ def test_nothing_is_left_to_the_class_of_a_task(task: str, kind: str, monkeypatc
 def test_what_fails_leaves_the_model_as_it_was(task: str, kind: str, monkeypatch: pytest.MonkeyPatch):
     model = base(task).train()
     model.base_model.requires_grad_(False).eval()
-    model.gradient_checkpointing_enable()  # otherwise nothing is left to fail
+    model.gradient_checkpointing_enable()  # its preparation is what fails below
     modules, before = list(model.named_modules()), weights(model)
     states = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
 

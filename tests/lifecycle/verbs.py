@@ -1,4 +1,4 @@
-"""The same verbs on both kinds of adapter, and on a stock LoRA to compare with."""
+"""The same verbs for both kinds of adapter, and for a stock LoRA to compare with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = ("bert", "gpt2", "llama", "t5", "vit")
 KINDS = ("erasure", "GRADIEND", "LoRA")
 OURS = KINDS[:2]
 TABLE = "PEFT's verbs"
-# Older releases of transformers load no copies of `modules_to_save`.
+# Older releases of transformers do not load the copies of `modules_to_save`.
 LOADS_COPIES = Version(hf.__version__) >= Version("5.15")
 
 
@@ -34,9 +34,9 @@ class Kind:
     """One kind of adapter.
 
     Attributes:
-        name: What the tables call it.
-        config: Makes a configuration from fields of its own.
-        fit: Makes a fresh adapter act; another seed gives another adapter.
+        name: Its name in the tables of the documentation.
+        config: Makes a configuration from its fields.
+        fit: Fits a new adapter, so that it acts; another seed gives another adapter.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Kind:
     fit: Callable[[nn.Module, str, str, int], None]
 
     def add(self, model: Any, architecture: str, name: str, seed: int = 0, **fields: Any) -> None:
-        """Add a fitted adapter to a model of transformers or of PEFT, whichever it is."""
+        """Add a fitted adapter to a transformers model or a `PeftModel`."""
         config = self.config(**fields)
         if isinstance(model, peft.PeftModel):
             model.add_adapter(name, config)
@@ -53,7 +53,7 @@ class Kind:
         self.fit(model, architecture, name, seed)
 
     def added(self, architecture: str, *names: str, **fields: Any) -> PreTrainedModel:
-        """The small model with fitted adapters that differ; the last one is active."""
+        """The small model with a different fitted adapter for each name; the last one is active."""
         model = base(architecture)
         for seed, name in enumerate(names):
             self.add(model, architecture, name, seed, **fields)
@@ -112,7 +112,7 @@ OF = {
 
 
 def base(architecture: str) -> PreTrainedModel:
-    """A copy of the small model, to do with what one likes."""
+    """A copy of the small model, which a test may change."""
     return copy.deepcopy(small_model(architecture))
 
 
@@ -121,12 +121,12 @@ def outputs(model: nn.Module, architecture: str) -> dict[str, Tensor]:
 
 
 def as_base(model: nn.Module, architecture: str) -> bool:
-    """Whether a model gives what the model without adapters gives, to the bit."""
+    """Whether a model's outputs are those of the model without adapters, to the bit."""
     return same(outputs(model, architecture), outputs(small_model(architecture), architecture))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model, as they are now."""
+    """Copies of all tensors of a model."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -135,7 +135,7 @@ def same_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def children(model: nn.Module, name: str | None = None) -> list[str]:
-    """Where adapters of ours are."""
+    """The paths of the modules that have an adapter of ours."""
     return [child.path for child in adapter_children(model, name)]
 
 
