@@ -36,17 +36,17 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
 
 
-# Forward passes before any batch counts: they show what the axes of the activations are, and where a merge has a place
-# for the mean.
+# Forward passes before the first batch counts. They find the axes of the activations, and the layers whose bias can
+# take the mean in a merge.
 PROBES = 4
 
 
 class Stopped(Exception):
-    """Stands for a process that ends."""
+    """Raised in the place of the end of a process."""
 
 
 def interrupted(model: Any, batches: Any, folder: Path, calls: int, **options: Any) -> None:
-    """Fit until a module in the middle has been called so many times."""
+    """Fit until a module in the middle of the model has been called `calls` times, then interrupt the fit."""
     seen: list[int] = []
 
     def stop(*_: object) -> None:
@@ -120,7 +120,7 @@ def test_shared_layers_continue_one_site_a_pass(tmp_path: Path) -> None:
     whole, first, second = model(), model(), model()
     fit(whole, batches)
     fit(first, batches, tmp_path)
-    # The norm that is called last stands first in the model.
+    # The first file is of the site that comes first in the model, whose norm is called last.
     (tmp_path / "site-0000.safetensors").unlink()
     fit(second, batches, tmp_path)
     assert same(whole, first) and same(whole, second)
@@ -144,7 +144,7 @@ def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sequential", [True, False])
 def test_another_model_is_refused_by_a_weight_that_differs(sequential: bool, tmp_path: Path) -> None:
-    """Its activations are others, and the erasers of the first would be put into it."""
+    """The other model has other activations, so the erasers of the first fit must not be put into it."""
     batches, trained = small_batches("bert", 2), with_adapter()
     fit(with_adapter(), batches, tmp_path, sequential=sequential)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_another_model_is_refused_by_a_weight_that_differs(sequential: bool, tmp
 
 
 def fit_slowly(sequential: bool, folder: Path, result: Path) -> None:
-    """In a process of its own, which has time to be killed."""
+    """Fit in a process of its own, slowly enough to be killed."""
     model = with_adapter()
     for layer in model.encoder.layer:
         layer.register_forward_pre_hook(lambda *_: time.sleep(0.02))
@@ -186,7 +186,7 @@ def test_killed_at_several_points_it_ends_with_the_same_erasers(sequential: bool
     whole, resumed, folder = tmp_path / "whole.pt", tmp_path / "resumed.pt", tmp_path / "killed"
     assert begin(tmp_path / "uninterrupted", whole).wait().returncode == 0
     kills = 0
-    # Once as soon as anything is kept, once a moment later: wherever that is, files are whole.
+    # Kill once as soon as a file is written, and once a moment later: at any time, the files are whole.
     for delay in (0.0, 0.05):
         process = begin(folder, resumed)
         pattern = "site-*.safetensors" if sequential else "moments-*.safetensors"

@@ -1,4 +1,4 @@
-"""`combine_adapters`: one adapter for the concepts of several, on models with fitted adapters."""
+"""`combine_adapters`: one adapter that erases the concepts of several fitted adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:'both' was combined from erasers
 
 
 def token_batches(architecture: str, seed: int = 100) -> list[dict[str, Tensor]]:
-    """The batches of `small_batches` with classes of tokens in the place of those of sequences."""
+    """The batches of `small_batches` with labels of tokens in the place of labels of sequences."""
     found = []
     for batch in small_batches(architecture, seed=seed):
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -38,14 +38,14 @@ def token_batches(architecture: str, seed: int = 100) -> list[dict[str, Tensor]]
 
 
 def add(model: nn.Module, name: str, data: list[dict[str, Tensor]], **fields: object) -> None:
-    """Add an erasure and fit it in one pass on activations that no other one has changed."""
+    """Add an erasure and fit it in one pass, on activations that another adapter has not changed."""
     names = {"labels": LABELS} if name == "gender" else {"labels": ["a", "b", "c"]}
     model.add_adapter(ConceptErasureConfig(**{"concept": name, **names, **fields}), adapter_name=name)
     fit_concept_erasure(model, data, name, sequential=False, progress=False)
 
 
 def with_two(lifecycle: Lifecycle, architecture: str, **fields: object) -> nn.Module:
-    """A model with erasures of a concept of sequences and of one of tokens, fitted on the same rows."""
+    """A model with two erasures, of a concept of sequences and of a concept of tokens, fitted on the same rows."""
     model = lifecycle.base(architecture)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* switched the erasure 'gender' off")
@@ -55,7 +55,7 @@ def with_two(lifecycle: Lifecycle, architecture: str, **fields: object) -> nn.Mo
 
 
 def rows_at(model: nn.Module, sites: list[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What goes out of modules at real positions, float64."""
+    """The outputs of modules at real positions, float64."""
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
     handles = [
         model.get_submodule(site).register_forward_hook(lambda m, args, out, site=site: found[site].append(out))
@@ -71,7 +71,7 @@ def rows_at(model: nn.Module, sites: list[str], batches: list[dict[str, Tensor]]
 
 
 def classes_of(architecture: str, concept: str) -> Tensor:
-    """The class of every real position, as values."""
+    """The class of every real position, as one-hot values."""
     real = torch.cat([batch["attention_mask"] for batch in small_batches(architecture)]).bool()
     if concept == "kind":
         z = torch.cat([batch["concept_labels"] for batch in token_batches(architecture)])
@@ -83,7 +83,7 @@ def classes_of(architecture: str, concept: str) -> Tensor:
 
 
 def correlation(x: Tensor, z: Tensor, reference: Tensor) -> float:
-    """Largest covariance of a feature with a class, in units of the spread that both have before erasure."""
+    """Largest covariance of a feature with a class, relative to the product of their spreads before erasure."""
     cross = (x - x.mean(0)).T @ (z - z.mean(0)) / len(x)
     return float((cross.abs() / reference.std(0)[:, None] / z.std(0)).max())
 
@@ -108,9 +108,9 @@ def test_removes_every_concept_at_every_site(architecture: str, method: str, lif
         for concept in ("gender", "kind"):
             z = classes_of(architecture, concept)
             assert correlation(x, z, x) > 0.1
-            # Erasers are kept in float32, 6e-8 of each of their numbers; oblique ones multiply that by their norm.
+            # Erasers are kept in float32, which rounds numbers by 6e-8; oblique ones multiply this by their norm.
             assert correlation(eraser(x), z, x) < 1e-5
-    # Where nothing is erased upstream, that is what the model computes.
+    # Where nothing is erased upstream, the model with the adapter computes the same.
     model.set_adapter("both")
     seen = rows_at(model, [FIRST[architecture]], batches)[FIRST[architecture]]
     for concept in ("gender", "kind"):
@@ -119,7 +119,7 @@ def test_removes_every_concept_at_every_site(architecture: str, method: str, lif
 
 @both_architectures
 def test_equals_an_adapter_of_the_joint_concept(architecture: str, lifecycle: Lifecycle):
-    """Both concepts as columns of one, in one fit on the same rows."""
+    """The joint concept has the columns of both concepts, and is fitted once on the same rows."""
     model = with_two(lifecycle, architecture)
     combine_adapters(model, ["gender", "kind"], "both")
     joint = []
@@ -135,7 +135,7 @@ def test_equals_an_adapter_of_the_joint_concept(architecture: str, lifecycle: Li
     for site, x in plain.items():
         one, other = (eraser_of(model, name, site) for name in ("both", "joint"))
         assert one.rank == other.rank == 3
-        # Means and covariances of float32 rows, and erasers rounded to it, times the norms of the projections.
+        # The bound covers means and covariances of float32 rows, float32 erasers, and the norms of the projections.
         assert float(((one(x) - other(x)).abs() / x.std(0)).max()) < 1e-4
 
 
@@ -203,27 +203,27 @@ def test_no_probe_reads_either_concept_from_a_trained_model(biographies):
         x = rows_at(model, [site], batches)[site]
         x = (x - x.mean(0)) / x.std(0)
         u, s, _ = torch.linalg.svd(x, full_matrices=False)
-        # Directions that the erasure has left to rounding (float32 on float32 erasers) are not features.
+        # Directions in which the erasure left only rounding (float32 activations and erasers) are not features.
         features = (u[:, s > 1e-5 * s[0]] * len(x) ** 0.5).numpy()
         for concept in ("gender", "profession"):
             z = labels[concept][:, None].expand_as(real)[real].numpy()
             gains[active, concept] = logistic_gain(features, z), ols_r2(features, z)
     for concept in ("gender", "profession"):
         assert min(gains["nothing", concept]) > 1e-2, gains
-        # What float32 leaves, 1e-6 of a correlation over the smallest spread that was kept, and its square.
+        # float32 leaves correlations of 1e-6 over the smallest kept spread, and a gain is about their square.
         assert max(gains["both", concept]) < 1e-6, gains
     assert max(gains["gender", "gender"]) < 1e-6 < 1e-3 < min(gains["gender", "profession"])
 
 
 def logistic_gain(features: np.ndarray, z: np.ndarray) -> float:
-    """By how much the best logistic regression beats the class shares, in nats."""
+    """By how many nats the best logistic regression beats a prediction of the class shares."""
     chances = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(features, z).predict_proba(features)
     shares = np.bincount(z) / len(z)
     return float(-(shares * np.log(shares)).sum() + np.log(chances[np.arange(len(z)), z]).mean())
 
 
 def ols_r2(features: np.ndarray, z: np.ndarray) -> float:
-    """Training R² of least squares of the classes."""
+    """Training R² of least squares with the classes as values."""
     values = np.eye(z.max() + 1)[z]
     values = values - values.mean(0)
     centred = features - features.mean(0)
@@ -275,7 +275,7 @@ def test_the_configuration_says_what_it_is_made_of(lifecycle: Lifecycle):
     assert provenance["leakage"] == {} and provenance["base_class"] == "BertModel"
     assert provenance["combined_from"]["kind"]["labels"] == ["a", "b", "c"]
     assert provenance["combined_from"]["gender"]["concept"] == "gender"
-    # What the parts are is not touched.
+    # The configurations of the parts are not changed.
     assert [part.concept for part in parts.values()] == ["kind", "gender"]
     assert all(layer.adapters == ["gender", "kind", "both"] for layer in erasure_layers(model).values())
 
@@ -355,7 +355,7 @@ def test_a_double_precision_model_keeps_double_precision(lifecycle: Lifecycle):
 
 
 def test_on_a_peft_model(lifecycle: Lifecycle, tmp_path: Path):
-    """There nobody but `set_adapter` says who is active, as after PEFT's `add_weighted_adapter`."""
+    """On a PeftModel the combined adapter acts only after `set_adapter`, as after PEFT's `add_weighted_adapter`."""
     bare, batch = with_two(lifecycle, "bert"), small_batch("bert", seed=5)
     for name in ("gender", "kind"):
         bare.set_adapter(name)
@@ -412,7 +412,7 @@ def test_what_holds_of_deeper_sites_is_said(lifecycle: Lifecycle):
     with pytest.warns(UserWarning, match="exact at the sites whose input the other adapters do not change") as caught:
         combine_adapters(model, ["gender", "kind"], "both")
     assert caught[0].filename == __file__
-    # And it is so: at the last site something is left.
+    # At the last site a part of the concepts is indeed left.
     last = list(erasure_layers(model))[-1]
     seen = rows_at(model, [last], small_batches("bert"))[last]
     plain = rows_at(lifecycle.base("bert"), [last], small_batches("bert"))[last]
@@ -420,7 +420,7 @@ def test_what_holds_of_deeper_sites_is_said(lifecycle: Lifecycle):
 
 
 def test_beside_other_adapters(lifecycle: Lifecycle):
-    """A LoRA has wrapped the modules, and a feature changes their weights: the erasures are those of before."""
+    """A LoRA wraps the modules, and a feature changes their weights, but the combined erasures stay the same."""
     plain, beside = (with_two(lifecycle, "bert", target_modules=["query"]) for _ in range(2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* switched the")
@@ -524,10 +524,10 @@ def test_fitted_anew_on_the_data_of_both(architecture: str, sequential: bool, li
         for site in sites
     }
     if sequential:
-        # Every site was fitted on what reaches it: nothing but float32 is left of either concept.
+        # Every site was fitted on what reaches it, so that only float32 rounding is left of either concept.
         assert max(left.values()) < 1e-5
     else:
-        # In one pass only the first was.
+        # In one pass this holds only for the first site.
         assert left[FIRST[architecture]] < 1e-5 < max(left.values())
 
 
@@ -543,7 +543,7 @@ def test_fitted_anew_it_is_saved_and_loaded(lifecycle: Lifecycle, tmp_path: Path
 
 @pytest.mark.parametrize("sticky", [True, False])
 def test_the_former_adapters_do_not_act_while_the_new_one_is_fitted(sticky: bool, lifecycle: Lifecycle):
-    """Where a concept is erased already there is none to be fitted."""
+    """The combined adapter must not be fitted on activations from which its concepts are erased already."""
     models = [with_two(lifecycle, "bert", sticky=sticky), with_two(lifecycle, "bert")]
     for model in models:
         combine_adapters(model, ["gender", "kind"], "both", batches=data_of("bert"), progress=False)

@@ -1,4 +1,4 @@
-"""Tables of counterpart words, and texts in which they are exchanged."""
+"""Tables of counterpart words, and texts in which the words are exchanged for their counterparts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_name_stands_once_and_has_one_counterpart():
 
 
 def test_pronouns_are_chosen_as_a_treebank_tags_them(english: CounterpartWords, assets: Path):
-    """When the rule was written it chose 113 right of the 117 *her* and *his* in 4,078 sentences."""
+    """When the rule was written, it chose correctly for 113 of the 117 *her* and *his* in 4,078 sentences."""
     right = total = 0
     for path in sorted((assets / "data" / "ud-ewt").glob("*.conllu")):
         for block in path.read_text(encoding="utf-8").split("\n\n"):

@@ -46,7 +46,7 @@ def story_mlm():
 
 @pytest.fixture
 def byte_level():
-    """A small tokenizer of GPT-2's kind: byte-level BPE, no prefix space, no padding token."""
+    """A small tokenizer like GPT-2's: byte-level BPE, no prefix space, no padding token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -63,7 +63,7 @@ def sentences():
 
 
 def conllu_sentences(path, limit):
-    """Words and universal tags; syntactic words stand for a contraction, as in the treebank's numbered lines."""
+    """Words and universal tags; a contraction is split into syntactic words, the numbered lines of the treebank."""
     rows, words, tags = [], [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -254,7 +254,7 @@ class TestTokenLabels:
     @pytest.mark.parametrize("which", ["minilm", "llama", "story_mlm"])
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_treebank_tags_follow_their_words(self, which, side, request):
-        """Independent oracle: a word's subwords are those that the tokenizer gives for the word by itself."""
+        """Checked independently: a word's subwords are those that the tokenizer gives for the word alone."""
         tokenizer = request.getfixturevalue(which)
         tokenizer.padding_side = side
         rows = conllu_sentences(asset("data/ud-ewt/en_ewt-ud-dev.conllu"), 300)
@@ -474,7 +474,7 @@ def test_a_loader_knows_where_its_rows_come_from(story_mlm):
     assert loader.collate_fn.origin == {
         "datasets": [], "labels_from": "the column 'gender' of a data set of its maker, split 'train'",
     }  # fmt: skip
-    # What `load_dataset` notes of the files of a repository.
+    # `load_dataset` notes these addresses of the files of a repository.
     rows.info.download_checksums = {f"hf://datasets/someone/people@0f1e2d/{name}.parquet": {} for name in "ab"}
     loader = concept_dataloader(rows, story_mlm, label_column="gender")
     assert loader.collate_fn.origin == {

@@ -1,4 +1,4 @@
-"""Fitting an adapter in one pass: what is guaranteed, what counts, and what is refused."""
+"""Fitting an adapter in one pass: what it guarantees, which rows count, and what it refuses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def erasers(model: PreTrainedModel) -> dict[str, tuple[Tensor, ...]]:
 
 
 def erased_rows(model: PreTrainedModel, site: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Activations of real positions at a site with the adapter on, and their labels."""
+    """Activations at the real positions of a site with the adapter on, and their labels."""
     rows, labels = [], []
 
     def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
@@ -80,8 +80,8 @@ def test_no_logistic_probe_beats_the_best_constant_at_a_fitted_site() -> None:
     probe = LogisticRegression(C=float("inf"), tol=1e-10, max_iter=1000).fit(x.numpy(), z.numpy())
     chance = torch.from_numpy(probe.predict_proba(x.numpy()))
     loss = -chance[torch.arange(len(z)), z].log().mean()
-    # The erasers are float32: what they leave of the cross-covariance is 1e-6 of the standardised one, and the gain of
-    # a probe is of second order in that over the smallest eigenvalue of the correlations (about 1e-3 here).
+    # The erasers are float32 and leave correlations of about 1e-6. A probe gains about their square over the smallest
+    # eigenvalue of the correlations (about 1e-3 here).
     assert float(constant - loss) <= 1e-6
 
 
@@ -129,8 +129,8 @@ def test_pool_mean_guards_the_mean_pooled_embedding_and_tokens_do_not() -> None:
         states = pooled_states(model, batches, "no_gender", erased=True, progress=False)[FIRST].double()
         states = (states - states.mean(0)) / states.std(0)
         gaps[pool] = float((states[z == 0].mean(0) - states[z == 1].mean(0)).abs().max())
-    # Zero up to the rounding of float32 erasers and states, in units of the standard deviation; tokens of sequences of
-    # unequal length weigh otherwise, which leaves a difference that is not rounding.
+    # Except for the rounding of float32 erasers and states, the gap is zero, in standard deviations. With
+    # pool="tokens", long sequences weigh more, which leaves a gap that is not rounding.
     assert gaps["mean"] <= 1e-5 < 1e-3 < gaps["tokens"]
 
 
@@ -155,8 +155,8 @@ def test_leakage_of_labels_that_mean_nothing_reads_zero() -> None:
 
     report = fit(with_adapter(), shuffled(1), eval_batches=shuffled(900))
     before = report["last_hidden_state"].correlation_before
-    # About 700 tokens of 128 sequences: in-sample the canonical correlation of width 32 would be sqrt(32/700) = 0.21
-    # and more; judged on other sequences it scatters around 0 by 1/sqrt(128) at most. Three of these.
+    # About 700 tokens of 128 sequences: on the fitted rows the canonical correlation of width 32 would be at least
+    # sqrt(32/700) = 0.21. On other sequences it scatters around 0 by at most 1/sqrt(128), of which three are allowed.
     assert before is not None and abs(before) < 3 / 128**0.5
 
 
@@ -174,7 +174,7 @@ def test_another_active_adapter_stays_active_while_fitting() -> None:
     fit_concept_erasure(model, batches, "other", sequential=False, progress=False)
     after_gender = erasure_layers(model)[FIRST].eraser_state("other")[0]
     gender = erasure_layers(model)[FIRST].eraser_state("no_gender")
-    # Fitted after the first erasure, the second has nothing left in its direction: right · left of the two vanishes.
+    # The second erasure is fitted after the first, so that nothing is left in the first's direction: right · left is 0.
     assert float((gender[1] @ after_gender).norm() / after_gender.norm()) < 1e-4 * float(gender[1].norm())
     assert not torch.allclose(alone, after_gender)
 
@@ -197,7 +197,7 @@ def test_background_gives_mean_and_covariance_and_keeps_the_guarantee() -> None:
     assert not torch.allclose(erasers(plain)[FIRST][1], erasers(beside)[FIRST][1], rtol=1e-3)
     x, z = erased_rows(beside, FIRST, batches)
     standardised = (x - x.mean(0)) / x.std(0)
-    # float32 erasers, as above
+    # The erasers are float32, as above.
     assert float((standardised[z == 0].mean(0) - standardised[z == 1].mean(0)).abs().max()) <= 1e-5
 
 
@@ -229,7 +229,7 @@ def test_half_precision_models_are_fitted_in_full_precision(autocast: bool) -> N
         fit(model, small_batches("bert", 6))
     left, right, bias = erasers(model)[FIRST]
     assert left.dtype == right.dtype == bias.dtype == torch.float32
-    # A projection: reading its own direction gives 1, to float32.
+    # The eraser is a projection, so that reading its own direction gives 1, up to float32 rounding.
     torch.testing.assert_close(right @ left, torch.eye(1), rtol=0, atol=1e-5)
 
 
@@ -447,7 +447,7 @@ def _stories(assets: Path, names: slice, prompts: slice) -> tuple[PreTrainedMode
 
 
 def test_a_pre_ln_model_leaks_at_last_hidden_state_unless_the_final_norm_is_erased(assets: Path) -> None:
-    """The blocks' norms leave the residual stream alone; the final norm guards what everything downstream reads."""
+    """The blocks' norms do not change the residual stream; only the final norm is before everything downstream."""
     leaks = {}
     for name, targets in (("blocks", r".*layers\.\d+\..*layernorm"), ("final", ["model.norm"])):
         model, batches = _stories(assets, slice(0, 6), slice(0, 6))
@@ -456,12 +456,12 @@ def test_a_pre_ln_model_leaks_at_last_hidden_state_unless_the_final_norm_is_eras
         assert line.correlation_before is not None and line.correlation_after is not None
         leaks[name] = line.correlation_before, line.correlation_after
     assert leaks["blocks"][1] > 0.5 * leaks["blocks"][0]
-    # Fitted and judged on the same rows, nothing is left; the halves' own covariances cancel, hence no more than 0.
+    # On fitted rows the covariances of the two halves are opposite, so the leakage is at most 0.
     assert leaks["final"][1] < 0.05 < leaks["final"][0]
 
 
 class _Stream(IterableDataset):
-    """Batches that are made when they are read."""
+    """A stream that makes its batches when they are read."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ class _Stream(IterableDataset):
 
 
 class _WithoutLength(_Stream):
-    """A stream that says by an exception of its own that it has no length."""
+    """A stream whose `__len__` raises an error other than TypeError."""
 
     def __len__(self) -> int:
         raise NotImplementedError("endless as far as is known")
@@ -493,9 +493,9 @@ def test_sums_that_take_too_much_are_held_in_groups_of_sites(monkeypatch: pytest
     whole, grouped, data = with_adapter(), with_adapter(), _Stream(4)
     background = [{k: v for k, v in b.items() if k != "concept_labels"} for b in small_batches("bert", 2, seed=9)]
     report = fit(whole, small_batches("bert", 4), background=background)
-    # Two kinds of sums of 32 x 32 float64 numbers a site, of 3 sites at once.
+    # For 3 sites at once, two kinds of sums of 32 x 32 float64 numbers each.
     monkeypatch.setattr("hf_erasure.fitting.fit.MOST_BYTES", 3 * 2 * 8 * 32 * 32)
-    gc.freeze()  # what is there already is not looked at
+    gc.freeze()  # Objects that exist already are not counted.
     held: list[int] = []
     add = ConceptMoments.update
 
@@ -544,7 +544,7 @@ def test_every_site_is_solved_once(sequential: bool, monkeypatch: pytest.MonkeyP
 
 
 def erased_rows_of(site: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Rows and labels of real positions at a site of the model without an adapter."""
+    """Rows and labels at the real positions of a site, from the model without an adapter."""
     x, z = erased_rows(copy.deepcopy(small_model("bert")), site, batches)
     return x, z
 

@@ -1,4 +1,4 @@
-"""Splits that share rows are noticed, whatever their order, their padding and how often they are gone through."""
+"""Splits that share rows give a warning, whatever their order, their padding and the number of passes over them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fitted(name: str, batches: Any, eval_batches: Any = None, **options: Any) ->
 
 
 def repadded(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same rows backwards, one a batch, with three more columns of padding on the left."""
+    """The same rows in reverse order, one in each batch, with three more columns of padding on the left."""
     rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(16)]
     wider = {"input_ids", "attention_mask"}
     return [
@@ -74,9 +74,9 @@ def test_one_text_beside_other_images_is_another_row() -> None:
     ids, pixels = torch.full((4, 3), 7), torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
     seen = hashes_of({"input_ids": ids, "pixel_values": pixels})
     assert len(set(seen.tolist())) == 4
-    numbered = {"input_ids": ids, "idx": torch.arange(4)}  # what else a batch holds does not make other rows
+    numbered = {"input_ids": ids, "idx": torch.arange(4)}  # other keys of a batch do not make other rows
     assert len(set(hashes_of(numbered).tolist())) == 1
-    patches = {"input_ids": ids, "pixel_values": torch.arange(12.0).reshape(6, 2)}  # of all images, in one list
+    patches = {"input_ids": ids, "pixel_values": torch.arange(12.0).reshape(6, 2)}  # those of all images, in one list
     rows = RowSet()
     rows.add(hashes_of(patches))
     assert rows.count(hashes_of(patches)) == 4
@@ -131,5 +131,5 @@ def test_leakage_is_a_magnitude_within_its_interval() -> None:
     text = str(verify_adapter(model, NAME))
     assert f" → {last.correlation_after:.3f} (95 %: [" in text
     assert f"→ [{last.interval_after[0]:.2f}, {last.interval_after[1]:.2f}])" in text
-    # On fitted rows the direction of one half is opposite in the other: nothing of it is leakage.
+    # On fitted rows the covariances of the two halves are opposite, so the leakage is at most 0.
     assert fitted("bert", batches, batches)[1]["last_hidden_state"].correlation_after == 0

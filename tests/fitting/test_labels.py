@@ -1,4 +1,4 @@
-"""Labels meet activations: padding, pooling, decoders, heads and flattened tokens."""
+"""How labels are assigned to activations: padding, pooling, decoders, heads and flattened tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.small_models import ARCHITECTURES, LABELS
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
-# As they are found for most modules; for a decoder's; where all tokens lie in one list.
+# The axes of most modules, of a decoder, of a module with all tokens in one list, and of a module without positions.
 AXES = {
     "layer.0": Axes(-1, 0, position=1, side=""),
     "decoder.block.0": Axes(-1, 0, position=1, side="decoder_"),

@@ -1,4 +1,4 @@
-"""What is labelled and erased in models whose activations are not (batch, position, width), measured by hooks."""
+"""Which rows are labelled and erased where activations are not (batch, position, width); measured by hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_erasure.models.model import Runner
 
 LABELS = ["a", "b"]
 TEXT = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-# Of float32 sums over some hundreds of rows, as a share of |x| |z|.
+# The rounding of float32 sums over some hundreds of rows, as a share of |x| |z|.
 ROUNDING = 1e-5
 
 
@@ -32,14 +32,14 @@ def texts(rows: int = 16, length: int = 8, seed: int = 0) -> dict[str, Any]:
 
 
 def images(rows: int = 64) -> dict[str, Tensor]:
-    """Of which a cast of colour gives the class away."""
+    """Images whose class shows in a cast of colour."""
     labels, noise = torch.arange(rows) % 2, torch.Generator().manual_seed(0)
     cast = labels.view(-1, 1, 1, 1) * torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1)
     return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=noise) + cast, "concept_labels": labels}
 
 
 def left(rows: Tensor, labels: Tensor) -> float:
-    """The covariance with the label, as a share of `|x| |z|`."""
+    """The covariance of rows with the label, as a share of `|x| |z|`."""
     x, z = rows.double() - rows.double().mean(0), labels.double() - labels.double().mean()
     return float((x.T @ z).norm() / (x.norm() * z.norm()))
 
@@ -77,7 +77,7 @@ def test_rows_with_adapters_of_their_own_where_positions_come_first() -> None:
         mixed = model(**inputs, adapter_names=["default", "__base__"] * 8).last_hidden_state
         with model.disable_adapter():
             plain = model(**inputs).last_hidden_state
-    assert torch.allclose(mixed[::2], erased[::2], atol=1e-5)  # sums of float32 in another order
+    assert torch.allclose(mixed[::2], erased[::2], atol=1e-5)  # float32 sums in another order
     assert torch.equal(mixed[1::2], plain[1::2])
     with pytest.raises(ValueError, match="has activations of shape"):
         erasure_layers(model)["layer.0.ff.layer_norm"].erasures["default"].axis = 9
@@ -89,7 +89,7 @@ def by_token(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted_on_tokens(model: nn.Module, site: str, batches: list[dict[str, Any]], start: int = 0) -> int:
-    """Fit, and check that nothing is left at the tokens; returns how many rows were fitted on."""
+    """Fit, and check that nothing is left at the tokens; returns the number of rows that were fitted on."""
     model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=[site]), adapter_name="e")
     report = fit_concept_erasure(model, batches, "e", progress=False)
     rows, labels = [], []
@@ -114,7 +114,7 @@ def test_padding_to_multiples_of_the_models_window_does_not_count(lengths: tuple
 
 
 class Prompted(hf.PreTrainedModel):
-    """Three states in front of those of the tokens, and a mean over these; or as many rows as the ids say."""
+    """Puts three states before those of the tokens, and adds the tokens' mean; or makes more rows, by the ids."""
 
     config_class = hf.BertConfig
 
@@ -125,7 +125,7 @@ class Prompted(hf.PreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.table(input_ids)
-        if self.hops:  # each token stands for as many frames as its id has it, and those of other texts are padded
+        if self.hops:  # Each token gives one to three frames, by its id, and shorter texts are padded.
             counts = (input_ids % 3 + 1) * attention_mask
             frames = [state.repeat_interleave(count, 0) for state, count in zip(states, counts, strict=True)]
             return self.norm(nn.utils.rnn.pad_sequence(frames, batch_first=True))
@@ -157,7 +157,7 @@ def test_as_many_rows_as_the_content_has_it_are_refused() -> None:
 
 
 class Pictures(nn.Module):
-    """Channels first, with as many of them as a picture is wide."""
+    """The channels come before the pixels, and are as many as a picture is wide."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two fits on halves of the data are, added, the fit on all of it."""
+"""Two fits on halves of the data, added by `merge_fits`, are the fit on all data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_pairs_and_environments_add_up(tmp_path: Path) -> None:
             held.eraser_state("default") for held in (layer, erasure_layers(summed)[site])
         )
         assert left.shape == (32, 1 + 1 + 1 + 1)
-        # As above; the weakest of four directions is known less well.
+        # As in the test below; the weakest of the four directions is known less exactly.
         torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-4, atol=1e-5)
 
 
@@ -59,10 +59,10 @@ def test_two_halves_add_up_to_the_whole(background: bool, tmp_path: Path) -> Non
     fitted(tmp_path / "b", batches[2:4], **extra(slice(1, 2)))
     fitted(tmp_path / "c", batches[4:], **extra(slice(2, None)))
     merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
-    with torch.device("meta"):  # files are read to the CPU, whatever the default device is
+    with torch.device("meta"):  # Files are read to the CPU, whatever the default device is.
         config = merge_fits(tmp_path / "ab", tmp_path / "c", tmp_path / "abc")
     assert config.provenance["examples"] == 6 * 16
-    # What was measured of one part is not told of the whole.
+    # What was measured for one part is not reported for the whole.
     assert config.provenance["leakage"] == config.provenance["leakage_intervals"] == {}
     assert config.provenance["measured_on"] == "fitted rows (all of 96)"
     summed = loaded(tmp_path / "abc")
@@ -71,7 +71,7 @@ def test_two_halves_add_up_to_the_whole(background: bool, tmp_path: Path) -> Non
         (left, right, bias), (other_left, other_right, other_bias) = (
             held.eraser_state("default") for held in (layer, erasure_layers(summed)[site])
         )
-        # float64 sums in another order, then float32 erasers: their rounding, 6e-8, a few times over.
+        # float64 sums in another order, then float32 erasers: a few times their rounding, 6e-8.
         torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(bias, other_bias, rtol=1e-5, atol=1e-6)
 

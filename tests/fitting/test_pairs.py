@@ -1,4 +1,4 @@
-"""Counterfactuals, environments and what is kept: from the data to the erasers of every site."""
+"""Counterfactuals, environments and kept concepts: from the data to the erasers of every site."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def maps(model: nn.Module) -> dict[str, Tensor]:
 
 
 def activations(model: nn.Module, batches: list[Batch]) -> dict[str, list[Tensor]]:
-    """What leaves each site, with the eraser there, batch by batch."""
+    """The outputs of each site, erased, batch by batch."""
     found: dict[str, list[Tensor]] = {site: [] for site in erasure_layers(model)}
     hooks = [
         model.get_submodule(site).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
@@ -56,7 +56,7 @@ def activations(model: nn.Module, batches: list[Batch]) -> dict[str, list[Tensor
 
 
 def differences(seen: list[Tensor], batches: list[Batch], pool: str) -> tuple[Tensor, Tensor]:
-    """The class difference of the texts, and the mean difference within pairs; positions are counterparts."""
+    """The class difference of the texts, and the mean difference within pairs, at the same positions."""
     rows, labels, within = [], [], []
     for hidden, batch in zip(seen, batches, strict=True):
         mask, texts = batch["attention_mask"].bool(), batch["concept_pairs"] < 0
@@ -84,19 +84,19 @@ def test_the_difference_of_classes_and_that_within_pairs_are_gone_at_every_site(
     before = activations(model, batches)
     report = fit(model, batches, pool=pool)
     after = activations(model, batches)
-    # What the decoder of T5 takes is the same for a text and its counterfactual, until it reads the encoder.
+    # The input of T5's decoder is the same for a text and its counterfactual, until it attends to the encoder.
     ranks = {line.rank for line in report.sites if line.rank is not None}
     assert ranks == {2} or (name == "t5" and ranks == {1, 2})
     assert report.examples == sum(int((batch["concept_pairs"] < 0).sum()) for batch in batches)
     for site, seen in after.items():
         for left, was in zip(differences(seen, batches, pool), differences(before[site], batches, pool), strict=True):
-            # float64 throughout: what is left are units of 1e-16 of the activations, times the condition number of
-            # the covariance, about 1e3 here, over what there was.
+            # Everything is float64: what is left is 1e-16 of the activations times the condition number of the
+            # covariance, about 1e3 here, relative to the difference before erasure.
             assert left.norm() <= 1e-9 * was.norm().clamp_min(1e-3), site
 
 
 def test_pairs_need_no_labels() -> None:
-    """The classes of texts and counterfactuals are the labels then, of as many rows each."""
+    """Without labels for the texts, the classes of texts and counterfactuals are the labels, with as many rows each."""
     batches = double(paired_batches("bert", 3))
     alone = [batch | {"concept_labels": batch["concept_pair_labels"]} for batch in batches]
     model = with_adapter("bert")
@@ -114,7 +114,7 @@ def test_more_directions_of_pairs_and_environments() -> None:
     assert {line.rank for line in report.sites if line.rank is not None} == {1 + 1 + 1 + 3}
     config = model.peft_config["default"]
     assert (config.pair_rank, config.environment_rank) == (3, 2)
-    # Of three environments, and over all, which mixes them: of each the class difference is gone.
+    # Four directions: the class differences of three environments and of all rows. None is left in any environment.
     model = with_adapter("bert", environments=["a", "b", "c"], environment_rank=4)
     fit(model, batches, pool="mean")
     for site, seen in activations(model, batches).items():
@@ -151,14 +151,14 @@ def test_a_fit_that_was_killed_continues(sequential: bool, tmp_path: Path) -> No
 
     def stop(*_: object) -> None:
         seen.append(1)
-        if len(seen) == 6:  # past the passes that show the axes
+        if len(seen) == 6:  # After the passes that find the axes.
             raise KeyboardInterrupt
 
     handle = stopped.encoder.layer[1].attention.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         fit(stopped, batches, checkpoint_dir=tmp_path, **options)
     handle.remove()
-    # A fit that failed leaves the configuration as it was.
+    # A fit that failed has not changed the configuration.
     assert (stopped.peft_config["default"].pair_rank, stopped.peft_config["default"].environment_rank) == (0, None)
     fit(stopped, batches, checkpoint_dir=tmp_path, **options)
     assert all(torch.equal(value, maps(stopped)[site]) for site, value in maps(whole).items())
@@ -172,13 +172,13 @@ def test_a_fit_that_was_killed_continues(sequential: bool, tmp_path: Path) -> No
 
 
 def test_held_out_halves_share_no_environment() -> None:
-    """A concept that shows in a way of its own in each environment is read by random halves, and not by whole ones."""
+    """If environments show the concept in different ways, random halves find it, but halves of environments do not."""
     draw = torch.Generator().manual_seed(0)
     batches = []
     for number in range(40):
         ids = torch.randint(4, 50, (16, 6), generator=draw)
         labels = torch.arange(16) % 2
-        # Both classes have two tokens of the environment, in an order that is theirs.
+        # In each environment, the classes have its two tokens, in an order that depends on the environment.
         ids[:, 1] = torch.where((labels == 1) ^ bool(number // 2 % 2), 4 + number, 5 + number)
         named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "concept_labels": labels}
         batches.append(named | {"concept_environments": torch.full((16,), number)})
@@ -227,7 +227,7 @@ def test_words_make_counterfactuals(tokenizer: Any) -> None:
     )
     batch = next(iter(loader))
     assert batch["concept_labels"].tolist() == [0, 1, 1, -100, -100]
-    assert batch["concept_pairs"].tolist() == [-1, -1, -1, 0, 2]  # nothing in the second text has a counterpart
+    assert batch["concept_pairs"].tolist() == [-1, -1, -1, 0, 2]  # The second text has no word with a counterpart.
     assert batch["concept_pair_labels"].tolist() == [0, -100, 1, 1, 0]
     assert batch["concept_environments"].tolist() == [1, 0, 1, 1, 1]
     assert loader.collate_fn.names("concept_environments") == ["a", "b"]
@@ -235,7 +235,7 @@ def test_words_make_counterfactuals(tokenizer: Any) -> None:
     unlabelled = concept_dataloader(
         data, tokenizer, label_column=None, labels=LABELS, counterfactual_words="english_gender"
     )
-    # "Mary … her … Tom … her" is of the class of most of its words.
+    # "Mary … her … Tom … her" has the class of most of its words.
     assert next(iter(unlabelled))["concept_labels"].tolist() == [0, -100, 1, 1, 0]
 
 
@@ -293,7 +293,7 @@ def test_tokens_are_matched_by_word(tokenizer: Any) -> None:
     assert [own[number] for number in range(7)] == ["[CLS]", "alexandra", "saw", "the", "dog", ".", "[SEP]"]
     assert parts(1, same_length)[1] == "al"
     assert parts(1, same_length)[4] == "dog"
-    # A difference of the two texts: three words stand for one name, and "old" for nothing.
+    # The third text differs by three words for one name, and by an added "old".
     other = parts(2, longer)
     assert [other[number] for number in (2, 3, 4)] == ["saw", "the", "dog"]
     assert 1 not in other

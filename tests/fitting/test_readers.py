@@ -1,4 +1,4 @@
-"""After fitting, nothing that reads the hidden state is given the concept: seen by hooks of the tests' own."""
+"""After fitting, no module that reads the hidden state receives the concept, as the tests' own hooks see."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hf_erasure.adapters import site_layers
 from tests.breadth.examples import Batch, batch_of, call
 from tests.breadth.zoo import build
 
-# Of |x| |z|. Activations are float32, of which rounding leaves some 1e-7 for each of the operations of a sum over rows.
+# As a share of |x| |z|. Activations are float32, and each operation in a sum over rows rounds them by about 1e-7.
 NOTHING = 1e-5
-# What the concept shows in what is not erased.
+# The least that the concept shows where it is not erased.
 THERE = 0.01
 
 
@@ -32,7 +32,7 @@ def batches_of(model: Any) -> list[Batch]:
 
 
 def taken_by(model: Any, names: Iterable[str], batches: list[Batch], *, output: bool = False) -> dict[str, float]:
-    """Module → the covariance of what it takes (or gives) with the concept, as a share of `|x| |z|`."""
+    """Module → the covariance of its input (or output) with the concept, as a share of `|x| |z|`."""
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     now: dict[str, Tensor] = {}
 
@@ -120,7 +120,7 @@ def test_writers_are_refused_where_they_do_not_guard(kind: str, auto: Any) -> No
 
 @pytest.mark.parametrize(("kind", "auto"), [("llama", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)])
 def test_ways_of_fitting_readers_agree(kind: str, auto: Any, tmp_path: Any) -> None:
-    """However many batches are resident, and where a killed fit continues, the erasers are the same to the bit."""
+    """The erasers are the same to the bit for any number of resident batches, and when a checkpoint is continued."""
     states = []
     for options in ({}, {"resident_batches": 1}, {"checkpoint_dir": tmp_path}, {"checkpoint_dir": tmp_path}):
         model = model_of(kind, auto, "readers")
@@ -133,7 +133,7 @@ def test_ways_of_fitting_readers_agree(kind: str, auto: Any, tmp_path: Any) -> N
 
 @pytest.mark.parametrize(("kind", "auto"), [("llama", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)])
 def test_a_site_is_looked_at_once_a_pass(kind: str, auto: Any) -> None:
-    """The modules that share an eraser are one visit, also where the batches are tensors of inference mode."""
+    """The modules that share an eraser count as one visit, also for batches whose tensors are inference tensors."""
     for mode in (torch.no_grad, torch.inference_mode):
         for sequential in (True, False):
             model = model_of(kind, auto, "readers")
@@ -165,7 +165,7 @@ def test_background_and_labels_of_tokens() -> None:
 
 
 def test_sites_that_the_labels_do_not_speak_of_go_with_all_their_modules() -> None:
-    """Labels of tokens say nothing of what is pooled; nobody has named the sites, so they are left out."""
+    """Labels of tokens do not apply to pooled activations; as the user did not name the sites, they are left out."""
     model = model_of("bert", AutoModelForSequenceClassification, "readers")
     batches = [
         {**b, "concept_labels": (b["input_ids"] % 2).masked_fill(b["attention_mask"] == 0, -100)}

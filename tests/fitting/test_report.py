@@ -1,4 +1,4 @@
-"""What counts as better or worse than the base, and what concept an adapter is about: its name and classes tell."""
+"""When a value counts as better or worse than the base's, and the concept of an adapter, from its name and classes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from hf_erasure.fitting.report import (
     [
         (0.4, 0.2, [0.1, 0.3], "lower", 0.0, "better"),
         (0.4, 0.6, [0.5, 0.7], "lower", 0.0, "worse"),
-        (0.4, 0.2, [0.0, 0.4], "lower", 0.0, ""),  # its interval holds the base's value, at its end too
+        (0.4, 0.2, [0.0, 0.4], "lower", 0.0, ""),  # the interval's end is the base's value
         (0.4, 0.2, None, "lower", 0.0, ""),
         (0.05, -0.1, [-0.2, 0.0], "lower", 0.0, "better"),
-        (-0.05, -0.2, [-0.3, -0.1], "lower", 0.0, ""),  # below the ideal there is nothing to gain
+        (-0.05, -0.2, [-0.3, -0.1], "lower", 0.0, ""),  # below the ideal, lower is not better
         (60.0, 52.0, [48.0, 56.0], "closer", 50.0, "better"),
         (60.0, 35.0, [30.0, 40.0], "closer", 50.0, "worse"),
-        (60.0, 40.0, [35.0, 45.0], "closer", 50.0, ""),  # as far away on the other side
+        (60.0, 40.0, [35.0, 45.0], "closer", 50.0, ""),  # as far from the ideal, on the other side
         (0.9, 0.8, [0.75, 0.85], "higher", 1.0, "worse"),
-        (1.1, 1.3, [1.2, 1.4], "higher", 1.0, ""),  # above the ideal nothing is lost
+        (1.1, 1.3, [1.2, 1.4], "higher", 1.0, ""),  # above the ideal, higher is not worse
         (0.9, 1.3, [1.2, 1.4], "higher", 1.0, "better"),
         (20.0, 25.0, [24.0, 26.0], "lower", None, "worse"),
         (0.5, 0.7, [0.6, 0.8], "higher", None, "better"),
@@ -75,7 +75,7 @@ def test_concepts(config: object, concept: str | None) -> None:
 
 
 def report_of(after: float, interval: tuple[float, float], fitted: int = 0) -> ErasureReport:
-    """What 5,120 texts leave of two classes in 1,280 others."""
+    """A report of an erasure of two classes fitted on 5,120 texts and measured on 1,280 others."""
     last = SiteReport("last_hidden_state", width=384, correlation_before=0.964, correlation_after=after,
                       interval_after=interval)  # fmt: skip
     return ErasureReport("gender", "default", "leace", "mean", "", 5120, 9, 1280, fitted, [last], classes=2)
@@ -86,12 +86,12 @@ def test_what_is_expected_of_other_texts_does_not_deny_what_was_measured() -> No
     assert within.expected_reading == pytest.approx(0.61, abs=0.005)
     assert "on other texts is expected to read about 61%" in within.outlook
     beyond = report_of(0.796, (0.78, 0.82)).outlook
-    # Two classes whose means are 2.5 standard deviations apart have a correlation of 0.78, and are read with Φ(1.25).
+    # Two classes with means 2.5 standard deviations apart have a correlation of 0.78; a probe reads them with Φ(1.25).
     assert "reads 89% or more, where the formula for 5120 texts\nof one kind expects 61%" in beyond
     assert "on other texts" not in beyond
-    # Erased within each environment, what is left is less than the formula says.
+    # If the concept was erased within each environment, less is left than the formula expects.
     assert replace(within, environments=40).expected_reading is None
-    # Nothing is found out of rows that were fitted on.
+    # Rows that were fitted on do not show how other texts are read.
     assert report_of(0.796, (0.78, 0.82), fitted=1280).outlook == within.outlook
 
 

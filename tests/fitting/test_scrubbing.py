@@ -1,4 +1,4 @@
-"""Sequential fitting: equal to the naive procedure, every module once, and nothing left behind."""
+"""Sequential fitting: equal to the naive procedure, each module computed once, nothing of the concept left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def double(batches: list[Batch]) -> list[Batch]:
 
 
 def with_adapter(model: nn.Module, affine: bool | None = True, **config: Any) -> Any:
-    """The model with an erasure whose map is named: to choose one, fitting runs a small pass of its own."""
+    """The model with an erasure whose kind of map is given: to choose one, fitting runs an additional small pass."""
     model.add_adapter(ConceptErasureConfig(labels=LABELS, affine=affine, **config), adapter_name="no_gender")
     return model
 
@@ -54,9 +54,9 @@ def fit(model: nn.Module, batches: Any, **options: Any) -> Any:
 
 
 def naive(model: nn.Module, batches: list[Batch]) -> dict[str, tuple[Tensor, ...]]:
-    """Concept scrubbing as the paper states it: for each site, run everything with all sites before it erased.
+    """Concept scrubbing as in the paper: for each site, run the whole model with all sites before it erased.
 
-    Shares nothing with what is tested but the eraser: own hooks on a model without an adapter, own masks.
+    It shares only the eraser with the code under test: its hooks are on a model without an adapter, its masks its own.
     """
     sites = {name: model.get_submodule(name) for name in _execution_order(model, batches[0])}
     found: dict[str, tuple[Tensor, ...]] = {}
@@ -106,8 +106,8 @@ def test_sequential_equals_the_naive_procedure(name: str) -> None:
     model = with_adapter(plain)
     fit(model, batches)
     for site, (left, right, bias) in parts(model).items():
-        # Compared as maps: left and right have a sign in common. 1e-10 relative to the map, for float64 moments summed
-        # in the same order; what differs is the rounding of rows gathered by a mask.
+        # Maps are compared, since left and right may both change sign. 1e-10 relative to the map: float64 moments are
+        # summed in the same order, and only the rounding of rows gathered by a mask differs.
         torch.testing.assert_close(left @ right, expected[site][0] @ expected[site][1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(bias, expected[site][2], rtol=1e-10, atol=1e-10)
 
@@ -120,7 +120,7 @@ def test_experts_and_post_norms(name: str) -> None:
     }  # fmt: skip
     build = {
         "mixtral": lambda: hf.MixtralModel(
-            # Grouped products of experts know no float64.
+            # transformers' grouped products of experts do not support float64.
             hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, experts_implementation="eager")
         ),
         "gemma2": lambda: hf.Gemma2Model(hf.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8)),
@@ -155,7 +155,7 @@ def visits_by_hand(model: nn.Module, site: str, batches: list[Batch]) -> list[li
 
 
 def split_moments(seen: list[list[Tensor]], visits: slice, batches: list[Batch]) -> list[ConceptMoments]:
-    """Moments of the two halves that `eval_batches` are drawn into, over these visits."""
+    """Moments of the two halves into which `eval_batches` are split, over these visits."""
     random = torch.Generator().manual_seed(0)
     halves = [ConceptMoments(32, 2), ConceptMoments(32, 2)]
     for outputs, batch in zip(seen, batches, strict=True):
@@ -169,7 +169,7 @@ def split_moments(seen: list[list[Tensor]], visits: slice, batches: list[Batch])
 
 
 def left_at(model: nn.Module, site: str, batches: list[Batch]) -> list[float]:
-    """What is left of the concept at each visit of a site, by rows of the test's own, as a share of |x| |z|."""
+    """The concept left at each visit of a site, from rows that the test gathers, as a share of |x| |z|."""
     mask = torch.cat([b["attention_mask"] for b in batches]).bool()
     z = torch.cat([b["concept_labels"][:, None].expand_as(b["attention_mask"]) for b in batches])[mask].double()
     z = z - z.mean()
@@ -182,7 +182,7 @@ def left_at(model: nn.Module, site: str, batches: list[Batch]) -> list[float]:
 
 
 def shared_norms(visits: int, width: int = 64) -> nn.Module:
-    """Blocks that are one module, called several times; wide enough for directions of later visits to settle."""
+    """Blocks that are one module, called `visits` times; wide enough that the directions of later visits settle."""
     config = hf.AlbertConfig(
         vocab_size=64, pad_token_id=0, embedding_size=16, hidden_size=width, num_hidden_layers=visits,
         num_attention_heads=4, intermediate_size=64,
@@ -206,13 +206,13 @@ def test_nothing_is_left_at_any_visit_of_a_shared_module(
         report = fit(model, batches)
     for site in erasure_layers(model):
         assert [(report[site].rank, report[site].visits)] == [(2, 2)]
-        # In float32 a share of 1e-5 is rounding, as the fit says.
+        # In float32 a share of 1e-5 is rounding; the fit uses the same bound.
         assert report[site].residual <= 1e-5 and max(left_at(model, site, batches)) <= 1.2e-5
     assert not report.residuals and "guarantee" not in repr(report)
 
 
 def test_columns_settle_where_nothing_is_left_to_arrive_once_they_are_removed() -> None:
-    """BLIP's last norm takes the first row of what it gave itself."""
+    """BLIP's last norm takes the first row of its own output."""
     config = hf.BlipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
     )
@@ -233,7 +233,7 @@ def test_what_is_left_at_a_visit_is_said_with_the_number(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="no eraser was found that leaves nothing at each"):
         report = fit(model, batches)
     left = {site: max(left_at(model, site, batches)) for site in erasure_layers(model)}
-    # The fit takes |x| as it arrives, the test as it goes on, which is less by what a few of 32 directions hold.
+    # The fit takes |x| before erasure, the test after it, which is less by the few of 32 directions that are erased.
     assert report.residuals == pytest.approx(left, rel=0.15)
     assert "The guarantee does not hold" in repr(report)
     assert report.to_pandas()["residual"].max() == max(report.residuals.values())
@@ -269,7 +269,7 @@ def test_visits_have_their_own_movement_and_stand_in_table_frame_and_plot(tmp_pa
     whole, *visits = [line for line in report.sites if line.site == report.sites[0].site]
     assert whole.change_labelled is not None
     moved = [line.change_labelled for line in visits if line.change_labelled is not None]
-    # Of all together at most the largest: their variance has that between the visits in it too.
+    # At most the largest for all visits together, as their variance also has the variance between visits.
     assert len(moved) == 2 and 0 < whole.change_labelled <= max(moved)
     assert [line.rank for line in visits] == [whole.rank] * 2 and visits[0].rows is None
     frame = report.to_pandas()
@@ -332,8 +332,8 @@ def test_every_module_runs_once_a_batch(name: str) -> None:
     once = dict(calls)
     calls.clear()
     fit(model, batches)
-    # The head is left out, and T5's embedding is called once by either side, hence the count of one plain pass. Three
-    # more, over two rows each, show what the axes of the activations are.
+    # The head is left out. T5's embedding is called twice, by encoder and decoder, so counts are relative to one pass.
+    # Three more passes, over two rows each, find the axes of the activations.
     assert calls and all(count == (5 + 3) * once[path] for path, count in calls.items())
 
 
@@ -356,7 +356,7 @@ def test_nothing_is_left_of_the_concept_at_any_depth() -> None:
             x = (x - x.mean(0)) / x.std(0)
             gaps.append(float((x[z == 0].mean(0) - x[z == 1].mean(0)).abs().max()))
         leaks[sequential] = max(gaps)
-    # float64 throughout: sequential leaves the rounding of sums over 600 rows, one pass a share of the concept.
+    # float64 throughout: a sequential fit leaves the rounding of sums over 600 rows, one pass a share of the concept.
     assert leaks[True] < 1e-11
     assert leaks[False] > 1e-3
 
@@ -381,7 +381,7 @@ def test_a_default_device_of_the_caller_reaches_every_batch(paired: bool) -> Non
     devices = []
     model = with_adapter(copy.deepcopy(small_model("bert")))
     model.encoder.layer[1].register_forward_hook(lambda *_: devices.append(torch.get_default_device().type))
-    # Whatever is made on it by mistake has no values, and fails.
+    # A tensor that is made on this device by mistake has no values, and raises an error.
     batches = paired_batches("bert") if paired else small_batches("bert")
     with torch.device("meta"):
         fit(model, batches, eval_batches=batches)
@@ -407,7 +407,7 @@ def test_an_exception_in_one_batch_surfaces_once_and_leaves_the_model_as_it_was(
 
     def fail(*_: object) -> None:
         calls.append(1)
-        if len(calls) == 5:  # three passes show what the axes of activations are
+        if len(calls) == 5:  # Three passes find the axes of the activations.
             raise error
 
     handle = model.encoder.layer[1].register_forward_pre_hook(fail)
@@ -431,7 +431,7 @@ def test_no_thread_outlives_a_fit() -> None:
 
 
 def test_background_is_erased_upstream_too() -> None:
-    """μ and Σ of a deeper site are those of background text that went through the erasers before it."""
+    """μ and Σ of a deeper site are those of background text after the erasers before this site."""
     model, batches = with_adapter(copy.deepcopy(small_model("bert")).double()), small_batches("bert", 4)
     background = [inputs_of(batch) for batch in small_batches("bert", 4, seed=900)]
     fit(model, batches, background=background)
@@ -453,7 +453,7 @@ def test_background_is_erased_upstream_too() -> None:
     torch.testing.assert_close(parts(model)[site][2], torch.cat(seen)[mask].mean(0), rtol=1e-10, atol=1e-10)
 
 
-# What waits is stored in one way for all architectures, so inference mode is tried with the one that has most of it.
+# All architectures store waiting batches in one way, so inference mode is tried with the one that stores most.
 @pytest.mark.parametrize(
     ("name", "mode"),
     [*((name, torch.no_grad) for name in ("bert", "llama", "t5", "vit")), ("t5", torch.inference_mode)],
@@ -471,7 +471,7 @@ def test_erasers_are_the_same_to_the_bit_for_any_number_of_resident_batches(name
 
 
 def test_waiting_batches_hold_no_memory() -> None:
-    """Live bytes of the activations while a site is fitted: with one resident batch, one batch's share of all."""
+    """Bytes of live activations while a site is fitted: with one resident batch, a sixth of those with all six."""
     held = {}
     for resident in (None, 1):
         model, alive = with_adapter(copy.deepcopy(small_model("bert"))), []
@@ -482,7 +482,7 @@ def test_waiting_batches_hold_no_memory() -> None:
             tensors = [reference() for reference in outputs]
             alive.append(sum(t.untyped_storage().nbytes() for t in tensors if t is not None))
 
-        # The residual that waits beside each attention is such an output.
+        # The residual that is stored beside each attention is such an output.
         model.encoder.layer[0].register_forward_hook(lambda m, a, o, keep=keep: keep(m, a, o))
         fit(model, small_batches("bert", 6), resident_batches=resident)
         held[resident] = max(alive)
@@ -506,12 +506,12 @@ def test_threads_are_bounded_and_nothing_is_computed_twice(
     assert all(
         torch.equal(a, b) for site, held in fitted[0].items() for a, b in zip(held, fitted[1][site], strict=True)
     )
-    # Passes were built again from what was written of them.
+    # Passes continued from their records, and did not start again.
     assert "run again from the beginning" not in caplog.text
 
 
 def test_of_batches_that_wait_or_have_ended_no_record_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written of them lies on disk: memory does not grow with their number."""
+    """Records of batches that wait or have ended are on disk, so that memory does not grow with their number."""
     records, held = [], []
     begin, solve = Record.__init__, Scrubber._solve
 
@@ -532,7 +532,7 @@ def test_of_batches_that_wait_or_have_ended_no_record_is_held(monkeypatch: pytes
 
 
 def test_batches_that_are_not_resident_are_not_held() -> None:
-    """As of an IterableDataset that is larger than memory."""
+    """An IterableDataset may be larger than memory."""
     model, alive = with_adapter(copy.deepcopy(small_model("bert"))), []
     inputs: list[weakref.ref[Tensor]] = []
 
@@ -550,7 +550,7 @@ def test_batches_that_are_not_resident_are_not_held() -> None:
 
 
 def test_a_tensor_that_a_model_keeps_until_a_batch_of_another_length(caplog: pytest.LogCaptureFixture) -> None:
-    """What is kept cannot be told from what nobody needs, so passes are computed again."""
+    """A tensor that the model keeps looks like one that is not needed any more, so passes are computed again."""
     kept: dict[str, Any] = {}
 
     def cached(module: nn.Module, args: tuple) -> tuple:

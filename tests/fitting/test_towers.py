@@ -44,7 +44,7 @@ def llava() -> hf.PreTrainedModel:
 
 
 def batch(seed: int, length: int = 8, images: bool = False) -> dict[str, Tensor]:
-    """Texts of several lengths, and images, that give the concept away."""
+    """Texts of several lengths, and images; both show the concept."""
     noise, labels = torch.Generator().manual_seed(seed), torch.arange(ROWS) % 2
     lengths = torch.randint(length // 2, length + 1, (ROWS,), generator=noise).clamp_min(4)
     mask = (torch.arange(length) < lengths[:, None]).long()

@@ -1,4 +1,4 @@
-"""Which map a site gets where nobody says: affine where a merge has a place for the mean, else the linear one."""
+"""The map of a site if the user names none: affine where a merge can put the mean into a bias, else linear."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fit(name: str, *, sequential: bool = False, **fields: object) -> PreTrainedM
 
 
 def linear_sites(model: nn.Module, name: str = "gender") -> set[str]:
-    """What the stored biases tell."""
+    """The sites whose stored bias is zero."""
     layers = erasure_layers(model, name)
     return {path for path, layer in layers.items() if not bool(layer.eraser_state(name)[2].any())}
 
@@ -65,14 +65,14 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
     ("name", "fields", "linear"),
     [
         ("llama", {}, EVERY),
-        ("tied", {}, EVERY),  # a merge may untie it
-        ("bare llama", {}, ()),  # its last norm is returned, so that it cannot be merged
+        ("tied", {}, EVERY),  # a merge may untie the table
+        ("bare llama", {}, ()),  # its last norm is returned, so it cannot be merged
         ("bare llama", {"exclude_modules": ["norm"]}, EVERY),
-        ("bert", {}, ()),  # post-LN: the norms feed the residual
-        ("gpt_neox", {}, {"gpt_neox.final_layer_norm"}),  # the head alone has no bias
+        ("bert", {}, ()),  # post-LN: the norms' outputs are added to the residual
+        ("gpt_neox", {}, {"gpt_neox.final_layer_norm"}),  # only the head has no bias
         ("qwen2", {}, {"model.norm", *(f"model.layers.{i}.post_attention_layernorm" for i in range(2))}),
         ("qwen2", {"target_modules": ["q_proj", "o_proj"]}, {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}),
-        ("llama", {"target_modules": ["embed_tokens"]}, ()),  # row by row
+        ("llama", {"target_modules": ["embed_tokens"]}, ()),  # the table is erased row by row
         ("llama", {"target_modules": ["embed_tokens", "self_attn"]}, ()),  # a block's output is added to the residual
         ("llama", {"target_modules": "readers"}, EVERY),
         ("llama", {"target_modules": "writers"}, {f"model.layers.{i}.{name}" for i in range(2) for name in _WRITERS}),
@@ -85,7 +85,7 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 def test_a_site_without_a_place_for_the_mean_gets_a_linear_map(name: str, fields: dict, linear: object) -> None:
     model = fit(name, **fields)
     assert linear_sites(model) == (set(erasure_layers(model)) if linear is EVERY else set(linear))
-    assert model.peft_config["gender"].affine is fields.get("affine")  # what the user wrote
+    assert model.peft_config["gender"].affine is fields.get("affine")  # The configuration keeps the user's value.
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_model_that_no_dummy_input_suits_gets_the_affine_map() -> None:
 
 
 def test_where_the_mean_lies_in_what_is_erased_the_affine_map_is_taken_unless_linear_was_asked_for() -> None:
-    """A concept of as many classes as the space has directions, and one more."""
+    """A concept with one class more than the space has directions."""
     fields = {"labels": [str(i) for i in range(9)], "target_modules": ["down"]}
 
     def fitted(**more: object) -> nn.Module:
@@ -182,7 +182,7 @@ def test_combined_ones_have_the_map_of_their_parts() -> None:
     assert linear_sites(model, "both") == set(erasure_layers(model))
     model.add_adapter(ConceptErasureConfig(labels=LABELS, affine=True), adapter_name="affine")
     fit_concept_erasure(model, [small_batch("llama", seed=7, rows=48)], "affine", sequential=False, progress=False)
-    # Beside an affine one they keep the mean of that one.
+    # Combined with an affine map, the result keeps the bias of the affine one.
     with pytest.warns(UserWarning, match="combined from erasers"):
         combine_adapters(model, ["gender", "affine"], "mixed")
     for layer in erasure_layers(model).values():

@@ -1,4 +1,4 @@
-"""The closed form against least squares and direct means, and the laws of shards and states."""
+"""The closed form against least squares and direct means; shards that add up, and states that can be loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCHES = [(seed, 1 if seed % 3 else -1) for seed in range(24)]
 
 
 def add(estimator: ClosedFormEstimator, source: dict, target: dict, sign: int) -> None:
-    """One batch."""
+    """Add the source and target gradients of one batch."""
     add_source(estimator, source, sign)
     for name, block in target.items():
         estimator.add_target(name, block, sign)
@@ -29,7 +29,7 @@ def add(estimator: ClosedFormEstimator, source: dict, target: dict, sign: int) -
 
 
 def add_source(estimator: ClosedFormEstimator, source: dict, sign: int) -> None:
-    """The whole source gradient of a batch."""
+    """Add all blocks of the source gradient of a batch."""
     norm = math.sqrt(sum(float(block.double().square().sum()) for block in source.values()))
     for name, block in source.items():
         estimator.add_source(name, block, norm, sign)
@@ -59,7 +59,7 @@ def test_the_class_means_read_nine_tenths():
     for seed, sign in BATCHES:
         read[sign].append(math.atanh(encoder.encode(gradients(seed, sign))))
     for sign, values in read.items():
-        # The mean is that of the projections, so of the pre-activations; the accumulators are float32.
+        # The mean is taken of the projections, hence of the pre-activations; the accumulators are float32.
         assert math.tanh(sum(values) / len(values)) == pytest.approx(sign * 0.9, abs=1e-5)
 
 
@@ -72,13 +72,13 @@ def test_the_encoder_does_not_depend_on_the_scale_of_a_gradient():
     encoder = fitted().feature().encoder
     value = encoder.encode(gradients(7))
     for factor in (1e-25, 1e-6, 1e6, 1e25):
-        # One rounding of each entry by the factor.
+        # The factor rounds each entry once.
         scaled = encoder.encode({name: g * factor for name, g in gradients(7).items()})
         assert scaled == pytest.approx(value, abs=1e-5)
 
 
 def pooled(shards: list[ClosedFormEstimator]) -> None:
-    """Each in a thread of its own, as processes are that run side by side."""
+    """Pool the estimators, each in a thread of its own, like processes that run side by side."""
     meeting, counts, given = threading.Barrier(len(shards)), [None] * len(shards), [None] * len(shards)
 
     def pool(own: int) -> None:
@@ -109,7 +109,7 @@ def test_shards_add_up(shard_of):
     a, b = merged.state_dict(), whole.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in b if name.endswith("count"))
     for name in b:
-        # Means of two dozen float32 numbers of size 1, in another order.
+        # Means of two dozen float32 numbers of size 1, added in another order.
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-6)
 
 
@@ -150,7 +150,7 @@ def test_thirty_thousand_batches_stay_accurate():
     for row in values:
         estimator.add_target("a", row, 1)
         estimator.drop_batch()
-    # A running float32 sum of 0.1 is wrong by 2e-4 here, one of the second row by 5e-5.
+    # A running float32 sum of the first row (all 0.1) would be off by 2e-4 here, one of the second row by 5e-5.
     found = estimator._means["target", 1]["a"].double()
     torch.testing.assert_close(found, values.double().mean(0), rtol=1e-5, atol=0)
 

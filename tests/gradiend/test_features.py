@@ -1,4 +1,4 @@
-"""Laws of frozen features: flipping, pruning, decoding, encoding."""
+"""Properties of frozen features: flipping, pruning, decoding, encoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoder(seed: int = 0, **options) -> FeatureEncoder:
 
 
 def mask_of(scores: torch.Tensor, density: float) -> torch.Tensor:
-    """The largest `ceil(density · n)`, the first of equals: a stable sort of everything."""
+    """The largest `ceil(density · n)` entries, of equal ones the first, by a stable sort of all entries."""
     order = torch.argsort(-scores.abs().double(), stable=True)[: math.ceil(density * N)]
     return torch.zeros(N, dtype=torch.bool).index_fill_(0, order, True)
 
@@ -45,7 +45,7 @@ def test_encoding_is_the_formula(unit_norm, activation):
     expected = 0.02 * (float(inner) + 1.5)
     expected = math.tanh(expected) if activation == "tanh" else expected
     found = encoder(unit_norm=unit_norm, activation=activation).encode(g)
-    # Products of a block are added in float32.
+    # The products within a block are added in float32.
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -66,7 +66,7 @@ def test_pruning_keeps_exactly_the_largest(density, decimals, seed):
     mask = mask_of(joined(dense.weight), density)
     for h in (1.0, -0.5):
         assert torch.equal(joined(pruned.decode(h)), torch.where(mask, joined(dense.decode(h)), 0.0))
-    # The biases have no zeros, so that every entry kept shows.
+    # The biases have no zeros, so that every kept entry is nonzero.
     assert pruned.count == math.ceil(density * N) == int(joined(pruned.decode(0.0)).count_nonzero())
 
 
@@ -148,7 +148,7 @@ def test_encoding_refuses_what_is_not_finite(bad):
     g["norm"][2] = bad
     with pytest.raises(ValueError, match="'norm' is not finite"):
         encoder().encode(g)
-    # Not among the entries that are read, but in the norm.
+    # The value is not among the entries that are read, but it is in the norm.
     with pytest.raises(ValueError, match="is not finite"):
         encoder(unit_norm=True).prune(1e-6).encode(g)
 

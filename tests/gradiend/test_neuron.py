@@ -1,4 +1,4 @@
-"""The trained neuron against the reference package, against autograd, and against its own laws."""
+"""The trained neuron against the reference package, against autograd, and properties of its own."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .data import SHAPES, N, equal, gradients, joined, same_feature
 
 @pytest.fixture(params=[1 << 17, 100], ids=["one-piece", "many-pieces"], autouse=True)
 def piece(request, monkeypatch):
-    """Everything holds whether a block fits a piece or spans several."""
+    """Run every test with blocks that fit into one piece, and with blocks that need several."""
     monkeypatch.setattr(blocks_module, "piece_size", lambda device: request.param)
     monkeypatch.setattr("hf_erasure.gradiend.neuron.piece_size", lambda device: request.param)
 
 
 def weights(neuron: FeatureNeuron, part: str, kind: str = "values") -> torch.Tensor:
-    """`(1, n)`: what the state says of a part."""
+    """`(1, n)`: the tensor of a part in the state."""
     state = neuron.state_dict()
     return joined({name: state[f"{part}/{kind}/0/{name}"] for name in SHAPES})[None]
 
 
 def reference_of(neuron: FeatureNeuron, activation: str):
-    """The reference's model with the neuron's weights."""
+    """The reference package's model with the neuron's weights."""
     module = pytest.importorskip("gradiend.model.model", reason="the reference package gradiend is not installed")
     model = module.GradiendModel(N, 1, device=torch.device("cpu"))
     if activation == "identity":
-        # The reference's own "id" is LayerNorm(1) in the encoder: the constant 0.
+        # The reference's "id" activation is a LayerNorm(1) in the encoder, which always gives 0.
         model.encoder[1] = torch.nn.Identity()
     with torch.no_grad():
         model.encoder[0].weight.copy_(weights(neuron, "encoder"))
@@ -57,9 +57,9 @@ def test_equals_the_reference_step_for_step(activation):
         loss.backward()
         optimizer.step()
         taken = neuron.step(source, target)
-        # 1e-5 is what the issue asks for; both sides are float32 sums over some 1,200 entries.
+        # 1e-5 is the demanded accuracy; both sides are float32 sums over some 1,200 entries.
         assert taken.loss == pytest.approx(loss.item(), rel=1e-5)
-        # Without tanh a value is a sum of terms of some 30 in all, in float32 on the reference's side.
+        # Without tanh, a value is a sum of terms whose sizes add up to about 30, in float32 in the reference package.
         assert taken.encoded == pytest.approx(encoded.item(), rel=1e-5, abs=3e-5)
     moved = (weights(neuron, "encoder") - weights(FeatureNeuron(SHAPES, seed=3), "encoder")).abs()
     assert float(moved.mean()) > 5e-3
@@ -83,10 +83,10 @@ def test_gradients_are_those_of_autograd(activation):
     (decoded - joined(target).double()).square().mean().backward()
     neuron.step(source, target)
     for part, leaf in leaves.items():
-        # The first moment moves by (1 − β1)(gradient − moment), so that it shows the gradient.
+        # The first moment moves by (1 − β1)(gradient − moment), from which the gradient is computed.
         first = before["first"][part].double()
         found = first + (weights(neuron, part, "first").double() - first) / 0.1
-        # Roundings of the float32 moment divided by 1 − β1, and of float32 products in ∂L/∂h, where large terms cancel.
+        # Rounding of the float32 moment is divided by 1 − β1; in ∂L/∂h, large terms of float32 products cancel.
         scale = max(float(leaf.grad.abs().max()), float(first.abs().max()))
         torch.testing.assert_close(found, leaf.grad, rtol=0, atol=2e-5 * scale)
 
@@ -128,7 +128,7 @@ def test_a_flipped_neuron_trains_on_as_the_mirror_image():
     assert equal(mirror.feature().decoder.bias, neuron.feature().decoder.bias)
     for step in range(5, 10):
         a, b = (x.step(gradients(step), gradients(step + 50)) for x in (neuron, mirror))
-        # Signs do not round.
+        # A change of sign does not round.
         assert a.loss == b.loss and a.encoded == -b.encoded
     mirror.flip()
     assert equal(neuron.state_dict(), mirror.state_dict())

@@ -1,12 +1,12 @@
-"""Whether adapters that were saved before still are what they were, to the bit, and whether older code reads new ones.
+"""Whether adapters that were saved earlier are still the same, to the bit, and whether older code reads new ones.
 
-    python -m tests.saved_before write FOLDER        save all adapters, and what is seen of them, with the code here
+    python -m tests.saved_before write FOLDER        save all adapters and their outputs with the code here
     python -m tests.saved_before compare [FOLDER]    load them with the code here, and compare to the bit
     python -m tests.saved_before afterwards CHECKOUT save them with the code here, and compare with the code of another
                                                      checkout of the repository, such as a git worktree
 
-Sums in another order have other last bits, so `compare` on the fixture of the repository asks for the processor that
-wrote it: for the bits write with the code before and compare with the code after, both on one machine.
+Sums in another order have other last bits, so `compare` on the repository's fixture needs the processor that wrote it.
+To compare bits on another processor, write with the older code and compare with the newer code, both on it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = ("loads", "tensors", "config", "output", "peft", "merge")
 
 
 def write(folder: Path) -> None:
-    """Save all adapters, what is seen of them, and the digests of their base models."""
+    """Save all adapters, their results, and the digests of their base models."""
     for name in (ADAPTERS, EXPECTED):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / EXPECTED).mkdir(parents=True)
@@ -51,14 +51,14 @@ def write(folder: Path) -> None:
 
 
 def expected(case: Case, folder: Path) -> tuple[dict[str, Tensor], str]:
-    """What was seen of an adapter when it was saved, and the type of the error that refused to merge it."""
+    """The tensors of an adapter when it was saved, and the type of the error that refused its merge."""
     path = folder / EXPECTED / f"{case}.safetensors"
     with safe_open(path, "pt") as file:
         return load_file(path), file.metadata()["refusal"]
 
 
 def verdicts(case: Case, folder: Path) -> dict[str, bool]:
-    """Column of the table → whether what is seen is equal to the bit."""
+    """Column of the table → whether the adapter's results are equal to those saved, to the bit."""
     try:
         now = seen(case, folder / ADAPTERS / str(case))
     except Exception as error:
@@ -111,13 +111,13 @@ def compare(folder: Path) -> bool:
 
 
 def afterwards(checkout: Path) -> bool:
-    """Save with the code here; load, run and merge with that of another checkout."""
+    """Save with the code here; load, run and merge with the code of another checkout."""
     if not (checkout / "hf_erasure" / "__init__.py").is_file():
         sys.exit(f"{checkout} is not a checkout of the repository: it has no hf_erasure/__init__.py.")
     with tempfile.TemporaryDirectory() as name:
         place, saved = Path(name), Path(name) / "saved"
         write(saved)
-        # The package `tests` has a part here and a part there; this one comes first, so both run the same comparison.
+        # Both checkouts have a package `tests`; this copy comes first on the path, so both run the same comparison.
         copied = place / "tests" / HERE.name
         shutil.copytree(HERE, copied, ignore=shutil.ignore_patterns(ADAPTERS, EXPECTED, "__pycache__"))
         paths = os.pathsep.join([str(place), str(checkout.resolve())])

@@ -1,7 +1,7 @@
-"""Twelve tiny base models that are the same to the bit wherever they are built, their tokenizer, and data for them.
+"""Twelve tiny base models that are the same to the bit on every machine, their tokenizer, and data for them.
 
-Weights come from `torch.rand`: it turns integers of the generator into floats, which every processor does alike. With
-`torch.randn` a processor with vector units draws other numbers than one without.
+Weights come from `torch.rand`: it turns integers of the generator into floats, in the same way on every processor.
+With `torch.randn`, a processor with vector units draws other numbers than one without.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 
 @dataclass(frozen=True)
 class Base:
-    """How to build a base model, and where adapters go in it.
+    """How to build a base model, and which modules adapters change in it.
 
     Attributes:
-        build: Makes the model, with transformers' own initialisation.
+        build: Makes the model, initialised by transformers.
         linear: A regular expression of two linear layers that lie side by side.
-        other: A regular expression of an embedding or a norm, to go with them into a sparse GRADIEND.
-        has_biases: These linear layers have biases.
+        other: A regular expression of an embedding or a norm, which a sparse GRADIEND has in addition.
+        has_biases: Whether these linear layers have biases.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -157,8 +157,8 @@ def base_of(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = 2 * torch.rand(parameter.shape, generator=_generator(key)) - 1
-            # Matrices with a standard deviation of 0.2; norm weights about one and biases about zero, none of them
-            # equal to that, so that nothing passes by symmetry.
+            # Matrices get a standard deviation of 0.2. Norm weights are near one and biases near zero, but not equal to
+            # it, so that a test does not pass by symmetry.
             parameter.copy_(0.35 * noise if parameter.dim() > 1 else parameter + 0.5 * noise)
     return model.eval()
 
@@ -187,7 +187,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 
 def pairs(words: dict[str, str]) -> Dataset:
-    """Pairs of every two of the classes, by their words."""
+    """Pairs for every two of the classes, with their words."""
     texts = ["Tom went home and [FEATURE] saw the king", "because [FEATURE] was late a dog ran"]
     rows = [
         {
@@ -206,7 +206,7 @@ def pairs(words: dict[str, str]) -> Dataset:
 
 
 def batch_of(name: str, seed: int, rows: int = 8, length: int = 6) -> dict[str, Tensor]:
-    """Inputs with padding, and `concept_labels` that the inputs give away."""
+    """Inputs with padding, and `concept_labels` that can be told from the inputs."""
     generator = _generator(str(seed))
     labels = torch.arange(rows) % 2
     if name == "vit":
@@ -214,7 +214,7 @@ def batch_of(name: str, seed: int, rows: int = 8, length: int = 6) -> dict[str, 
         pixels = 4 * torch.rand(rows, 3, 8, 8, generator=generator) - 2 + labels.view(-1, 1, 1, 1) * stripes
         return {"pixel_values": pixels, "concept_labels": labels}
     first, half = len(SPECIAL) + 1, len(WORDS) // 2
-    # Half of the words are of both classes.
+    # Each class uses half of the words; half of those are used by both classes.
     ids = first + torch.randint(0, half, (rows, length), generator=generator) + half // 2 * labels[:, None]
     mask = (torch.arange(length) < length - torch.arange(rows)[:, None] % 3).long()
     batch = {"input_ids": ids * mask, "attention_mask": mask, "concept_labels": labels}

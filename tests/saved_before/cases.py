@@ -1,4 +1,4 @@
-"""The adapters of the fixture: how each is made, and what is seen of one that was saved."""
+"""The adapters of the fixture: how each is made, and what is computed with a saved one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ADAPTERS, EXPECTED, BASE_DIGESTS = "adapters", "expected", "bases.json"
 NAME = "saved"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Fields of PEFT that are saved as they were set. The others are its version, `inference_mode`, which loading sets, and
-# what another release of PEFT may add.
+# fields that another release of PEFT may add.
 KEPT_OF_PEFT = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"}
 LEFT_OUT = {known.name for known in fields(peft.PeftConfig)} - KEPT_OF_PEFT
 TWO = {"female": "she", "male": "he"}
@@ -45,9 +45,9 @@ class Case:
 
     Attributes:
         base: The base model.
-        kind: What is said of it in the table, and in the name of its folder.
+        kind: Its kind in the table, and in the name of its folder.
         config: Makes its configuration.
-        words: Of GRADIEND, the word of each class; of an erasure None.
+        words: For a GRADIEND, the word of each class; for an erasure None.
     """
 
     base: str
@@ -78,9 +78,9 @@ def _cases() -> list[Case]:
     for name, base in BASES.items():
         at = {"target_modules": base.linear}
         cases.append(_erasure(name, "output", **at))
-        # A bias-free layer takes the linear part of an erasure of its input, and refuses the affine one.
+        # A layer without a bias takes a linear erasure of its input, and refuses an affine one.
         cases.append(_erasure(name, "input", **at, site="input", affine=base.has_biases))
-        if name != "vit":  # it has no words to learn a feature from
+        if name != "vit":  # It has no words to learn a feature from.
             cases.append(_gradiend(name, "dense", **at, density=1.0))
             both = f"({base.linear}|{base.other})"
             cases.append(_gradiend(name, "sparse", target_modules=both, density=0.1, keep_encoder=True))
@@ -97,13 +97,13 @@ CASES = _cases()
 
 
 def save(case: Case, folder: Path) -> None:
-    """Fit the adapter and save it; without a model card, which is not part of what is loaded."""
+    """Fit the adapter and save it, without a model card, which loading does not read."""
     model = base_of(case.base)
     model.add_adapter(case.config(), adapter_name=NAME)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if f"modules_to_save.{NAME}" in key:
-                parameter.mul_(1.5)  # as if it had been trained
+                parameter.mul_(1.5)  # Changes it as a training would.
     if case.words is None:
         batches = [batch_of(case.base, seed) for seed in range(3)]
         fit_concept_erasure(model, batches, NAME, sequential=False, progress=False)
@@ -125,22 +125,22 @@ def _train(model: PreTrainedModel, case: Case) -> None:
             processing_class=tokenizer_of(case.base),
             adapter_name=NAME,
         ).train()
-    # Far enough to move the outputs by several per cent, and by a number that is exact in float32.
+    # Far enough to change the outputs by several per cent; the rate is exact in float32.
     GradiendAdapter.of(model, NAME).steer(feature_factor=-1.0, learning_rate=0.25)
 
 
 @dataclass
 class Seen:
-    """What is seen of a saved adapter.
+    """What is computed with a saved adapter.
 
     Attributes:
         base: The output of the base model.
         peft: The output with the adapter loaded by `PeftModel`.
-        tensors: `output`, that with it loaded by `load_adapter`; and unless the merge is refused, `merged`, the output
-            afterwards, and `merged.` + the name of every weight that the merge has changed or added.
-        refusal: The type of the error that refuses the merge; empty where there is none.
+        tensors: `output`, the output with the adapter loaded by `load_adapter`. If it can be merged, also `merged`, the
+            output after the merge, and `merged.` + the name of each weight that the merge has changed or added.
+        refusal: The type of the error that refuses the merge; empty where the merge works.
         held: The tensors that the loaded adapter holds, by the names they have in the file.
-        config: The fields of the loaded adapter, as they are saved again.
+        config: The fields of the loaded adapter's configuration, as they are saved again.
     """
 
     base: Tensor

@@ -1,4 +1,4 @@
-"""Small language models with tokenizers of three kinds that know a few words; no network."""
+"""Small language models with tokenizers of three kinds that know a few words; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = (  # noqa: SIM905
     "he she said that went home was happy because too Tom and ate bread Lily the doctor late nurse here grand to king "
     "queen a dog ran over green hill it fast"
 ).split()
-# "grandpa" and "grandma" have two tokens, as in a vocabulary that was trained.
+# "grandpa" and "grandma" have two tokens, as rarer words have in a trained vocabulary.
 PIECES = ["pa", "ma"]
 LETTERS = sorted(set("".join(WORDS + PIECES)) | set(",."))
 
@@ -45,7 +45,7 @@ def _wordpiece() -> PreTrainedTokenizerFast:
 
 
 def _bpe(special: list[str], letters: list[str], space: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary and merges that build each word after a space from its left end, and the pieces."""
+    """A vocabulary and merges that build each word from left to right after a space, and merges for the pieces."""
     merges = [(piece[0], piece[1]) for piece in PIECES]
     for word in WORDS:
         left = space
@@ -177,7 +177,7 @@ def model_of(name: str) -> PreTrainedModel:
     return model.train()
 
 
-# Of different lengths, before the slot and in all.
+# The texts differ in the number of tokens before the slot, and in all.
 TEXTS = [
     "Tom went home to a dog, and [FEATURE] ate",
     "the king said [FEATURE] was late",
@@ -186,7 +186,7 @@ TEXTS = [
 
 
 def pairs(name: str, factual: str = "he", counterfactual: str = "she") -> Dataset:
-    """Both ways of every text; for a classifier the words stand in the text and the labels are the model's."""
+    """Each text with either word as the factual one; for a classifier, texts have the word, and labels are classes."""
     ways = [(factual, counterfactual, MALE), (counterfactual, factual, FEMALE)]
     rows = [(text, *way) for way in ways for text in TEXTS]
     if task_name(name) == "classification":

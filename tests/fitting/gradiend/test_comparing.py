@@ -1,4 +1,4 @@
-"""Features beside each other: against vectors written out, and what a budget is held against."""
+"""Comparing features: against vectors written out, and how a budget is compared with a cost."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_features_beside_each_other_are_as_their_vectors_say(tmp_path: Path):
     for i, one in enumerate(found.names):
         for j, two in enumerate(found.names):
             a, b = vectors[one], vectors[two]
-            # decode adds and subtracts a bias in float32
+            # decode adds and subtracts a bias in float32.
             assert float(found.cosine[i, j]) == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-4)
             assert float(found.overlap[i, j]) == pytest.approx(len(largest[one] & largest[two]) / wanted, abs=0.02)
     assert found.reading is not None
-    for i, trainer in enumerate(trainers.values()):  # all have the same pairs
+    for i, trainer in enumerate(trainers.values()):  # All trainers have the same pairs.
         assert found.reading[i].tolist() == pytest.approx([trainer.evaluate()["cor"]] * 3, nan_ok=True)
     assert len(found.to_pandas()) == 9 and set(found.to_pandas().columns) >= {"cosine", "overlap", "reading"}
     found.plot(str(tmp_path / "features.png"))

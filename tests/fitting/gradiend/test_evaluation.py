@@ -1,4 +1,4 @@
-"""The numbers a feature neuron and an edit are judged by, against formulas written out and scikit-learn."""
+"""The numbers that judge a feature neuron and an edit, against formulas written out and scikit-learn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_metrics_are_those_of_numpy_and_scikit_learn(rows):
     values, labels = (np.array(column) for column in zip(*rows, strict=True))
     found = encoded(values.tolist(), labels.tolist(), GENDERS).metrics()
     featured = labels != 0
-    # float64 sums of at most 43 terms
+    # The sums are float64, of at most 43 terms.
     assert found["cor"] == pytest.approx(np.corrcoef(values[featured], labels[featured])[0, 1], abs=1e-9, nan_ok=True)
     assert found["cor_enc"] == pytest.approx(np.corrcoef(values, labels)[0, 1], abs=1e-9, nan_ok=True)
     decided = np.where(values > 0.5, 1, np.where(values < -0.5, -1, 0))
@@ -108,7 +108,7 @@ def test_one_scan_serves_several_goals_and_budgets():
     assert other == Selection("fpi", 0.02, points[1], base, points)
     assert selection.choose("fpi", 0.015) == Selection("fpi", 0.015, points[0], base, points)
     assert other.choose("bpi") == selection
-    # Two numbers without intervals do not say what is better.
+    # Two numbers without intervals do not show which is better.
     assert "cost in language modelling +2.00%" in str(other) and "better" not in str(other) + str(selection)
     with pytest.raises(ValueError, match="goal='mpi' was not scored: write one of bpi, fpi"):
         selection.choose("mpi")
@@ -116,7 +116,7 @@ def test_one_scan_serves_several_goals_and_budgets():
 
 @pytest.mark.parametrize(("far", "tried"), [(2.0, [1.0, 2.0]), (5.0, [1.0, 2.0, 4.0])])
 def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list[float], monkeypatch):
-    """Each rate costs a tenth of itself; the budget is 0.07."""
+    """The cost of a learning rate is a tenth of the rate; the budget is 0.07."""
     rate = [0.0]
 
     @contextmanager

@@ -16,7 +16,7 @@ from hf_erasure.fitting.gradiend import GradientReader, PairBatch, pair_batches,
 from hf_erasure.gradiend import ClosedFormEstimator
 from tests.fitting.gradiend.language_models import CLASSES, NAMES, model_of, pairs, task_name, tokenizer_of
 
-# Rounding of float32 sums in another order, over the norm of the whole gradient: measured up to 7e-7.
+# Rounding of float32 sums in another order, relative to the norm of the whole gradient: up to 7e-7 was measured.
 TOLERANCE = 1e-5
 
 KINDS = ("factual", "counterfactual", "difference")
@@ -24,7 +24,7 @@ LANGUAGE_MODELS = tuple(name for name in NAMES if task_name(name) != "classifica
 
 
 def batches_of(name: str, model: nn.Module, *words: str, side: str = "right") -> list[PairBatch]:
-    """One batch a class, with all rows of it."""
+    """One batch for each class, with all rows of the class."""
     tokenizer = tokenizer_of(name, side)
     return pair_batches(pairs(name, *words), tokenizer, task_name(name), CLASSES, batch_size=3, config=model.config)
 
@@ -34,7 +34,7 @@ def targets(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tokens_after(tokenizer: hf.PreTrainedTokenizerBase, prefix: str, word: str) -> list[int]:
-    """The word's tokens, by hand: what comes after the prefix's."""
+    """The word's tokens, by hand: the tokens after those of the prefix."""
     known = tokenizer(prefix.strip(), add_special_tokens=False)["input_ids"]
     whole = tokenizer(f"{prefix}{word}", add_special_tokens=False)["input_ids"]
     assert whole[: len(known)] == known
@@ -86,7 +86,7 @@ def plain_gradients(name: str, model: nn.Module, label: int, *words: str) -> dic
 
 
 def off_by(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error of an entry over the largest entry of all."""
+    """The largest error of an entry, relative to the largest entry of all gradients."""
     assert got.keys() == expected.keys()
     size = max(float(block.abs().max()) for block in expected.values())
     assert size > 1e-3
@@ -126,7 +126,7 @@ def test_words_of_several_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LANGUAGE_MODELS if task_name(name) != "masked"])
 def test_words_with_different_numbers_of_tokens(name: str) -> None:
-    """Each word has a forward of its own, and a mean over its own tokens."""
+    """Each word has a forward pass of its own, and a mean over its own tokens."""
     model = model_of(name)
     for batch in batches_of(name, model, "grandpa", "she"):
         assert batch.apart is not None
@@ -167,7 +167,7 @@ def state_of(model: nn.Module) -> list[object]:
 
 
 def prepared(name: str = "bert") -> nn.Module:
-    """A model with some parameters frozen, some gradients there, and mixed training flags."""
+    """A model with some frozen parameters, some gradients already set, and mixed training flags."""
     model = model_of(name)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 != 0)
@@ -178,7 +178,7 @@ def prepared(name: str = "bert") -> nn.Module:
 
 
 class Recorder:
-    """Stands in for the closed-form estimator: keeps what it is given."""
+    """Replaces the closed-form estimator, and keeps what it is given."""
 
     def __init__(self, fail_at: str = "") -> None:
         self.source: dict[str, Tensor] = {}
@@ -315,7 +315,7 @@ def test_bf16_models_give_float32_gradients(name: str) -> None:
         flat = torch.cat([block.flatten() for block in got[kind].values()])
         goal = torch.cat([expected[kind][block].flatten() for block in got[kind]])
         assert flat.dtype == torch.float32
-        # 8 bits of mantissa in activations and weights alike, through two layers with weights far from small.
+        # Activations and weights have 8 bits of mantissa, and pass two layers with large weights.
         assert float(F.cosine_similarity(flat, goal, dim=0)) > 0.95
 
 
@@ -396,7 +396,7 @@ def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: tor
 
 
 def test_streaming_never_holds_two_gradients() -> None:
-    """When a block of the target arrives, the source is gone and no other block of the target waits."""
+    """When a block of the target arrives, no block of the source and no other block of the target is in memory."""
     model = model_of("llama")
     held: list[int] = []
 

@@ -38,7 +38,7 @@ def test_causal_loss_is_transformers_own_over_all_tokens(name: str, side: str) -
     with torch.no_grad():
         for text in TEXTS["text"]:
             ids = torch.tensor([tokenizer_of(name)(text)["input_ids"]])
-            # A text's first token is not scored, not even after a token that opens all texts.
+            # A text's first token is not scored, not even if the tokenizer puts a start token before it.
             first = 1 if name == "llama" else 0
             logits = model.eval()(input_ids=ids).logits[0, first:-1]
             loss += float(F.cross_entropy(logits, ids[0, first + 1 :], reduction="sum"))
@@ -78,7 +78,7 @@ def test_masked_accuracy(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_seq2seq_spans(name: str) -> None:
-    """By hand: labels as the models are trained with; only the tokens that were cut out count."""
+    """By hand: the labels are those that the models are trained with; only the tokens that were cut out count."""
     model, tokenizer = model_of(name).eval(), tokenizer_of(name)
     scored = language(name, model, mask_share=0.3)
     got = scored.score()
@@ -143,7 +143,7 @@ def test_where_nothing_is_masked_draws_make_no_difference(name: str) -> None:
 
 
 def hidden(filled: SlotInputs) -> list[tuple[tuple[int, ...], ...]]:
-    """Of each text the unpadded input, and the tokens to predict."""
+    """For each text, the unpadded input and the tokens to predict."""
     ids, mask = filled.inputs["input_ids"], filled.inputs["attention_mask"].bool()
     return [
         (tuple(ids[row][mask[row]].tolist()), tuple(filled.tokens[filled.rows == row].tolist()))

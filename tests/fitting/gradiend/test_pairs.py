@@ -1,4 +1,4 @@
-"""Pairs and neutral texts as batches, and every way in which a data set of them can be wrong."""
+"""Pairs and neutral texts as batches, and the refusal of data sets that are wrong in any way."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_tokenizers_mask_may_stand_for_the_slot() -> None:
 
 def test_class_labels_of_the_data_set_are_read_by_name() -> None:
     data = pairs("bert")
-    names = ClassLabel(names=[MALE, FEMALE])  # not the order of CLASSES
+    names = ClassLabel(names=[MALE, FEMALE])  # The order differs from that of CLASSES.
     data = data.cast_column("label", names)
     batches = pair_batches(data, tokenizer_of("bert"), "masked", CLASSES, batch_size=3)
     assert tokenizer_of("bert").convert_ids_to_tokens(batches[0].factual) == ["she"] * 3 and batches[0].label == 0
@@ -210,7 +210,7 @@ def test_faults_of_a_row_are_named(fault: str) -> None:
         assert change.get("text", ROW["text"]) in str(caught.value), "and its text is shown"
 
 
-# What the text, the words or their length are to blame for; a cell that is wrong is refused by both.
+# Faults of the text, the words or their length. The other faults, of a cell, are refused by both functions.
 UNUSABLE = [name for name in FAULTS if name not in ("same word", "no text", "no word", "unknown label")]
 
 
@@ -233,7 +233,7 @@ def test_what_is_refused_is_what_is_left_out(fault: str) -> None:
 
 
 def test_a_token_that_reaches_over_the_start_of_a_word() -> None:
-    """ "gre" + "en" would be one token, so "en" has none of its own there."""
+    """The text would have one token for "gre" and "en", so that "en" has no token of its own."""
     with pytest.raises(PairError, match="a token reaches over an end of 'en'"):
         check("gpt2", OTHER, {**ROW, "text": "the hill was gre[FEATURE]", "factual": "en", "counterfactual": "at"})
 

@@ -1,4 +1,4 @@
-"""Several processes estimate what one does."""
+"""Several processes estimate the same as one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.prepared import together
 
 
 def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> list[tuple[dict[str, torch.Tensor], dict]]:
-    """What each process ended with, and how many there were."""
+    """The tensors that each process ended with, and its metadata, such as the number of processes."""
     folder.mkdir()
     asked = (two_processes.main, folder, estimator, batch_size)
     status, printed = together(processes, *asked, folder=folder, ACCELERATE_USE_CPU="true")
@@ -26,8 +26,8 @@ def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> lis
     return found
 
 
-# Six rows, three of each class: with two processes the last step of a class is one process's alone.
-# With batches of three there is one of each class, and nothing for the second process.
+# Six rows, three of each class: with two processes and batches of one, only one process has a row in the last step of a
+# class. With batches of three, a class is one batch, and the second process gets none.
 @pytest.mark.parametrize(
     ("estimator", "alone", "together"),
     [("closed_form", 1, 1), ("closed_form", 3, 3), ("trained", 2, 1)],
@@ -40,9 +40,9 @@ def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp
     for name, value in one.items():
         assert torch.equal(two[0][0][name], two[1][0][name]), name
         block = name.partition(".")[2]
-        # A bias is half the sum of two class means, whose difference is twice the weight: they may cancel.
+        # A bias is half the sum of two class means and may cancel; a weight is half their difference.
         scale = max(float(one[f"{kind}.{block}"].abs().max()) for kind in ("weight", "bias"))
         difference = float((two[0][0][name] - value).abs().max())
-        # The same float32 gradients, added in another order: a few units of 2^-24. A trained neuron makes 8 steps from
-        # there, each of which divides by the root of a mean of squares.
+        # The same float32 gradients, added in another order, differ by a few units of 2^-24. A trained neuron makes 8
+        # steps with them, each of which divides by the root of a mean of squares.
         assert difference <= scale * (8 * 2**-24 if estimator == "closed_form" else 1e-3), name

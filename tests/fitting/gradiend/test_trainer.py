@@ -51,7 +51,7 @@ def trainer_of(model: PreTrainedModel, name: str, folder: Path, callbacks=None, 
 
 
 def _other_texts(name: str) -> Dataset:
-    """Pairs that the trainer does not learn from."""
+    """The pairs with other words around the slot, which the trainer does not learn from."""
     swapped = {"Tom": "Lily", "king": "nurse", "fast": "late", "happy": "fast", "dog": "doctor"}
 
     def swap(row: dict[str, str]) -> dict[str, str]:
@@ -80,11 +80,11 @@ def test_closed_form_reads_the_class_of_texts_it_has_not_seen(name: str, tmp_pat
 
     assert output.global_step == len(pairs(name))
     assert found["acc"] == 1.0
-    assert found["cor"] > 0.9  # the words differ and little else: anything much lower means mixed-up signs
+    assert found["cor"] > 0.9  # The words differ and little else, so that anything much lower means mixed-up signs.
     assert found["eval_cor"] == found["cor"]
     assert {"cor_enc", "acc_enc"} <= set(found)
     assert output.metrics["cor_female_male"] == pytest.approx(found["cor"])
-    # Gradients were read and nothing was trained; without a learning rate the adapter does nothing.
+    # Gradients were read, but the model was not trained; without a learning rate the adapter does nothing.
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
     assert torch.equal(logits_of(model, name), unadapted)
     GradiendAdapter.of(model, NAME).steer(feature_factor=1.0, learning_rate=1e-2)
@@ -161,7 +161,7 @@ def test_no_convergence_is_warned_of(tmp_path: Path):
 
 
 class Stop(TrainerCallback):
-    """Breaks off after so many steps, as a kill would; what is due at that step is still written before the next."""
+    """Stops the training after some steps, as a kill would, but what is due at that step is still written."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -222,9 +222,9 @@ def test_select_steers_within_the_budget_and_leaves_the_weights(tmp_path: Path):
     assert chosen.best.cost <= 0.5
     config = model.peft_config[NAME]
     assert (config.feature_factor, config.learning_rate) == (chosen.best.feature_factor, chosen.best.learning_rate)
-    # What was scored with the edit in the weights is what the steered adapter gives.
+    # The scores with the edit in the weights are those of the steered adapter.
     steered = trainer.scorer().score(("female", "male"), 0, 0, None)
-    # float32 sums in another order: W + delta computed at each forward, and once
+    # float32 sums in another order: W + delta is computed at each forward pass, or only once.
     assert steered.goals["fpi"] == pytest.approx(chosen.best.goals["fpi"], rel=1e-4)
     table = chosen.to_pandas()
     assert len(table) == len(chosen.points) + 1
@@ -278,7 +278,7 @@ def test_three_classes_have_three_neurons_and_are_balanced_by_the_formula_of_k(t
 
 
 def scored(name: str, classes: list[str], rows: list[tuple[str, ...]], folder: Path):
-    """Class probabilities of a model by `(text, factual, counterfactual, label, other)` rows, and what it was asked."""
+    """A model's class probabilities for `(text, factual, counterfactual, label, other)` rows, and the trainer."""
     columns = ("text", "factual", "counterfactual", "label", "counterfactual_label")
     data = Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
     model = model_of(name).eval()
@@ -289,7 +289,7 @@ def scored(name: str, classes: list[str], rows: list[tuple[str, ...]], folder: P
 
 
 def alone(trainer: GradiendTrainer, text: str, words: list[str]) -> list[float]:
-    """The oracle: a softmax at the slot of one text."""
+    """The expected probabilities: a softmax at the slot of one text."""
     tokenizer = trainer.processing_class
     before = tokenizer(text.partition(" [FEATURE]")[0], return_tensors="pt")
     with torch.no_grad():
@@ -344,7 +344,7 @@ def test_one_word_in_two_spellings_counts_once():
 # ---- the adapter -----------------------------------------------------------------------------------------------------
 
 
-# Sparse or dense is a matter of the parameters, and of no task: each is tried with two of them.
+# Whether a feature is sparse does not depend on the task, so each density is tried with two of the tasks.
 @pytest.mark.parametrize(("name", "density"), [*zip(EVERY_TASK, [1.0, 0.05, 1.0, 0.05], strict=True)])
 def test_a_loaded_adapter_encodes_as_the_one_that_was_saved(name: str, density: float, tmp_path: Path):
     model = adapted(name, density=density, keep_encoder=True)
@@ -354,8 +354,8 @@ def test_a_loaded_adapter_encodes_as_the_one_that_was_saved(name: str, density: 
     (batch,) = (b for b in _batches(name, 3) if b.label == 0)
     values = GradiendAdapter.of(model, NAME).encode(batch)
     assert values.shape == (3,)
-    # Class 0 is +1, and a sparse encoder is brought to the scale of the dense one: merely pruned it reads 0.05 to 0.2
-    # less here, calibrated the mean stays within 0.06.
+    # Class 0 is at +1. A sparse encoder is scaled to read as the dense one: its mean is then within 0.06 of the dense
+    # one's, and without the scaling 0.05 to 0.2 below it.
     with reading_the_base(model, NAME) as reader:
         encode = trainer.fitted[0].feature.encoder.encode
         rows = [batch.some_rows([row]) for row in range(len(batch))]
@@ -379,7 +379,7 @@ def test_a_batch_with_labels_encodes_as_the_pairs_do(name: str, tmp_path: Path):
     adapter = GradiendAdapter.of(model, NAME)
     for batch in _batches(name, 3):
         plain = _with_labels(batch, name)
-        # One graph with other padding: float32 rounding
+        # The graph is the same, the padding differs: float32 rounding.
         assert adapter.encode(plain).tolist() == pytest.approx(adapter.encode(batch).tolist(), abs=1e-4)
 
 
@@ -388,7 +388,7 @@ def _with_labels(batch: PairBatch, name: str) -> dict[str, torch.Tensor]:
     inputs = dict(batch.inputs)
     if task == "classification":
         return {**inputs, "labels": batch.factual}
-    if task == "causal":  # the word itself stands in the input, as in running text
+    if task == "causal":  # The word itself is in the input, as in running text.
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
         labels = torch.full_like(ids, -100)
@@ -512,7 +512,7 @@ def test_the_size_is_said_before_fitting(tmp_path: Path, caplog: pytest.LogCaptu
         trainer_of(model, "llama", tmp_path).train()
     (said,) = [record.getMessage() for record in caplog.records if "MiB" in record.getMessage()]
     n = sum(p.numel() for p in targeted_parameters(model, NAME).values())
-    # Wd, bd and positions of a tenth of the weights, four bytes each
+    # Wd, bd and positions of a tenth of the weights take four bytes each.
     assert f"10.00% of {n:,} weights" in said
     assert f"{12 * math.ceil(n / 10) / 2**20:.2f} MiB, 0.30 times" in said
     assert GradiendAdapter.of(model, NAME).nbytes == 12 * math.ceil(n / 10)
@@ -539,7 +539,7 @@ def test_values_are_on_one_scale_whatever_the_size_of_a_batch(size: int, tmp_pat
     trainer.train()
     found = trainer.encode(pairs("llama"))[0].to_pandas()
     preactivations = found["value"].map(math.atanh).groupby(found["class"]).mean()
-    # Fitted on batches of three and not centred on single texts, the first would be 0.66.
+    # Fitted on batches of three without centring on single texts, the first value would be 0.66.
     assert math.tanh(preactivations["female"]) == pytest.approx(0.9, abs=1e-3)
     assert math.tanh(preactivations["male"]) == pytest.approx(-0.9, abs=1e-3)
 
@@ -559,7 +559,7 @@ def decoder_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_what_another_run_left_in_the_folder_is_not_taken_for_this_one(tmp_path: Path):
     first = adapted("llama")
     trainer_of(first, "llama", tmp_path / "out", **TRAINED).train()
-    # Another run in the same folder is killed after it kept a feature and before it wrote a checkpoint.
+    # Another run in the same folder is killed after it saved a feature and before it wrote a checkpoint.
     other = {**TRAINED, "learning_rate": 5e-2, "save_steps": 100, "eval_steps": 1}
     with pytest.raises(InterruptedError):
         trainer_of(adapted("llama"), "llama", tmp_path / "out", callbacks=[Stop(2)], **other).train()
@@ -599,7 +599,7 @@ def test_resuming_with_other_settings_names_the_one_that_differs(changed: dict[s
 
 @pytest.mark.parametrize("estimator", ["closed_form", "trained"])
 def test_resuming_with_another_model_of_the_same_shapes_is_refused(estimator: str, tmp_path: Path):
-    """What was learned from the gradients of the first would become a feature of the second."""
+    """What was learned from the gradients of the first model would become a feature of the second model."""
     options = {**TRAINED, "estimator": estimator}
     with pytest.raises(InterruptedError):
         trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(5)], **options).train()

@@ -139,7 +139,7 @@ def test_a_vowel_sign_belongs_to_its_letter() -> None:
 
 
 def test_tokens_of_a_word_without_a_space_before_it() -> None:
-    """After a space a tokenizer gives other tokens, or one more."""
+    """After a space, a tokenizer gives other tokens for the word, or one more."""
     tokenizer = unspaced_tokenizer()
     assert tokenizer.convert_ids_to_tokens(word_tokens(tokenizer, ["他"])[0]) == ["他"]
     ids = tokenizer("因为他很累", add_special_tokens=False)["input_ids"]
@@ -147,7 +147,7 @@ def test_tokens_of_a_word_without_a_space_before_it() -> None:
 
 
 def unspaced_tokenizer() -> PreTrainedTokenizerFast:
-    """As of XLM-R and Llama: a mark stands where a space is, and before a text."""
+    """A tokenizer like that of XLM-R or Llama: a mark stands for each space, and before a text."""
     pieces = ["<unk>", "<pad>", "▁", "a", "▁a", *"因为他她很累"]
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -1,4 +1,4 @@
-"""Fits in one process or in several, and writes what each ended with."""
+"""Fits in one process or in several; each process writes its result."""
 
 from __future__ import annotations
 
