@@ -1,7 +1,7 @@
-"""A program that uses LoRA and nothing else, with or without `import hf_erasure`; it notes whatever can be seen of it.
+"""A program that uses only LoRA, with or without `import hf_erasure`, and records all that can be observed.
 
-`python lora_alone.py RESULT [plugin]` works in the current folder, and writes what it has seen to the file RESULT. All
-of its paths are relative, so that messages and files of two runs in two folders are the same.
+`python lora_alone.py RESULT [plugin]` works in the current folder, and writes its record to the file RESULT. All of its
+paths are relative, so that messages and files of two runs in two folders are the same.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from tests.small_models import inputs_of, small_batch, small_model
 
-# Printed to both streams where the program proper begins, after all imports.
+# Printed to both streams after all imports, where the recorded part of the program begins.
 BEGINS = "---- the program begins ----"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = hf.BertConfig(**SIZES, vocab_size=64, max_position_embeddings=48, num_labels=2)
 
 
 class Notes:
-    """What a run has seen.
+    """The record of a run.
 
     Attributes:
-        seen: By part and step: the digest of a tensor, or a text.
-        warned: By part: the category, text and place of every warning.
+        seen: `"part: step"` → the digest of a tensor, or a text.
+        warned: Part → the category, text and place of every warning.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Notes:
         self.seen[key] = _told(value)
 
     def tried(self, step: str, call: Callable[[], Any]) -> None:
-        """What a call raises that may not work, or the tensor that it returns."""
+        """Record the error that a call raises, or the tensor that it returns."""
         try:
             result = call()
         except Exception as error:
@@ -71,7 +71,7 @@ class Notes:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
-        # Where a warning is said to come from decides whether a program's filters let it through.
+        # The file that a warning names is recorded too, since a program's filters may depend on it.
         places = [Path(warning.filename).parts[-2:] for warning in caught]
         self.warned[part] = [
             [warning.category.__name__, str(warning.message), "/".join(place)]
@@ -96,7 +96,7 @@ def llama() -> Any:
 
 
 def lora(**fields: Any) -> LoraConfig:
-    """A LoRA that acts as soon as it is there."""
+    """A LoRA that acts as soon as it is added."""
     wanted = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     return LoraConfig(**{**wanted, **fields})
 
@@ -107,7 +107,7 @@ def output(model: nn.Module, name: str = "llama", **more: Any) -> Tensor:
 
 
 def modes(model: nn.Module) -> dict[str, list[bool]]:
-    """What trains, what is in training mode, and what is active."""
+    """Which parameters train, which modules are in training mode, and which adapters are active in each layer."""
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
     return {
         "trains": [parameter.requires_grad for parameter in model.parameters()],
@@ -120,7 +120,7 @@ def modes(model: nn.Module) -> dict[str, list[bool]]:
 
 
 def mixin(notes: Notes) -> None:
-    """Adapters of a transformers model."""
+    """Adapters on a transformers model."""
     model = llama()
     notes.note("plain", output(model))
     model.add_adapter(lora())
@@ -169,7 +169,7 @@ def mixin(notes: Notes) -> None:
 
 
 def mixin_errors(notes: Notes) -> None:
-    """Calls that cannot work leave the same message and the same model."""
+    """Calls on a transformers model that cannot work."""
     model = llama()
     notes.tried("set without any", lambda: model.set_adapter("default"))
     notes.tried("enable without any", model.enable_adapters)
@@ -210,7 +210,7 @@ def mixin_errors(notes: Notes) -> None:
 
 
 def peft_model(notes: Notes) -> None:
-    """Adapters of a PeftModel."""
+    """Adapters on a PeftModel."""
     model = get_peft_model(llama(), lora(task_type="CAUSAL_LM"))
     notes.note("one", output(model))
     notes.note("modes of one", modes(model))
@@ -351,7 +351,7 @@ def _plain(value: Any) -> Any:
 
 
 def otherwise(notes: Notes) -> None:
-    """Models as they are made in inference mode and with another default type."""
+    """Models that are made in inference mode and with another default dtype."""
     made: dict[str, Any] = {}
 
     def through_transformers() -> None:
@@ -377,7 +377,7 @@ def otherwise(notes: Notes) -> None:
 
 
 def spread(notes: Notes) -> None:
-    """A model of which one block lies on disk."""
+    """A model with one block on disk."""
     llama().save_pretrained("spread base")
     get_peft_model(llama(), lora(task_type="CAUSAL_LM")).save_pretrained("spread adapter")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
@@ -388,7 +388,7 @@ def spread(notes: Notes) -> None:
 
     read = base("spread 1")
     notes.tried("loaded by transformers", lambda: read.load_adapter("spread adapter"))
-    # Its outputs are not noted: what belongs to the block on disk gets no values, so they differ from run to run.
+    # Its outputs are not recorded: the adapter's part for the block on disk is not loaded, so they differ in each run.
     notes.note("devices by transformers", str(getattr(read, "hf_device_map", None)))
     placed = {"device_map": places, "offload_folder": "spread 2"}
     notes.tried("read by PEFT", lambda: PeftModel.from_pretrained(base("spread 3"), "spread adapter", **placed))
@@ -401,7 +401,7 @@ def spread(notes: Notes) -> None:
 
 
 def experts(notes: Notes) -> None:
-    """Weights that transformers keeps under other names than its files, and a LoRA on parameters."""
+    """Weights whose names in transformers differ from those in its files, and a LoRA on parameters."""
     sizes = {**SIZES, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
     torch.manual_seed(0)
     base = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, pad_token_id=0)).eval()
@@ -472,7 +472,7 @@ def training(notes: Notes) -> None:
             )
             trainer = hf.Trainer(model, arguments, train_dataset=Texts(1), eval_dataset=Texts(2))
             start = f"trainer {way} whole/checkpoint-1" if run == "resumed" else None
-            # A model with an adapter that is not a PeftModel is not resumed by every release of transformers.
+            # Some releases of transformers cannot resume a model with an adapter that is not a PeftModel.
             notes.tried(f"{way} {run} trained", functools.partial(trainer.train, resume_from_checkpoint=start))
             notes.note(f"{way} {run}", [output(trainer.model.eval()), modes(trainer.model)])
             notes.note(f"{way} {run} log", [_timeless(row) for row in trainer.state.log_history])
@@ -486,7 +486,7 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def signatures(notes: Notes) -> None:
-    """What a program sees that looks at the functions it calls."""
+    """The signatures and docstrings of the functions that a program calls."""
     for owner in (
         PeftAdapterMixin,
         PeftModel,
@@ -511,7 +511,7 @@ PARTS = (mixin, mixin_errors, peft_model, peft_errors, heads, otherwise, spread,
 
 
 def files() -> dict[str, str]:
-    """The digest of every file that was written; what Trainer has timed is left out of it."""
+    """The digest of every file that was written, without the times that Trainer measured."""
     found = {}
     for path in sorted(path for path in Path().rglob("*") if path.is_file()):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Where accelerate may keep a model's weights, and the kinds of adapter that are tried there."""
+"""The places where accelerate can keep a model's weights, and the kinds of adapter that are tested there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AUTO_PEFT = {
     "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
     "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
 }
-# The block that goes to disk.
+# The block that is put on disk.
 _ON_DISK = {"bert": "encoder.layer.1", "llama": "model.layers.1", "t5": "decoder.block.1"}
 
 
@@ -36,7 +36,7 @@ def device_map(name: str) -> dict[str, str]:
     with torch.device("meta"):
         model = ARCHITECTURES[name].build()
     owners = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    # What is inside an owner comes with it.
+    # Modules inside an owner go where it goes.
     inside = tuple(f"{owner}." for owner in owners)
     buffers = [n for n, m in model.named_modules() if any(True for _ in m.buffers(recurse=False))]
     kept = [n for n in dict.fromkeys([*owners, *buffers]) if not n.startswith((f"{block}.", *inside))]
@@ -45,12 +45,12 @@ def device_map(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Placement:
-    """A way of spreading a model's weights.
+    """A way of distributing a model's weights.
 
     Attributes:
-        title: What the tables call it.
-        place: Takes a model, the name of its architecture and a folder for weights, and gives the placed model. None
-            where weights are spread while they are loaded.
+        title: Its name in the tables of the documentation.
+        place: Takes a model, the name of its architecture and a folder for weights, and returns the placed model. None
+        where weights are distributed while they are loaded.
     """
 
     title: str
@@ -107,15 +107,15 @@ class Kind:
         return ARCHITECTURES[name].auto.from_pretrained(self.base_folder(name), **kwargs)
 
     def fitted(self, name: str) -> PreTrainedModel:
-        """A plain model with the adapter; a copy of its own."""
+        """A new copy of the plain model with the adapter."""
         return copy.deepcopy(self._fitted(name))
 
     def _outputs(self, name: str, adapted: bool) -> dict[str, Tensor]:
-        """What the model returns on one device, with the adapter or without."""
+        """The model's outputs on one device, with the adapter or without."""
         return outputs(self.fitted(name) if adapted else self.base(name), name)
 
     def folder(self, name: str) -> Path:
-        """The folder of the adapter; it says which base it is for."""
+        """The folder of the adapter; its configuration names the base."""
         folder = self.root / f"{name}-adapter"
         if not folder.exists():
             self.fitted(name).save_pretrained(folder)
@@ -131,7 +131,7 @@ class Erasure(Kind):
         self.target = target
 
     def cell(self, name: str) -> Cell:
-        # Where T5's layers are to be merged: they have no biases, and its configuration no switch for any.
+        # T5 and Llama have linear layers without biases, where only the linear part of an erasure can be merged.
         return Cell(name, self.target, "output", affine=name not in ("t5", "llama") or self.target == "norms")
 
     def base_folder(self, name: str) -> Path:
@@ -173,7 +173,7 @@ class Case:
         kind: The adapter.
         name: The architecture.
         placement: Where the weights are.
-        order: Whether the adapter is attached before or after the weights get there.
+        order: Whether the adapter is attached `"before"` or `"after"` the weights are placed.
         folder: An empty folder.
     """
 
@@ -185,7 +185,7 @@ class Case:
 
     @property
     def wanted(self) -> dict[str, Tensor]:
-        """What the plain model returns with the adapter."""
+        """The outputs of the plain model with the adapter."""
         return self.kind.outputs(self.name, True)
 
     @property
@@ -194,7 +194,7 @@ class Case:
 
     @property
     def adapter(self) -> str:
-        """The adapter's name; where it is loaded with its base, the caller cannot choose one."""
+        """The adapter's name, which the caller cannot choose where the adapter is loaded together with its base."""
         return "default" if self.placement is LOADED and self.order == "before" else NAME
 
     def new_folder(self, name: str) -> Path:
@@ -203,7 +203,7 @@ class Case:
         return folder
 
     def placed_base(self, model: Any = None, folder: str = "offloaded") -> Any:
-        """The base model, or one that is given, with its weights where the placement keeps them."""
+        """The base model, or `model` where it is given, with its weights placed."""
         if self.placement.place is None:
             return self.kind.base(self.name, **self._spread(folder))
         base = self.kind.base(self.name) if model is None else model
@@ -238,7 +238,7 @@ class Case:
 
 
 def outputs(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Every floating-point tensor that a model returns, whose weights may be elsewhere."""
+    """Every floating-point tensor that a model returns; its weights may be offloaded."""
     with torch.no_grad():
         output = model(**inputs_of(small_batch(name, seed=5)))
     return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}

@@ -1,4 +1,4 @@
-"""Small models loaded through six quantisers on a CPU, and the float model that they are copies of."""
+"""Small models loaded through six quantisers on a CPU, and the float models that they are copies of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tests.fitting.gradiend.language_models import tokenizer_of
 from tests.small_models import roughen
 
-# 4-bit kernels take blocks of 64 weights along a row.
+# 4-bit kernels need rows of a multiple of 64 weights.
 WIDTH = 64
 _SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
 _SIZES |= {"max_position_embeddings": 64}
@@ -38,7 +38,7 @@ def _torchao_int8() -> Any:
 
 
 def _torchao_int4() -> Any:
-    # torchao's own packing of 4 bits needs a GPU; this one computes anywhere.
+    # torchao's own packing of 4 bits needs a GPU; `IntxWeightOnlyConfig` works on any device.
     quantization = pytest.importorskip("torchao.quantization", reason="the quantiser of these bases is not installed")
     granularity = quantization.PerGroup(32)
     return hf.TorchAoConfig(quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity))
@@ -67,7 +67,7 @@ def _float_model(architecture: str, seed: int) -> PreTrainedModel:
 
 
 class Bases:
-    """Folders with float models, and the models loaded from there, as they are or through a quantiser."""
+    """Folders with float models, and the models loaded from them, as they are or through a quantiser."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -24,7 +24,7 @@ from tests.small_models import LABELS, distance, inputs_of, outputs_of, roughen,
 TABLE = "Compiled"
 FIRST, SECOND = "first", "second"
 # Fused kernels sum in another order than eager ones: a rounding of 2^-24 relative for each of some 64 terms, which
-# norms and softmax pass on. Gradients come through twice as many sums.
+# norms and softmax pass on. Gradients go through twice as many sums.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 Enter = Callable[[str, str, str, str], None]
@@ -35,10 +35,10 @@ class Adapter:
     """A kind of adapter in one place, on one small model.
 
     Attributes:
-        name: What it is called here.
+        name: Its name in ids and tables.
         config: Makes its configuration.
-        architecture: The model.
-        mergeable: Makes the configuration with which it can be merged; that of llama's head takes no bias.
+        architecture: The model's architecture.
+        mergeable: Makes a configuration that can be merged; llama's head has no bias for an affine erasure.
     """
 
     name: str
@@ -74,14 +74,14 @@ STEERED = [DENSE, SPARSE]
 
 
 def adapters(*usual: Adapter) -> pytest.MarkDecorator:
-    """All of them; those that are not named are for the slow tests and `make matrix`."""
+    """Parametrise over all adapters; those that are not in `usual` run only in the slow tests and `make matrix`."""
     cells = [pytest.param(a, marks=() if a in usual else pytest.mark.slow) for a in ADAPTERS]
     return pytest.mark.parametrize("adapter", cells, ids=str)
 
 
-# A LoRA is here for the table: no code of this package runs.
+# LoRA is only for the table, and slow: with it no code of this package runs.
 every_adapter = adapters(NORMS, LINEAR, DENSE, SPARSE)
-# Where a test takes several seconds, one place of each kind stands for both.
+# For tests that take several seconds: only one place of each kind.
 one_of_each = adapters(NORMS, SPARSE)
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
@@ -90,7 +90,7 @@ _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def base(architecture: str) -> PreTrainedModel:
-    """One layer, so that compiling takes seconds."""
+    """A model of one layer, so that compiling takes only seconds."""
     if architecture == "bert":
         model: PreTrainedModel = hf.BertModel(hf.BertConfig(**_SIZES, **_TOKENS, **_NO_DROPOUT))
     else:
@@ -99,7 +99,7 @@ def base(architecture: str) -> PreTrainedModel:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, name: str, config: peft.PeftConfig | None = None) -> None:
-    """Add an adapter and fit it; adapters of other names are other ones."""
+    """Add an adapter and fit it, with a seed that is the length of its name."""
     config, seed = config or adapter.config(), len(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -111,7 +111,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, name: str, config: peft.Pef
 
 
 def with_two(adapter: Adapter) -> PreTrainedModel:
-    """A model with two adapters of which the first acts, each fitted as if it were alone."""
+    """A model with two adapters, each fitted while the other was off; the first is active."""
     model = base(adapter.architecture)
     attach(model, adapter, FIRST)
     model.disable_adapters()
@@ -122,7 +122,7 @@ def with_two(adapter: Adapter) -> PreTrainedModel:
 
 
 def merged(adapter: Adapter, folder: Path) -> PreTrainedModel:
-    """The plain model into which the first adapter is merged."""
+    """A plain model into which the first adapter is merged."""
     model = base(adapter.architecture)
     attach(model, adapter, FIRST, adapter.mergeable())
     model.save_pretrained(folder)
@@ -142,7 +142,7 @@ def fresh_compiler():
 
 
 def compilations() -> int:
-    """How many graphs were compiled since the beginning of the test; with `fullgraph` that is one a compilation."""
+    """How many graphs were compiled since the test began; with `fullgraph` each compilation makes one graph."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -155,13 +155,13 @@ def need_inductor() -> None:
 
 
 class Watch:
-    """A compiled model beside the eager one: says what a change of adapters costs, and checks what comes out.
+    """A compiled model and its eager original: counts the compilations after a change, and compares the outputs.
 
     Args:
         model: The model, which is compiled into one graph.
-        batch: What it is run on.
-        backend: Of `torch.compile`.
-        tolerance: Of the difference to the eager output, 0 for equality to the bit.
+        batch: Its inputs.
+        backend: The backend of `torch.compile`.
+        tolerance: The largest difference to the eager output, 0 for equality to the bit.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], backend: str, tolerance: float) -> None:
@@ -181,7 +181,7 @@ class Watch:
 
 
 def switch(watch: Watch) -> tuple[int, int, int]:
-    """What the first run costs, what each change of adapters costs at most, and what going there again costs."""
+    """The compilations of the first run, the most after a change of adapters, and those when changes are repeated."""
     model = watch.model
     changes: list[Callable[[], Any]] = [
         lambda: model.set_adapter(SECOND),
@@ -203,10 +203,10 @@ def switch(watch: Watch) -> tuple[int, int, int]:
     return first, max(costs), again
 
 
-# What is compiled anew at a switch is the same code in both places of an erasure, and for both kinds of neurons.
+# The code that a switch recompiles is the same in both places of an erasure, and for dense and sparse features.
 @adapters(LINEAR, SPARSE)
 def test_switching_compiles_once_more_at_most(adapter: Adapter, matrix: Enter):
-    # Graphs are counted before any backend sees them; this one runs them as they are.
+    # Graphs are counted before the backend; "eager" runs them unchanged.
     watch = Watch(with_two(adapter), small_batch(adapter.architecture, seed=5), "eager", 0.0)
     first, most, again = switch(watch)
     assert (first, most, again) == (1, 1, 0)
@@ -215,7 +215,7 @@ def test_switching_compiles_once_more_at_most(adapter: Adapter, matrix: Enter):
     matrix(TABLE, row, adapter.column, "same, one recompilation for each new state")
 
 
-# Dense or sparse is decided before a graph is made: what steering changes, a factor, is read in one place.
+# Dense and sparse features differ before a graph is made: the factor that steering changes is read in one place.
 @pytest.mark.parametrize("adapter", [pytest.param(DENSE, marks=pytest.mark.slow), SPARSE], ids=str)
 def test_steering_compiles_nothing_more(adapter: Adapter, matrix: Enter):
     watch = Watch(with_two(adapter), small_batch(adapter.architecture, seed=5), "eager", 0.0)
@@ -225,7 +225,7 @@ def test_steering_compiles_nothing_more(adapter: Adapter, matrix: Enter):
         handle.steer(feature_factor=factor, learning_rate=rate)
         assert watch.cost() == 0
         assert not same(watch.seen[-1], watch.seen[-2])
-    # At 0 the adapter is left out, and back it comes without a new graph.
+    # At 0 the adapter is left out of a new graph; afterwards the old graph is used again.
     handle.steer(learning_rate=0.0)
     assert watch.cost() == 1
     handle.steer(learning_rate=0.02)
@@ -265,7 +265,7 @@ def test_a_wrapped_model_compiles(adapter: Adapter, tmp_path: Path, matrix: Ente
     assert watch.cost() == 1
     with wrapped.disable_adapter():
         assert watch.cost() == 1
-    # PEFT lets the LoRA's weights require gradients when it puts it back.
+    # PEFT makes the LoRA's weights require gradients when it enables the LoRA again.
     again = int(adapter is LORA)
     assert watch.cost() == again
     assert same(watch.seen[0], watch.seen[2]) and not same(watch.seen[0], watch.seen[1])
@@ -307,9 +307,9 @@ def compare_gradients(adapter: Adapter, backend: str) -> None:
     without = gradients(plain, plain, adapter)
     names = {name: name.replace(".base_layer", "") for name in expected}
     assert set(names.values()) >= without.keys() and found.keys() >= expected.keys()
-    # What the loss does not reach, a pooler, has no gradient, or a compiled one of zero.
+    # A pooler, which the loss does not depend on, has no gradient, or a zero gradient if it is compiled.
     assert not any(found[name].any() for name in found.keys() - expected.keys())
-    # Softmax does not feel the bias of keys: its gradient is rounding, of the size of float32's in the others.
+    # Softmax does not depend on the bias of keys, whose gradient is only float32 rounding of the other gradients.
     rounding = 1e-6 * max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
         scale = GRADIENT_TOLERANCE * float(gradient.norm())
@@ -352,12 +352,12 @@ def check_export(model: PreTrainedModel, adapter: Adapter, file: Path) -> None:
         batch = inputs_of(small_batch(adapter.architecture, seed=6, rows=rows))
         with torch.no_grad():
             found, expected, without = (m(**batch, **no_cache(adapter))[0] for m in (run, model, plain))
-        # Exported for any number of rows, a product may be split otherwise.
+        # A program for any number of rows may split a matrix product in another way.
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
         assert not torch.allclose(found, without, rtol=1e-2, atol=1e-2)
 
 
-# A merged model has no adapter, and exports as any model; which adapter it was is not seen.
+# A merged model has no adapter and exports like any model, whichever adapter it had.
 @adapters(NORMS, SPARSE)
 def test_a_merged_model_is_exported(adapter: Adapter, tmp_path: Path, matrix: Enter):
     check_export(merged(adapter, tmp_path / "adapter"), adapter, tmp_path / "model.pt2")
@@ -366,7 +366,7 @@ def test_a_merged_model_is_exported(adapter: Adapter, tmp_path: Path, matrix: En
 
 @one_of_each
 def test_a_model_with_an_adapter_is_exported(adapter: Adapter, tmp_path: Path, matrix: Enter):
-    """The program has the adapter that is active."""
+    """The exported program contains the active adapter."""
     model = base(adapter.architecture)
     attach(model, adapter, FIRST)
     check_export(model, adapter, tmp_path / "model.pt2")
@@ -414,7 +414,7 @@ def test_a_merged_model_generates_with_a_static_cache(adapter: Adapter, tmp_path
 
 
 def check_compiled_generation(adapter: Adapter, backend: str) -> None:
-    """transformers compiles the forward pass itself where the cache is static, on GPUs unless it is made to."""
+    """With a static cache transformers compiles the forward pass itself: only on GPUs, unless it is forced to."""
     model = with_two(dataclasses.replace(adapter, architecture="llama"))
     config = CompileConfig(fullgraph=True, backend=backend, mode=None)
     config._compile_all_devices = True

@@ -1,4 +1,4 @@
-"""A program that uses LoRA alone sees nothing of `import hf_erasure`."""
+"""For a program that uses only LoRA, `import hf_erasure` makes no observable difference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.ecosystem.lora_alone import BEGINS, PARTS
 from tests.prepared import LIBRARIES, Process, run_script, start
 
 SCRIPT = Path(__file__).with_name("lora_alone.py")
-# Trainer prints how long it took.
+# The times that Trainer prints.
 TIMES = re.compile(r"'(\w+_runtime|\w+_per_second)': '[^']*'")
 
-# What differs, by the wrapper that causes it.
+# The known differences: key → the wrapper of this package that causes it.
 KNOWN: dict[str, dict[str, str]] = {
     "seen": {},
     "warned": {},
@@ -28,7 +28,7 @@ KNOWN: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen in a run, and what it printed after its imports."""
+    """The record of a run, and what it printed and logged after its imports."""
 
     found: dict[str, Any]
     printed: str
@@ -37,7 +37,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """A run without `import hf_erasure`, and one with it, side by side in two folders."""
+    """A run without `import hf_erasure`, and one with it, at the same time in two folders."""
     ways = {"without": [], "with": ["plugin"]}
     folders = {way: tmp_path_factory.mktemp(way) for way in ways}
     started = {way: _start(folders[way], words) for way, words in ways.items()}
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 
 def _start(folder: Path, words: list[str]) -> Process:
-    """Both are forked from one process, so that texts have the same hashes: PEFT writes names in the order of a set."""
+    """Start a fork of one process, so that both runs hash texts alike: PEFT writes names in the order of a set."""
     (folder / "work").mkdir()
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -75,7 +75,7 @@ def _after(printed: str) -> str:
 
 
 def _differences(without: dict[str, Any], given: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
-    """What is not the same, and not known; what is known and is the same by now is named too."""
+    """The differences that are not known, and the known ones that have disappeared."""
     keys = dict.fromkeys([*without, *given])
     found = {key: (without.get(key), given.get(key)) for key in keys if without.get(key) != given.get(key)}
     settled = {key: "is the same by now: take it out of KNOWN" for key in known if key not in found}

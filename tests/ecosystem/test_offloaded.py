@@ -1,6 +1,6 @@
 """Adapters on models whose weights accelerate keeps in main memory or on disk: every verb, at every placement.
 
-Offloading moves weights and changes no operation, so that outputs are compared to the bit.
+Offloading moves weights and does not change any operation, so outputs are compared to the bit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kind]:
     return functools.cache(lambda kind: makers[kind](root / kind))
 
 
-# ---- verbs: each takes a case and fails where the adapter does not do what it does on one device ---------------------
+# ---- verbs: each takes a case and fails where outputs are not those on one device ------------------------------------
 
 
 def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -111,7 +111,7 @@ def place_anew(case: Case) -> None:
     model = case.model()
     check(outputs(model, case.name), case.wanted)
     if case.placement is LOADED:
-        # What came from the checkpoint is found there again.
+        # Weights that came from the checkpoint are read from it again.
         offloaded = [m for m in model.modules() if getattr(getattr(m, "_hf_hook", None), "offload", False)]
         index, spread = offloaded[0]._hf_hook.weights_map.dataset.index, dict(model.hf_device_map)
         remove_hook_from_submodules(model)
@@ -149,7 +149,7 @@ def merge_and_unload(case: Case) -> None:
     assert has_placeholders(model) and not adapter_children(model)
     merged = outputs(model, case.name)
     assert distance(merged, case.wanted) < TOLERANCE
-    # Also where the weights come back from disk.
+    # The outputs stay when the weights are moved back.
     remove_hook_from_submodules(model)
     if case.placement is not LOADED:
         check(outputs(model, case.name), merged)
@@ -175,10 +175,10 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 
 def rotating(**parameters: Iterable[Any]) -> pytest.MarkDecorator:
-    """Every combination of the parameters, each with one of the models, so that each value meets each model.
+    """Parametrise over every combination of the values, each with one model, so that each value meets each model.
 
-    What accelerate does with a module does not depend on the architecture, and what an adapter does there is tested for
-    all of them without offloading: a fault that only one model shows at one placement shows at other values too.
+    accelerate treats a module in the same way in every architecture, and adapters are tested on all of them without
+    offloading: a fault that only one model shows at one placement shows at other values too.
     """
     values = [list(value) for value in parameters.values()]
     rows = [
@@ -220,7 +220,7 @@ def test_other_merges_are_refused(kind, name, placement, order, kinds, matrix, t
     case = Case(kinds(kind), name, placement, order, tmp_path)
     model, message = case.peft_model(), REFUSED[kind]
     for _ in range(2):
-        # Before and after a forward pass, and after one that failed, which leaves weights where they ran.
+        # It is refused before and after a forward pass, and below after one that failed, which leaves weights in place.
         with pytest.raises(ValueError, match=message):
             model.merge_adapter()
         check(outputs(model, case.name), case.wanted)
@@ -263,7 +263,7 @@ def test_fitting_an_erasure(name, placement, order, sequential, kinds, matrix, t
     assert not same(wanted, case.wanted)
     known = [found.peft_config[n].provenance["fingerprint"] for found, n in ((model, case.adapter), (plain, NAME))]
     assert known[0] == known[1] and known[0]
-    # What was fitted is what is saved, and what stays when the weights come back.
+    # The fitted adapter is saved, and stays when the weights are moved back.
     model.save_pretrained(tmp_path / "saved")
     loaded = case.kind.base(name)
     loaded.load_adapter(tmp_path / "saved", adapter_name=NAME)
@@ -310,7 +310,7 @@ def test_fitting_a_gradiend_is_refused(placement, order, matrix, tmp_path):
 
 
 def saw(verb: Callable[[Case], None], case: Case) -> str:
-    """What came of a verb, in words: another method's failures are its own."""
+    """The outcome of a verb, in words; a failure of LoRA is an entry in the table and not a failed test."""
     try:
         verb(case)
     except AssertionError:
@@ -320,24 +320,24 @@ def saw(verb: Callable[[Case], None], case: Case) -> str:
     return "same"
 
 
-# For the table alone, which `make matrix` writes: no code of this package runs here.
+# Only for the table that `make matrix` writes: no code of this package runs here.
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, *MERGES])
 @every_order
 @every_placement
 def test_lora_for_comparison(placement, order, verb, kinds, matrix, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # PEFT writes copies of offloaded weights below the present folder
+    monkeypatch.chdir(tmp_path)  # PEFT writes copies of offloaded weights below the current folder
     case = Case(kinds("lora"), "llama", placement, order, tmp_path)
     matrix(case.kind.table, row(verb, order), placement.title, saw({**VERBS, **MERGES}[verb], case))
 
 
-# ---- corners ---------------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", [CPU, DISK], ids=str)
 @pytest.mark.parametrize("kind", OURS)
 def test_state_is_not_offloaded_with_buffers(kind, placement: Placement, kinds, tmp_path):
-    """`offload_buffers=True` moves every buffer that has a hook to the meta device."""
+    """`offload_buffers=True` moves the buffers of every module that has a hook to the meta device."""
     case = Case(kinds(kind), "bert", placement, "before", tmp_path)
     model = case.kind.fitted("bert")
     if placement is CPU:
@@ -376,7 +376,7 @@ def test_one_of_two_adapters_comes_and_goes(kind, kinds, tmp_path):
 
 @pytest.mark.parametrize("placement", [CPU, DISK], ids=str)
 def test_merging_after_a_forward_pass_that_failed(placement, kinds, tmp_path):
-    """Such a pass leaves weights in their modules, and the next one puts accelerate's in their place."""
+    """Such a pass leaves weights in their modules; the next pass replaces them by accelerate's copies."""
     case = Case(kinds("erasure at embeddings"), "llama", placement, "after", tmp_path)
     model = case.peft_model()
     with pytest.raises(IndexError):

@@ -33,14 +33,14 @@ from tests.small_models import LABELS, distance, outputs_of, same, small_batch, 
 
 TABLE = "Quantised bases"
 NAME = "no_gender"
-# BERT has its erasers at norms, which stay float; Llama at the quantised layers themselves.
+# BERT's erasers are at norms, which stay float; Llama's are at the quantised layers.
 TARGETS = {"bert": None, "llama": "all-linear"}
 
-# For int4 quanto compiles an extension when it is first used, which takes minutes.
+# quanto compiles an extension when int4 is first used, which takes minutes.
 _MARKS = {"quanto int4": pytest.mark.slow}
 every_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=_MARKS.get(kind, ())) for kind in KINDS])
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-# Where nothing of the architecture is looked at: each kind with one of them, and each of them with several kinds.
+# For tests that do not depend on the architecture: each kind with one of them, and each of them with several kinds.
 one_architecture = pytest.mark.parametrize(
     ("kind", "architecture"),
     [
@@ -48,7 +48,7 @@ one_architecture = pytest.mark.parametrize(
         for number, kind in enumerate(KINDS)
     ],
 )
-# What bitsandbytes and torchao say about their own kernels is not looked at here.
+# Warnings of bitsandbytes and torchao about their own kernels do not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*deprecated")
 
 Enter = Callable[[str, str, str, str], None]
@@ -60,7 +60,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 def erased(model: PreTrainedModel, architecture: str, **fields: Any) -> PreTrainedModel:
-    """The model with an erasure that is fitted on it."""
+    """The model with an erasure that was fitted on it."""
     where = {"target_modules": TARGETS[architecture], **fields}
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **where), adapter_name=NAME)
     fit_concept_erasure(model, small_batches(architecture), NAME, progress=False)
@@ -68,7 +68,7 @@ def erased(model: PreTrainedModel, architecture: str, **fields: Any) -> PreTrain
 
 
 def about_the_base(records: list[warnings.WarningMessage]) -> list[str]:
-    """What was said about whether the base is the right one."""
+    """The warnings about whether the base is the right one."""
     return [str(record.message) for record in records if "fitted" in str(record.message)]
 
 
@@ -87,7 +87,7 @@ def explained(hidden: Tensor, labels: Tensor) -> float:
 
 
 def readable(model: nn.Module, sites: list[str], architecture: str) -> dict[str, float]:
-    """How much of the concept is in what goes out of modules, over the rows that erasers are fitted on."""
+    """How much of the concept is in the outputs of modules (`explained`), over the rows that erasers are fitted on."""
     seen: dict[str, list[Tensor]] = {site: [] for site in sites}
     labels = []
     handles = [
@@ -138,7 +138,7 @@ def test_an_erasure_is_saved_and_loaded(kind: str, architecture: str, bases: Bas
                 assert torch.equal(ours, theirs)
         if target == kind:
             assert same(outputs_of(loaded, batch), expected)
-        else:  # the same erasers on activations that differ by what was rounded off the weights
+        else:  # the same erasers, on activations that differ by the rounding of the weights
             assert distance(outputs_of(loaded, batch), plain) > 0.01
         matrix(TABLE, row, kind, "same")
 
@@ -185,7 +185,7 @@ def test_merging_an_erasure_is_refused(kind: str, bases: Bases, tmp_path: Path, 
 
 
 def test_what_stands_in_the_way_of_merging_beside_quantised_layers_is_said(bases: Bases, tmp_path: Path):
-    """BERT's residual connections would refuse on float weights too, so that these are not a way out."""
+    """BERT's residual connections prevent the merge with float weights too, so the message does not advise them."""
     erased(bases.load("bert", "quanto int8"), "bert").save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(bases.load("bert", "quanto int8"), tmp_path)
     with pytest.raises(ValueError, match=r"goes into `add`.* Use the adapter unmerged\.$"):
@@ -206,7 +206,7 @@ def test_copies_of_one_base_are_recognised(kind: str, architecture: str, bases: 
             model.load_adapter(tmp_path, NAME)
         assert not about_the_base(records)
     other = bases.load(architecture, kind, seed=1)
-    if architecture == "llama":  # nothing but the quantised weights tells them apart
+    if architecture == "llama":  # only the quantised weights differ between the two
         source = bases.load("llama", kind)
         other.model.embed_tokens, other.lm_head = source.model.embed_tokens, source.lm_head
     with pytest.raises(ValueError, match="this is another model"):
@@ -221,7 +221,7 @@ def test_quantised_weights_are_read_as_the_numbers_they_stand_for(kind: str, bas
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         found, expected = dequantised(model.get_submodule(name), "weight"), plain.get_submodule(name).weight
         assert found is not None and found.shape == expected.shape
-        # Normal weights in 4 bits a block of 32 to 64 keep 0.99 of themselves.
+        # Normal weights in blocks of 32 to 64 with 4 bits each correlate by 0.99 with the originals.
         assert torch.corrcoef(torch.stack([found.float().flatten(), expected.detach().flatten()]))[0, 1] > 0.98
 
 
@@ -235,7 +235,7 @@ def test_weights_that_cannot_be_read_are_said_to_be(bases: Bases, tmp_path: Path
 
 
 def test_a_base_that_was_trained_further_is_still_told_from_its_float_copy(bases: Bases, tmp_path: Path):
-    """Of quantised weights that cannot be told; of plain ones it must be, also beside quantised ones."""
+    """Quantised weights cannot show it; plain weights must, also in a model that has quantised ones."""
     erased(bases.load("bert"), "bert", target_modules=["word_embeddings"]).save_pretrained(tmp_path)
     model = bases.load("bert", "quanto int8")
     with torch.no_grad():
@@ -336,7 +336,7 @@ def test_gradiend_merges_into_float_weights_which_are_quantised_then(
     for name, module in found.named_modules():
         if has_quantised(module):
             weights = [dequantised(model.get_submodule(name), "weight") for model in (found, expected)]
-            # Rounded once in another order of operations, the largest weight of a block of 32 may lie on a border.
+            # Another order of operations rounds differently: the largest weight of a block of 32 may cross a border.
             assert torch.isclose(*weights, rtol=1e-3, atol=1e-6).float().mean() > 1 - 1 / 32
     edited = outputs_of(found, batch)
     assert distance(edited, outputs_of(expected, batch)) < 0.25 * distance(edited, before)
@@ -344,7 +344,7 @@ def test_gradiend_merges_into_float_weights_which_are_quantised_then(
 
 
 def test_eight_bit_floats_are_no_plain_weights(bases: Bases):
-    """Their scales are in another parameter, which an edit would have to know."""
+    """Their scales are in another parameter, without which an edit cannot be written."""
     model = bases.load("llama")
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -365,7 +365,7 @@ def test_quantising_in_place_under_adapters(bases: Bases):
     assert verify_adapter(model, NAME, batch)
     moved = distance(outputs_of(model, batch), expected)
     model.disable_adapters()
-    # By about as much as the quantiser moves the plain model.
+    # Outputs move by about as much as those of the plain model do.
     assert moved < 2 * distance(outputs_of(model, batch), outputs_of(bases.load("llama"), batch))
 
     model = bases.load("llama")
@@ -392,10 +392,10 @@ def _steered(model: PreTrainedModel, architecture: str) -> PreTrainedModel:
     return model
 
 
-# ---- a LoRA in the same places ---------------------------------------------------------------------------------------
+# ---- a LoRA on the same bases ----------------------------------------------------------------------------------------
 
 
-# For the table alone, which `make matrix` writes: no code of this package runs here.
+# Only for the table that `make matrix` writes: no code of this package runs here.
 @pytest.mark.slow
 @every_architecture
 @every_kind
@@ -421,7 +421,7 @@ def test_a_lora_in_the_same_cells(kind: str, architecture: str, bases: Bases, tm
     if kind.startswith("quanto"):
         assert same(merged, plain)
         outcome = "LoRA is gone after a merge, without a word"
-    else:  # where a merge into float weights costs 1e-5
+    else:  # a merge into float weights moves outputs by 1e-5
         assert distance(merged, with_adapter) > 0.05
         outcome = "LoRA merges, and the output moves by more than 5 %"
     matrix(TABLE, "LoRA: merge", kind, outcome)

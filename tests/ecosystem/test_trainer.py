@@ -1,4 +1,4 @@
-"""The callbacks in every kind of training: what a checkpoint holds, what a resumed training ends with."""
+"""The callbacks in every kind of training: the content of checkpoints, and the end of a resumed training."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ USUAL = ("full fine-tuning", "LoRA beside a sticky adapter")
 
 
 def every_cell(first: str) -> pytest.MarkDecorator:
-    """Every kind in every way. All but one of the usual ways for each kind is for the slow tests and `make matrix`.
+    """Parametrise over every kind and way; only one usual way for each kind runs outside of the slow tests.
 
     Args:
-        first: The usual way of the first kind; the next kind has the other. What a way of training does, and what a
-            kind does in each way, is in several of these tests: a fault of both together shows in one of them.
+        first: The usual way for the first kind; the next kind has the other usual way. Several of these tests cover
+        each way and each kind, so a fault of one combination shows in at least one of them.
     """
     usual = {(kind, USUAL[(number + USUAL.index(first)) % 2]) for number, kind in enumerate(KINDS)}
     cells = [pytest.param(k, w, marks=[] if (k, w) in usual else [pytest.mark.slow]) for k in KINDS for w in WAYS]
@@ -73,20 +73,20 @@ def base_of(model: Any) -> nn.Module:
 
 
 def erasers(model: nn.Module) -> torch.Tensor:
-    """All erasers as the maps that they are: factors may differ by a sign."""
+    """The products `left @ right` of all erasers, since the factors themselves may differ by a sign."""
     states = [layer.eraser_state(NAME) for layer in erasure_layers(model, NAME).values()]
     return torch.stack([left @ right for left, right, _ in states])
 
 
 def assert_acts(kind: str, trainer: Any, before: dict[str, torch.Tensor], tolerance: float) -> None:
-    """That the callback has done its work in this training."""
+    """Check that the callback has worked in this training."""
     rows = figures(trainer)
     assert len(rows) == trainer.state.global_step // 2
     if kind == "erasure":
         assert [found["erasure_refits"] for found in rows] == list(range(1, len(rows) + 1))
         sites = {f"leakage/{site}" for site in erasure_layers(trainer.model, NAME)}
         assert sites and all(sites <= found.keys() for found in rows)
-        # The last step refits, so what is there is the fit of the model as it is, in the precision it is trained in.
+        # The last step refits, so the erasers must equal a fit on the model in its final state and precision.
         kept = erasers(trainer.model)
         fit_concept_erasure(trainer.model, labelled_batches(), NAME, progress=False)
         torch.testing.assert_close(erasers(trainer.model), kept)
@@ -98,14 +98,14 @@ def assert_acts(kind: str, trainer: Any, before: dict[str, torch.Tensor], tolera
         assert abs(cosine_with_feature(trainer.model, before)) < tolerance
 
 
-# A float32 weight is rounded by 2^-24 of itself in every step of about 5e-3; under a LoRA the square of a step is left.
+# Steps are about 5e-3, and each rounds a float32 weight by 2^-24 of it. With a LoRA the square of a step is left.
 def tolerance_of(way: str) -> float:
     return 1e-3 if way.startswith("LoRA") else 1e-4
 
 
 @every_cell(FULL)
 def test_gradient_accumulation(kind: str, way: str, tmp_path: Path, matrix: Enter):
-    # Two batches of four are the batch of eight: the callbacks must see one step.
+    # Two batches of four must count as one step, as a batch of eight does.
     ends = []
     for size, steps in ((4, 2), (8, 1)):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 4}
@@ -130,7 +130,7 @@ def test_mixed_precision(kind: str, way: str, tmp_path: Path, matrix: Enter):
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
         assert_acts(kind, trainer, before, tolerance_of(way))
         found[bf16] = figures(trainer)
-    # Activations have 8 bits: a hundredth of the gradient is noise, and the leakage of 36 sequences moves with it.
+    # bf16 has 8 bits: a hundredth of the gradient is noise, which also moves the leakage of 36 sequences.
     for one, other in zip(found[True], found[False], strict=True):
         assert one == pytest.approx(other, abs=0.15)
     matrix(TABLE, row(kind, way), "bf16", "same")
@@ -171,7 +171,7 @@ def sft_data() -> Dataset:
 
 
 def sft_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, with the ends and the padding that SFTTrainer asks for."""
+    """The tokenizer, with the end and padding tokens that SFTTrainer needs."""
     backend = tokenizer_of("llama").backend_tokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<unk>", eos_token="<unk>", unk_token="<unk>",
@@ -180,7 +180,7 @@ def sft_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def assert_reloads(model: Any, folder: Path, kind: str, way: str, tolerance: float = 0.0) -> None:
-    """That a checkpoint, loaded the way people load it, is the model as it was trained."""
+    """Check that a checkpoint, loaded in the usual way, gives the trained model."""
     if way.startswith("full"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
         loaded.load_adapter(str(folder / NAME), adapter_name=NAME)
@@ -220,7 +220,7 @@ def test_a_trainer_that_did_not_train_saves_all_too(way: str, tmp_path: Path):
 
 @every_cell(FULL)
 def test_resume_from_checkpoint(kind: str, way: str, tmp_path: Path, matrix: Enter):
-    # Saved between two logs, so that what the callback has gathered since the first must survive too.
+    # The save is between two logs, so the values that the callback has gathered since the first log must be saved too.
     whole = trainer_for(kind, way, tmp_path, save_strategy="steps", save_steps=3)
     whole.train()
     resumed = trainer_for(kind, way, tmp_path)
@@ -235,7 +235,7 @@ def test_resume_from_checkpoint(kind: str, way: str, tmp_path: Path, matrix: Ent
 
 
 class Snapshots(TrainerCallback):
-    """The state at every checkpoint, and an evaluation that likes the second step best."""
+    """Records the state at every checkpoint, and gives the second step the best evaluation."""
 
     def __init__(self) -> None:
         self.states: dict[int, dict[str, torch.Tensor]] = {}
@@ -265,7 +265,7 @@ def test_push(kind: str, way: str, tmp_path: Path, matrix: Enter, monkeypatch: p
     pushed: list[Path] = []
 
     def upload_folder(self: HfApi, *, folder_path: str, ignore_patterns: Any = None, **kwargs: Any) -> Any:
-        """What the Hub would get, at the boundary to the network."""
+        """Copy the files that the Hub would get, in the place of the upload."""
         target = tmp_path / f"pushed-{len(pushed)}"
         names = [p.relative_to(folder_path) for p in Path(folder_path).rglob("*") if p.is_file()]
         for name in names:
@@ -302,7 +302,7 @@ class _Done:
 
 
 def trained_by_two(folder: Path, kind: str, way: str) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    """What each of two processes ended with."""
+    """The tensors and facts that each of two processes ended with."""
     folder.mkdir()
     status, printed = together(2, trainer_processes.main, folder, kind, way, folder=folder, ACCELERATE_USE_CPU="true")
     assert status == 0, printed[-3000:]
@@ -316,21 +316,21 @@ def trained_by_two(folder: Path, kind: str, way: str) -> list[tuple[dict[str, to
 def test_two_processes(kind: str, way: str, tmp_path: Path, matrix: Enter):
     (one, facts), (other, others) = trained_by_two(tmp_path / "two", kind, way)
     assert facts["processes"] == others["processes"] == 2
-    # The same on both, to the bit; only the main one reports.
+    # Both processes end with the same bits; only the main one reports.
     assert_same_state(one, other)
     assert facts["figures"] == others["figures"]
     assert (len(facts["reported"]), len(others["reported"])) == (2, 0)
-    # As one process ends with the whole batches.
+    # One process with the whole batches ends with the same.
     trainer = trainer_for(kind, way, tmp_path, max_steps=4, per_device_train_batch_size=4)
     before = effective(base_of(trainer.model))
     trainer.train()
     assert_acts(kind, trainer, before, tolerance_of(way))
     for here, there in zip(figures(trainer), facts["figures"], strict=True):
         assert here.keys() == there.keys()
-        # Leakage is cross-validated on halves drawn at random, and two processes draw others of so few sequences.
+        # Leakage is cross-validated on random halves. Two processes draw others, which matters with few sequences.
         compared = [key for key in here if not key.startswith("leakage")]
-        # The halves of a batch are reduced: float32 gradients in another order, through Adam
+        # The gradients of half batches are averaged: float32 sums in another order, through Adam
         assert [here[key] for key in compared] == pytest.approx([there[key] for key in compared], rel=2e-2, abs=5e-3)
-    # Erasers and all: what was saved by two computes what one has trained.
+    # The checkpoint of two processes, erasers included, computes the same as the model of one process.
     assert_reloads(trainer.model, tmp_path / "two" / "out" / "checkpoint-4", kind, way, tolerance=2e-2)
     matrix(TABLE, row(kind, way), "two processes (DDP)", "same")

@@ -1,4 +1,4 @@
-"""Erasures and GRADIEND adapters together with other adapters: both orders, both ways back, and who is active."""
+"""Erasures and GRADIEND adapters together with other adapters: in any order, merged and unmerged, active or not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = tuple(COLUMNS)
 LINEAR = {"llama": "self_attn.q_proj", "gpt2": "attn.c_attn", "bert": "attention.self.query"}
 BLOCK = {"llama": "model.layers.0", "gpt2": "transformer.h.0", "bert": "encoder.layer.0"}
 ARCHITECTURES = tuple(LINEAR)
-# Other order of the same float32 operations, as for the oracle of GRADIEND.
+# The same float32 operations in another order, as in `ORACLE_TOLERANCE` of GRADIEND.
 TOLERANCE = 2e-5
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +41,7 @@ pytestmark = [
 
 
 class Others:
-    """Base models and folders of adapters of three kinds that sit on the same linear layers."""
+    """Base models, and saved adapters of three kinds that act on the same linear layers."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,7 +52,7 @@ class Others:
         return self.erasures.base(architecture)
 
     def folder(self, architecture: str, kind: str, **fields: object) -> Path:
-        """A saved adapter; `fields` of its configuration, the same linear layer in every block when there are none."""
+        """A saved adapter with these `fields` in its configuration; by default on one linear layer of every block."""
         key = (architecture, kind, *sorted((name, str(value)) for name, value in fields.items()))
         if key not in self._folders:
             model = self.base(architecture)
@@ -63,7 +63,7 @@ class Others:
         return self._folders[key]
 
     def with_adapters(self, architecture: str, order: tuple[str, ...], **fields: object) -> PreTrainedModel:
-        """The base with adapters loaded in that order, named by their kind, all of them active."""
+        """The base with adapters loaded in this order, each named by its kind, and all active."""
         model = self.base(architecture)
         for kind in order:
             model.load_adapter(self.folder(architecture, kind, **fields), adapter_name=kind)
@@ -73,7 +73,7 @@ class Others:
 
 
 def make(model: PreTrainedModel, architecture: str, kind: str, name: str | None = None, **fields: object) -> None:
-    """Add an adapter and give it values: an erasure is fitted, a GRADIEND feature and a LoRA are drawn."""
+    """Add an adapter and give it values: an erasure is fitted; a GRADIEND feature and a LoRA are random."""
     name = name or kind
     if kind == "lora":
         torch.manual_seed(0)
@@ -93,7 +93,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Others:
 
 
 def by_hand(others: Others, architecture: str, kinds: tuple[str, ...]) -> nn.Module:
-    """The same with the change of weights made by hand, and the eraser applied to what the layer returns."""
+    """The oracle: weights are edited by hand, a LoRA is loaded, and erasers are applied to the layers' outputs."""
     model = others.base(architecture)
     if "steering" in kinds:
         steered = others.with_adapters(architecture, ("steering",))
@@ -127,7 +127,7 @@ def test_a_lora_on_the_same_linear_in_either_order(
         outputs[order] = outputs_of(model, batch)
         assert distance(outputs[order], expected) < TOLERANCE
         assert verify_adapter(model, kind, batch)
-        # Each alone is what it is without the other, and is saved as it is without it.
+        # Each alone acts and is saved as it is without the other.
         for name in (kind, "lora"):
             model.set_adapter(name)
             assert same(outputs_of(model, batch), alone[name])
@@ -203,7 +203,7 @@ def test_all_three_on_one_linear_in_any_order(architecture: str, others: Others,
             assert same(
                 outputs_of(model, batch), outputs_of(others.with_adapters(architecture, tuple(others_of)), batch)
             )
-        # Deleted in the order in which they came.
+        # They are deleted in the order in which they were added.
         for number, name in enumerate(order, 1):
             model.delete_adapter(name)
             left = order[number:]
@@ -243,7 +243,7 @@ def test_other_methods_on_the_same_linear(kind: str, method: str, others: Others
         for name in order:
             if name == kind:
                 model.load_adapter(others.folder("bert", kind), adapter_name=kind)
-            else:  # not from a folder: transformers itself leaves out the magnitudes of a DoRA
+            else:  # not loaded from a folder: transformers itself does not load the magnitudes of a DoRA
                 model.add_adapter(METHODS[method](["query"]), adapter_name=name)
                 for own, value in values.items():
                     model.get_parameter(own).data = value.detach().clone()
@@ -260,7 +260,7 @@ def test_other_methods_on_the_same_linear(kind: str, method: str, others: Others
     matrix(TABLE, f"{method} on the same Linear, either order", COLUMNS[kind], "same")
 
 
-# ---- life beside a LoRA ----------------------------------------------------------------------------------------------
+# ---- beside a LoRA ---------------------------------------------------------------------------------------------------
 
 
 @both_kinds
@@ -335,7 +335,7 @@ def test_who_is_active(kind: str, others: Others, matrix: Callable):
 
 @both_kinds
 def test_two_sticky_ones_and_a_lora(kind: str, others: Others, matrix: Callable):
-    """Sticky ones that are not in the active list act before those that are."""
+    """Sticky adapters that are not in the active list act before the adapters in it."""
     batch = small_batch("bert", seed=5)
     model = others.base("bert")
     for name in ("one", "two"):
@@ -357,7 +357,7 @@ def test_two_sticky_ones_and_a_lora(kind: str, others: Others, matrix: Callable)
     matrix(TABLE, "two of a kind at once", COLUMNS[kind], outcome)
 
 
-# ---- the PeftModel of a LoRA around it -------------------------------------------------------------------------------
+# ---- inside the PeftModel of a LoRA ----------------------------------------------------------------------------------
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -375,7 +375,7 @@ def worst(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def with_lora_around(model: PreTrainedModel, architecture: str) -> PeftModel:
-    """`get_peft_model` of a LoRA; PEFT makes the newcomer active in its own layers only."""
+    """`get_peft_model` with a LoRA; PEFT activates the new adapter in its own layers only."""
     torch.manual_seed(0)
     config = lora(target_modules=[LINEAR[architecture].rpartition(".")[2]])
     return peft.get_peft_model(model, config, adapter_name="lora")
@@ -411,7 +411,7 @@ def test_verbs_of_the_peft_model_of_a_lora(
         assert distance(outputs_of(wrapped, batch), together) < MERGE_TOLERANCE[torch.float32]
         wrapped.unmerge_adapter()
         assert distance(outputs_of(wrapped, batch), together) < MERGE_TOLERANCE[torch.float32]
-    # What LoRA leaves itself when it subtracts what it added.
+    # The LoRA itself leaves a rounding when it subtracts what it added.
     assert worst(weights_of(model), before) < 1e-6
     assert list(model.state_dict()) == keys
     with wrapped.disable_adapter():
@@ -434,11 +434,11 @@ def test_verbs_of_the_peft_model_of_a_lora(
     matrix(TABLE, "`unload` and `merge_and_unload` of a LoRA's PeftModel", COLUMNS[kind], "stays on")
 
 
-# ---- merged beside others, and taken back in any order ---------------------------------------------------------------
+# ---- merged beside others, and unmerged in any order -----------------------------------------------------------------
 
 
 class Owner:
-    """A PeftModel around one base model for each adapter, since PEFT gives each but one kind of adapter."""
+    """One base model with a PeftModel for each adapter, since PEFT allows only one kind of adapter in a PeftModel."""
 
     def __init__(self, others: Others, dtype: torch.dtype) -> None:
         self.others, self.model = others, others.base("bert").to(dtype)
@@ -451,7 +451,7 @@ class Owner:
             config = lora(target_modules=["query"])
             self.wrappers[name] = peft.get_peft_model(self.model, config, adapter_name=name)
         else:
-            # The second erasure acts on the value that the query's own layer takes: `erasure2` at its input.
+            # `erasure2` acts at the input of the same linear layers.
             fields = {"site": "input"} if name == "erasure2" else {}
             folder = self.others.folder("bert", kind, **fields)
             self.wrappers[name] = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
@@ -464,14 +464,14 @@ class Owner:
 
 
 def rounding(*weights: dict[str, Tensor]) -> float:
-    """One rounding of the largest number that was in the weights where the LoRA sits."""
+    """One rounding of the largest weight that the LoRA is merged into."""
     largest = max(float(w.abs().max()) for values in weights for n, w in values.items() if "query.weight" in n)
     dtype = next(iter(weights[0].values())).dtype
     return torch.finfo(dtype).eps / 2 * largest
 
 
 def stock(others: Others, dtype: torch.dtype) -> tuple[float, float]:
-    """What a LoRA alone leaves of itself in the weights, and one rounding of the numbers it passes through."""
+    """The change that a LoRA alone leaves after merge and unmerge, and one rounding of the weights on the way."""
     owner = Owner(others, dtype)
     owner.add("lora")
     before = weights_of(owner.model)
@@ -496,10 +496,10 @@ ROWS = {
 def test_merged_beside_a_lora_and_taken_back(
     pair: tuple[str, str], backwards: bool, dtype: torch.dtype, others: Others, matrix: Callable
 ):
-    """PEFT's LoRA subtracts what it added, which leaves a rounding or two; the rest must be to the bit."""
+    """PEFT's LoRA subtracts what it added, which leaves a rounding or two; other weights are equal to the bit."""
     batch, owner = small_batch("bert", seed=5), Owner(others, dtype)
     states = [weights_of(owner.model)]
-    if pair != ("erasure", "lora"):  # an erasure is not merged under a LoRA that is there already
+    if pair != ("erasure", "lora"):  # an erasure cannot be merged where a LoRA is on the layer already
         for name in pair:
             owner.add(name)
         together = outputs_of(owner.model, batch)
@@ -516,10 +516,10 @@ def test_merged_beside_a_lora_and_taken_back(
     for name in reversed(pair) if backwards else pair:
         before = weights_of(owner.model)
         owner.unmerge(name)
-        assert worst(weights_of(owner.model), before) > allowed  # it really did something
+        assert worst(weights_of(owner.model), before) > allowed  # the unmerge changed weights
     assert worst(weights_of(owner.model), states[0]) <= allowed
     assert not any(m.merged for m in owner.model.modules() if isinstance(m, BaseTunerLayer))
-    # A weight that no LoRA was merged into is as it was, to the bit.
+    # Weights that no LoRA was merged into are equal to the bit.
     for name, value in weights_of(owner.model).items():
         if "query.weight" not in name:
             assert torch.equal(value, states[0][name]), name
@@ -553,7 +553,7 @@ def test_a_lora_that_was_unloaded_into_a_merged_erasure_stays(dtype: torch.dtype
 
 
 def test_loading_over_a_merged_adapter_says_what_to_do(others: Others):
-    """The weights are not those that an adapter was fitted on, and may look like another model's."""
+    """After a merge the weights differ from those of the fit, and may look like another model's."""
     owner = Owner(others, torch.float32)
     owner.add("lora")
     owner.merge("lora")
@@ -602,7 +602,7 @@ def test_an_erasure_and_a_gradiend_are_not_both_merged(dtype: torch.dtype, other
         plain = weights_of(owner.model)
         for name in pair:
             owner.add(name)
-        if pair[0] == "erasure":  # beside a feature that acts, an erasure is not merged at all
+        if pair[0] == "erasure":  # an erasure is not merged beside an active GRADIEND
             with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge the GRADIEND first"):
                 owner.merge("erasure")
             assert worst(weights_of(owner.model), plain) == 0
@@ -614,7 +614,7 @@ def test_an_erasure_and_a_gradiend_are_not_both_merged(dtype: torch.dtype, other
         with pytest.raises(ValueError, match=message):
             owner.merge(pair[1])
         assert worst(weights_of(owner.model), before) == 0
-        # The other one has nothing to take back, and takes nothing back.
+        # The other one was not merged, so its unmerge changes nothing.
         owner.unmerge(pair[1])
         assert worst(weights_of(owner.model), before) == 0
         owner.unmerge(pair[0])
@@ -640,7 +640,7 @@ def merge_orders(names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tupl
 
 @both_dtypes
 def test_two_erasures_are_merged_and_taken_back_in_any_order(dtype: torch.dtype, others: Others, matrix: Callable):
-    """At the output and the input of a linear layer, and at another one: all meet in the weights of one block."""
+    """They are at the outputs and the inputs of linear layers, and are merged into the weights of the same block."""
     batch = small_batch("bert", seed=5)
     for merging, unmerging in merge_orders(("erasure1", "erasure2")):
         model = others.base("bert").to(dtype)
@@ -666,7 +666,7 @@ def test_two_erasures_are_merged_and_taken_back_in_any_order(dtype: torch.dtype,
 
 
 def test_an_erasure_of_a_norm_and_one_of_the_linear_behind_it_in_any_order(others: Others):
-    """Both are written into one weight, from two modules, and each is taken back on its own."""
+    """Both are merged into the same weight from two modules, and each is unmerged on its own."""
     sites = {"norm": r"transformer\.h\.\d+\.ln_1", "linear": r"transformer\.h\.\d+\.attn\.c_attn"}
     batch = small_batch("gpt2", seed=5)
     for merging, unmerging in merge_orders(tuple(sites)):

@@ -1,6 +1,6 @@
 """Adapters on models that several processes wrap or shard: DDP and FSDP2, by hand and by accelerate.
 
-Two processes run on the CPU (`wrapped_processes.py`); each writes down what it saw, and the tests judge it.
+Two processes run on the CPU (`wrapped_processes.py`) and write their results to files, which the tests check.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TITLES = {
 }
 NOUNS = {"erasure": "erasure", "gradiend": "GRADIEND"}
 PROCESSES = 2
-# After one step of float32 gradients that were added in another order; the step itself moves weights by 2 per cent.
+# For weights after one step with float32 gradients summed in another order; a step moves weights by 2 per cent.
 STEP_TOLERANCE = 1e-5
 Seen = Callable[[str, str, str], list[dict[str, Any]]]
 IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -54,7 +54,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 @pytest.fixture(scope="session")
 def folder(adapters: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the processes load, and where they write."""
+    """The folder that the processes load from and write to."""
     folder = tmp_path_factory.mktemp("wrapped")
     for name, kind in adapters.items():
         kind.fitted("llama").save_pretrained(folder / name)
@@ -64,7 +64,7 @@ def folder(adapters: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def seen(folder: Path) -> Seen:
-    """What each process saw of one thing, in one way of wrapping, with one kind of adapter."""
+    """A function: (way of wrapping, kind of adapter, name of a check) → the result in each process."""
     status, printed = together(PROCESSES, main, folder, folder=folder, ACCELERATE_USE_CPU="true")
     assert status == 0, printed[-4000:]
     found = {way: [json.loads((folder / f"{way}-{n}.json").read_text()) for n in range(PROCESSES)] for way in WAYS}
@@ -84,7 +84,7 @@ broadcasting = pytest.mark.parametrize("way", [way for way in WAYS if "fsdp2" no
 @every_kind
 def test_forward_and_switch(kind, way, seen: Seen, matrix):
     for process in seen(way, kind, "forward and switch"):
-        # Gathering and broadcasting change no operation.
+        # Gathering and broadcasting do not change any operation.
         assert process["on"] == process["off"] == process["on again"] == 0
         assert process["apart"] > 1e-2
         assert process["state is whole"]
@@ -119,7 +119,7 @@ def test_training_a_lora_beside_it(kind, way, seen: Seen, matrix):
 @every_kind
 def test_saving_in_the_main_process(kind, way, seen: Seen, adapters, folder, matrix):
     main, other = seen(way, kind, "save")
-    # The state of the whole model has the adapter's, where it is put together.
+    # The full state dict, which the main process gathers, includes the adapter's state.
     assert main["keys of the state"] > 0 and other["keys of the state"] == -1
     wanted = outputs(adapters[kind].fitted("llama"), "llama")
     for saved in (f"saved from {way}, {kind}", f"saved state from {way}, {kind}"):
@@ -187,7 +187,7 @@ def test_ddp_leaves_the_state_alone(kind, way, seen: Seen, matrix):
         assert any(name.endswith("own") for name in process["sent of others"])
         # DDP sent the main process's value of another buffer,
         assert process["own"] == 1
-    # and what each process has written into its adapter is there.
+    # and each process has kept the value that it wrote into its adapter.
     assert (main["ours"], other["ours"]) == (1, 2)
     matrix(TABLE, f"{NOUNS[kind]}: kept out of DDP's broadcast", TITLES[way], "yes")
 
@@ -204,7 +204,7 @@ def test_names_follow_the_adapters(kind, adapters):
     model.load_adapter(adapters[kind].folder("llama"), adapter_name="first")
     assert ours(model) and ours(model) <= set(getattr(model, IGNORED))
     model.load_adapter(adapters[kind].folder("llama"), adapter_name="second")
-    # A LoRA that comes later wraps modules, and the children move.
+    # A LoRA that is added later wraps modules, which renames the children.
     model.add_adapter(lora(task_type="CAUSAL_LM"), adapter_name="lora")
     both = ours(model)
     assert any("second" in name for name in both) and both <= set(getattr(model, IGNORED))

@@ -1,4 +1,4 @@
-"""Trains in each of several processes, and writes what each ended with."""
+"""Train in each of several processes, and write the state and the facts that each ends with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.ecosystem.trainer_runs import figures, trainer_for
 
 
 class Reports(TrainerCallback):
-    """Stands for a `report_to`, which writes on the main process."""
+    """Stands for a tracker of `report_to`, which writes only on the main process."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []

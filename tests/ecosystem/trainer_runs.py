@@ -1,4 +1,4 @@
-"""Small models with an adapter of ours and a callback, trained every way that people train; no network."""
+"""Small models with an adapter of ours and a callback, trained in all usual ways, without a network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LORA = ["q_proj", "v_proj", "down_proj"]
 
 
 def labelled_batches(seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Token ids that give a class away; of several processes each gets its own share."""
+    """Batches whose token ids tell the class; each of several processes gets its own share."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(4):
@@ -62,14 +62,14 @@ def _fitted(kind: str, sticky: bool) -> PreTrainedModel:
 
 
 def fitted(kind: str, *, sticky: bool) -> Any:
-    """The model with its fitted adapter, to do with as one likes."""
+    """A copy of the model with its fitted adapter, which a test may change."""
     return copy.deepcopy(_fitted(kind, sticky))
 
 
 def model_for(kind: str, way: str) -> nn.Module:
     """The model ready to be trained; the same at every call."""
     model = fitted(kind, sticky=way in ("LoRA beside a sticky adapter", "LoRA by get_peft_model"))
-    torch.manual_seed(0)  # of the LoRA; fitting draws numbers only the first time
+    torch.manual_seed(0)  # for the LoRA; only the first, cached fit draws random numbers
     if way == "full fine-tuning of a PeftModel":
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -128,14 +128,14 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def figures(trainer: Trainer) -> list[dict[str, float]]:
-    """What a callback of ours has put into each log of training."""
+    """The values that our callbacks have put into each log of a training."""
     ours = ("leakage", "erasure_refits", f"{NAME}_")
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{key: value for key, value in row.items() if key.startswith(ours)} for row in rows]
 
 
 def cosine_with_feature(model: nn.Module, before: dict[str, torch.Tensor]) -> float:
-    """Between the change of the effective weights, at the entries of the feature, and the feature's direction."""
+    """The cosine between the feature's direction and the change of the effective weights at its entries."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     after, decoder = effective(base), features_of(model, NAME)[0].decoder
     along = size = norm = 0.0

@@ -1,4 +1,4 @@
-"""What each of several processes sees of an adapter on a wrapped or sharded model, written to a file.
+"""Checks of an adapter on a wrapped or sharded model, which several processes run; each writes a file of results.
 
 The folder that `main` is given holds a base model and adapters of both kinds. Every process compares with a plain model
 of its own.
@@ -39,8 +39,8 @@ class Process:
 
     Args:
         way: How the model is wrapped.
-        folder: With `base`, and an adapter for each kind.
-        kind: The adapter.
+        folder: A folder that has `base`, and an adapter for each kind.
+        kind: The kind of adapter.
     """
 
     def __init__(self, way: str, folder: Path, kind: str) -> None:
@@ -63,7 +63,7 @@ class Process:
 
     @functools.cached_property
     def alone(self) -> Any:
-        """A plain model with the adapter that stays as it is, to compare with."""
+        """A plain model with the adapter that is not wrapped or trained, to compare with."""
         return self.adapted()
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Process:
         return self.outputs(self.base())
 
     def wrapped(self, model: Any, optimizer: Any = None) -> Any:
-        """The model as this way wraps it; accelerate wants its optimizer with it."""
+        """The model as this way wraps it; accelerate needs its optimizer too."""
         if self.way.startswith("ddp"):
             return DistributedDataParallel(model)
         if self.way == "fsdp2":
@@ -92,17 +92,17 @@ class Process:
         return wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
 
     def outputs(self, model: nn.Module, rank: int | None = None) -> Tensor:
-        """The logits for the batch of one process."""
+        """The logits for the batch of one process, by default this one."""
         with torch.no_grad():
             return model(**self.inputs(self.rank if rank is None else rank)).logits.float().cpu()
 
     def inputs(self, rank: int) -> dict[str, Tensor]:
         return inputs_of(small_batch("llama", seed=50 + rank, rows=4))
 
-    # ---- what is looked at -------------------------------------------------------------------------------------------
+    # ---- the checks --------------------------------------------------------------------------------------------------
 
     def forward_and_switch(self) -> dict[str, float]:
-        """Distances from the plain model, of the wrapped one with the adapter on, off, and on again."""
+        """The distances between wrapped and plain model, with the adapter on, off, and on again."""
         wanted, plain = self.wanted, self.plain
         model = self.wrapped(self.thawed(self.adapted()))
         found = {"on": far(self.outputs(model), wanted)}
@@ -115,7 +115,7 @@ class Process:
         return found
 
     def state_is_whole(self, model: nn.Module) -> float:
-        """Whether every process has all of the state, as it was loaded."""
+        """Whether this process has the whole state of the adapter, as it was loaded."""
         pairs = zip(adapter_children(model, NAME), adapter_children(self.alone, NAME), strict=True)
         return float(all(_equal(here.state_of(NAME), there.state_of(NAME)) for here, there in pairs))
 
@@ -123,9 +123,9 @@ class Process:
         return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     def train(self, *, with_lora: bool) -> dict[str, float]:
-        """One step beside the adapter, against the same step in one process on the batches of all.
+        """Compare one training step beside the adapter with the same step in one process on the batches of all.
 
-        Of a LoRA, or of all weights.
+        The step trains a LoRA, or all weights.
         """
 
         def prepared() -> Any:
@@ -164,7 +164,7 @@ class Process:
         }
 
     def save(self) -> dict[str, float]:
-        """Save from the wrapped model, in the main process, and the state of the whole model from all."""
+        """Save the adapter in the main process: from the wrapped model, and from the state dict that all gather."""
         model = self.wrapped(self.thawed(self.adapted()))
         if self.way.startswith("accelerate"):
             state = self.accelerator.get_state_dict(model)
@@ -180,7 +180,7 @@ class Process:
         return {"keys of the state": float(len(keys)) if self.rank == 0 else -1.0}
 
     def merge(self) -> dict[str, Any]:
-        """Merge in every process: right, or refused with a sentence and nothing changed."""
+        """Merge in every process: it is right, or refused with a sentence and without a change."""
         folder = self.folder / (self.kind if self.kind == "gradiend" else "erasure at linear layers")
         model = peft.PeftModel.from_pretrained(self.base(), folder, adapter_name=NAME).requires_grad_(True)
         wanted = self.outputs(model)
@@ -214,7 +214,7 @@ class Process:
         """Which buffers DDP sends from the main process to the others at each forward pass."""
         model = self.thawed(self.adapted())
         inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        # One of the model's own, which shows that DDP does send.
+        # A buffer of the model's own shows that DDP does send buffers.
         inner.register_buffer("own", torch.zeros(1))
         wrapped = self.wrapped(model)
         mark = float(self.rank + 1)
@@ -230,7 +230,7 @@ class Process:
         }
 
     def load_efficiently(self) -> dict[str, Any]:
-        """Let accelerate shard by way of the meta device, with the adapter there already, and without."""
+        """Let accelerate shard via the meta device, with the adapter attached before, and with it loaded afterwards."""
         accelerator = accelerator_of(self.way, cpu_ram_efficient_loading=True)
         model = self.adapted()
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -240,7 +240,7 @@ class Process:
         except ValueError as error:
             message = str(error)
         model = self.base()
-        # Whatever class the adapter is of, the model's output is that of the plain model with it.
+        # Loaded afterwards, an adapter of either kind must act as on the plain model.
         model = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))[0]
         model.load_adapter(self.folder / self.kind, adapter_name=NAME)
         return {"message": message, "on": far(self.outputs(model), self.wanted)}
@@ -250,11 +250,11 @@ class Process:
 
 
 def accelerator_of(way: str, *, cpu_ram_efficient_loading: bool = False) -> accelerate.Accelerator:
-    """A new accelerator; only one kind may exist in a process at a time."""
+    """A new accelerator; a process can have only one kind at a time, so the old state is reset."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True)
     if "fsdp2" in way:
-        # For processes without GPUs accelerate drops the plugin without a word; what it does with it works there too.
+        # Without GPUs accelerate ignores the plugin without a warning, although its code works there too.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -267,7 +267,7 @@ def accelerator_of(way: str, *, cpu_ram_efficient_loading: bool = False) -> acce
 
 
 def some_state(model: nn.Module) -> Tensor:
-    """One number of the adapter, in its place."""
+    """A view of one number in the adapter's state."""
     parts = (part for child in adapter_children(model, NAME) for part in child.state_of(NAME))
     return next(part for part in parts if part.is_floating_point()).view(-1)[0]
 
@@ -303,7 +303,7 @@ def _equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 
 
 def looks(process: Process) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is looked at in this way of wrapping."""
+    """The checks that are run in this way of wrapping, by name."""
     found: dict[str, Callable[[], dict[str, Any]]] = {
         "forward and switch": process.forward_and_switch,
         "train all weights": lambda: process.train(with_lora=False),

@@ -86,7 +86,7 @@ def test_a_fresh_save_has_the_same_fields_and_tensors(case: Case, tmp_path: Path
     new, old = read_config(tmp_path), read_config(folder_of(case))
     assert new.pop("readings", None) == (["female", "male"] if "erasure" in case.kind else None)
     for config in (new, old):
-        config.pop("affine", None)  # no case sets it; in the older version an unset value meant the affine map
+        config.pop("affine", None)  # where a case does not set it, it is None now; the older version saved True
         del config["provenance"]["hf_erasure_version"]
     assert_alike(new, old)
 
