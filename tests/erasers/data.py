@@ -1,4 +1,4 @@
-"""Rows and concepts that the tests of the erasers share, and what they measure on them."""
+"""Rows and concepts that the tests of the erasers share, and measures on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_erasure.erasers import ConceptMoments
 
 
 def rows(n: int, d: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Correlated features that carry the class in their mean."""
+    """Correlated features whose mean depends on the class."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randint(k, (n,), generator=generator)
     z[:k] = torch.arange(k)
@@ -21,15 +21,15 @@ def rows(n: int, d: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def as_values(z: Tensor, k: int | None = None) -> Tensor:
-    """`(n, k)` float64 concept values of class ids, or the values themselves."""
+    """`(n, k)` float64 concept values of class ids; values are returned as they are."""
     return one_hot(z, k or int(z.max()) + 1).double() if z.ndim == 1 else z.double()
 
 
 def leak(x: Tensor, z: Tensor, reference: Tensor | None = None) -> float:
     """Largest correlation of any feature with any concept column, computed directly and in float64.
 
-    Features are standardised by `reference` (the rows before erasure) where given, since what an eraser leaves of a
-    direction may have no variance of its own.
+    Features are standardised by `reference` (the rows before erasure) where given, since an erased direction may keep
+    so little variance that its own would be rounding.
     """
     x, values = x.double(), as_values(z)
     x, values = x - x.mean(0), values - values.mean(0)
@@ -39,12 +39,12 @@ def leak(x: Tensor, z: Tensor, reference: Tensor | None = None) -> float:
 
 
 def moments_of(x: Tensor, z: Tensor, k: int | None = None) -> ConceptMoments:
-    """Moments of one batch of class ids."""
+    """Moments of one batch with class ids."""
     return ConceptMoments(x.shape[-1], k or int(z.max()) + 1).update(x, z)
 
 
 def ols_r2(x: Tensor, z: Tensor, cutoff: float) -> float:
-    """Training R² of least squares from standardised rows, singular values below `cutoff` of the largest left out."""
+    """Training R² of least squares from standardised rows, without singular values below `cutoff` of the largest."""
     x, values = x.double(), as_values(z)
     x, values = x - x.mean(0), values - values.mean(0)
     scale = x.std(0, correction=0)

@@ -1,4 +1,4 @@
-"""Columns that are erased beside the concept's, and covariances that are kept."""
+"""Columns that are erased in addition to the concept's, and covariances that are kept."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.moments import Strata
 
-# Maps are compared in float64: what whitening makes of the rounding of sums, 1e-16 times the condition number of these
-# covariances, below 1e4, and as much again for the solve.
+# Maps are compared in float64. Whitening multiplies the rounding of sums, 1e-16, by the condition number of these
+# covariances, below 1e4; the solve does so once more.
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 seeds = st.integers(0, 2**31)
 
 
 def rows(seed: int, classes: int = 2, width: int = 12, count: int = 400) -> tuple[Tensor, Tensor]:
-    """Activations that carry a concept, and its ids."""
+    """Rows whose mean depends on a class, and the class ids."""
     draw = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=draw, dtype=torch.float64) + 3 * torch.eye(width).double()
     ids = torch.randint(0, classes, (count,), generator=draw)
@@ -33,7 +33,7 @@ def roots(moments: ConceptMoments) -> tuple[Tensor, Tensor]:
 
 
 def span(columns: Tensor) -> Tensor:
-    """Orthonormal columns with the span of some that are not zero."""
+    """Orthonormal columns with the span of the nonzero columns."""
     left, strength, _ = torch.linalg.svd(columns, full_matrices=False)
     return left[:, strength > 1e-8 * strength[0]]
 
@@ -45,7 +45,7 @@ def test_the_strongest_of_what_the_concept_leaves_go_too(seed: int, classes: int
     moments = ConceptMoments(12, classes).update(x, z)
     more = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     eraser = moments.eraser(method, shrinkage=None, beside=[(more, most)])
-    # The definition: in the metric of the method, project away the concept and the leading directions of what is left.
+    # The definition: in the metric of the method, project away the concept and the leading directions of the rest.
     white, back = roots(moments) if method == "leace" else (torch.eye(12).double(),) * 2
     basis = span(white @ moments.cross_covariance)
     rest = white @ more - basis @ (basis.T @ white @ more)
@@ -58,7 +58,7 @@ def test_the_strongest_of_what_the_concept_leaves_go_too(seed: int, classes: int
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds, affine=st.booleans(), classes=st.integers(2, 3))
 def test_what_is_kept_stays_and_nothing_else_does_it_cheaper(seed: int, affine: bool, classes: int) -> None:
-    """SPLINCE (arXiv 2506.10703): `P A = 0`, `P C = C`, and of these maps the one of least change."""
+    """SPLINCE (arXiv 2506.10703): `P A = 0`, `P C = C`, and of all such maps the one of least change."""
     x, z = rows(seed, classes)
     moments = ConceptMoments(12, classes).update(x, z)
     draw = torch.Generator().manual_seed(seed + 1)
@@ -69,7 +69,7 @@ def test_what_is_kept_stays_and_nothing_else_does_it_cheaper(seed: int, affine: 
     torch.testing.assert_close(eraser.matrix @ kept, kept, **CLOSE)
     mean = moments.mean_x[None]
     torch.testing.assert_close(eraser(mean), mean, **CLOSE)
-    # All maps that do it differ by readings that find none of what is erased and held.
+    # Two such maps differ by readings that are zero on the erased and the kept columns.
     held = torch.cat([cross, kept] if affine else [cross, kept, mean.T], 1)
     free = torch.linalg.svd(held)[0][:, held.shape[1] - 1 :]  # class columns are dependent: one less
     _, root = roots(moments)
@@ -90,17 +90,17 @@ def test_what_the_concept_says_as_well_cannot_be_kept() -> None:
 
 
 def test_the_root_of_a_covariance_has_no_direction_that_is_rounding() -> None:
-    """Float32 products round by 6e-8, and their root by 2e-4: where nothing varies, whitening would make that large."""
+    """Float32 products round by 6e-8, their root by 2e-4; whitening would enlarge this where directions hardly vary."""
     draw = torch.Generator().manual_seed(0)
     normal = torch.nn.functional.normalize(torch.randn(64, generator=draw), dim=0)
     x = torch.randn(500, 64, generator=draw) * 10 ** torch.linspace(-2, 2, 64)
-    x = x - (x @ normal)[:, None] * normal  # as behind a norm
+    x = x - (x @ normal)[:, None] * normal  # as after a norm
     spread = ConceptMoments(64, 0).update(x).spread()
     root = spread.root()
     sigma = spread.sigma.dense()
     scale = spread.variance.rsqrt()
     error = (root @ root.T - sigma) * scale * scale[:, None]
-    # What is left out varies by less than 64 · 1e-6 of the largest; and float32 products round by 6e-8 an entry.
+    # Left out are directions that vary by less than 64 · 1e-6 of the largest; float32 products round by 6e-8 an entry.
     largest = torch.linalg.matrix_norm(sigma * scale * scale[:, None], 2)
     assert torch.linalg.matrix_norm(error, 2) <= 64e-6 * largest + 64 * 6e-8
     assert root.shape[1] <= 63
@@ -132,7 +132,7 @@ def test_one_id_for_all_labels_tells_of_each(seed: int, classes: int, environmen
         torch.testing.assert_close(getattr(whole, name), getattr(alone, name), **CLOSE)
     assert whole.rows == 399
     torch.testing.assert_close(whole.eraser("mean_projection").matrix, alone.eraser("mean_projection").matrix, **CLOSE)
-    # Each environment by itself, weighted by the root of its share.
+    # The steps are done for each environment by itself, weighted by the root of its share.
     expected = []
     for number in range(environments):
         here = (environment == number) & (z >= 0)

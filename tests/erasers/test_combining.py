@@ -1,7 +1,7 @@
-"""One eraser for several concepts: what must hold of it for any erasers, by hypothesis.
+"""One eraser for several concepts: properties that hold for any erasers, tested with hypothesis.
 
-What is left of a covariance is relative to its length in units of the features' spread. `EXACT` is float64 rounding,
-2e-16, times one over the smallest cosine that is divided by, 1e-5, with room for condition numbers.
+A covariance that is left is measured relative to its length in units of the features' spread. `EXACT` is float64
+rounding, 2e-16, over the smallest cosine that is divided by, 1e-5, with room for condition numbers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ classes = st.lists(st.integers(2, 4), min_size=2, max_size=3)
 
 
 def problem(width: int, classes: list[int], seed: int, n: int = 300) -> tuple[Tensor, list[Tensor]]:
-    """Rows that carry several concepts in their mean, and the values of each concept."""
+    """Rows whose mean depends on several concepts, and the values of each concept."""
     x, first = rows(n, width, classes[0], seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     concepts = [as_values(first, classes[0])]
     for k in classes[1:]:
         z = torch.randint(k, (n,), generator=generator)
         z[:k] = torch.arange(k)
-        # Half of the rows have the class of the first concept, so that the concepts are correlated.
+        # Half of the rows take the class of the first concept, so that the concepts are correlated.
         z = torch.where(torch.rand(n, generator=generator) < 0.5, first % k, z)
         x = x + torch.randn(k, width, generator=generator, dtype=torch.float64)[z]
         concepts.append(as_values(z, k))
@@ -46,7 +46,7 @@ def fitted(x: Tensor, concepts: list[Tensor], method: str = "leace", **options: 
 
 
 def unrelated(x: Tensor, concepts: list[Tensor], seed: int) -> list[Eraser]:
-    """Erasers of the concepts with covariances of x that have nothing to do with one another."""
+    """Erasers of the concepts, each with another, unrelated covariance of x."""
     found = []
     for number, z in enumerate(concepts):
         other = rows(300, x.shape[1], 2, seed=seed + 17 + number)[0]
@@ -56,7 +56,7 @@ def unrelated(x: Tensor, concepts: list[Tensor], seed: int) -> list[Eraser]:
 
 
 def away(one: Eraser, other: Eraser, x: Tensor) -> float:
-    """How far two maps differ on rows, relative to the spread of a feature."""
+    """The largest difference of two maps on rows, relative to the spread of a feature."""
     return float(((one(x) - other(x)).abs() / x.std(0)).max())
 
 
@@ -102,7 +102,7 @@ def test_combining_with_itself_changes_nothing(width: int, classes: list[int], s
     twice = combine_erasers([eraser, eraser])
     assert twice.rank == eraser.rank
     assert away(twice, eraser, x) < EXACT
-    # Also where it is written in other vectors of the same spans.
+    # The same holds if the eraser is written in other vectors of the same spans.
     mixing = torch.eye(eraser.rank, dtype=torch.float64) + 0.5 * torch.ones(eraser.rank, eraser.rank).triu(1)
     other = Eraser(eraser.left @ mixing, torch.linalg.solve(mixing, eraser.right), eraser.bias)
     assert combine_erasers([eraser, other]).rank == eraser.rank
@@ -128,7 +128,7 @@ def test_the_rank_is_the_dimension_of_the_span(width: int, classes: list[int], s
 def test_equals_the_eraser_of_the_joint_concept(
     width: int, classes: list[int], seed: int, method: str, affine: bool, overlap: bool
 ) -> None:
-    """On the same rows, and with the same background; also of concepts that contain one another."""
+    """The erasers have the same rows and the same background; with overlap, one concept contains two others."""
     x, concepts = problem(width, classes, seed)
     together = torch.cat(concepts, dim=1)
     background = ConceptMoments(width, 0).update(rows(300, width, 2, seed=seed + 1)[0] + 1)
@@ -147,7 +147,7 @@ def test_equals_the_eraser_of_the_joint_concept(
 @laws
 @given(widths, classes, seeds, st.sampled_from([1, 4, 8]))
 def test_the_scale_of_the_features_does_not_matter(width: int, classes: list[int], seed: int, decades: int) -> None:
-    """As the rogue dimensions of language models, or features that a trained norm has switched off."""
+    """Language models have features of very large scale, and features that a trained norm has switched off."""
     x, concepts = problem(width, classes, seed)
     scale = 10 ** torch.linspace(-decades, decades, width, dtype=torch.float64)
     erasers = unrelated(x, concepts, seed)
@@ -169,7 +169,7 @@ def test_combining_is_associative_where_the_covariance_is_shared(width: int, see
 @laws
 @given(widths, classes, seeds)
 def test_erasers_as_an_adapter_keeps_them(width: int, classes: list[int], seed: int) -> None:
-    """In float32, where the same concept twice is not the same to the last digit."""
+    """In float32, two erasers of the same concept differ in the last digits."""
     x, concepts = problem(width, classes, seed)
     (first, *_), doubles = (kept := [e.to(dtype=torch.float32) for e in fitted(x, concepts)]), fitted(x, concepts)
     generator = torch.Generator().manual_seed(seed)
@@ -178,7 +178,7 @@ def test_erasers_as_an_adapter_keeps_them(width: int, classes: list[int], seed: 
     assert combine_erasers([first, nearly]).rank == first.rank
     joint = combine_erasers([*kept, nearly])
     assert joint.rank == combine_erasers(doubles).rank
-    # The lefts are known to 6e-8.
+    # float32 rounds the left factors by 6e-8.
     assert max(leak(joint(x), z, x) for z in concepts) < 1e-5
 
 
@@ -194,7 +194,7 @@ def test_one_eraser_after_another_leaves_a_part_of_the_second_concept():
         assert leak(in_turn, w, x) > 1e-2
     joint = combine_erasers([first, second])
     assert max(leak(joint(x), z, x) for z in (one, two)) < EXACT
-    # Erased before or behind, nothing comes back: zero stays zero under any linear map.
+    # The single eraser may come before or after: a covariance of zero stays zero under any linear map.
     for sequence in (lambda x: joint(first(x)), lambda x: first(joint(x))):
         assert max(leak(sequence(x), z, x) for z in (one, two)) < EXACT
 
@@ -212,7 +212,7 @@ def test_an_eraser_fitted_behind_another_removes_both_with_it():
 
 
 def blind(angle: float) -> list[Eraser]:
-    """Erasers that read, of the joint span, nearly the same: `R L` has a singular value of about `angle`."""
+    """Two erasers whose readings are nearly the same on the joint span: `R L` has a singular value of about `angle`."""
     left = torch.eye(5, dtype=torch.float64)[:, :2]
     rights = torch.tensor([[1.0, 1.0, 0, 0, 0], [1.0, 1.0 + angle, 0.5, 0, 0]], dtype=torch.float64)
     rights = torch.stack([rights[0], rights[1] / rights[1, 1]])
@@ -226,7 +226,7 @@ def test_a_direction_that_no_right_tells_apart_is_read_by_itself(angle: float):
     assert joint.rank == 2
     for eraser in erasers:
         assert float((joint.matrix @ eraser.left).abs().max()) < EXACT
-    # Divided by the singular value, the projection would be of norm 1 / angle.
+    # If it divided by that singular value, the projection would have a norm of 1 / angle.
     norm = float(torch.linalg.matrix_norm(torch.eye(5, dtype=torch.float64) - joint.matrix, 2))
     assert norm < (10 if angle < 1e-5 else 10 / angle)
 
@@ -262,7 +262,7 @@ def test_an_eraser_of_rank_zero_counts_for_nothing():
 
 
 def test_the_whole_space():
-    """As many concepts as there are features: everything goes."""
+    """There are as many concepts as features, so everything is erased."""
     x, concepts = problem(4, [3, 3, 2], seed=2)
     joint = combine_erasers(fitted(x, concepts))
     assert joint.rank == 4

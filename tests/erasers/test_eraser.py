@@ -30,7 +30,7 @@ def formula(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tens
 @pytest.mark.parametrize("rank", [1, 2, 6])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "unit"),  # of the result's dtype; intermediate sums of a dozen products round a few times
+    ("dtype", "unit"),  # relative to the result's dtype; sums of a dozen products round a few times
     [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
 )
 def test_it_is_the_formula(shape: tuple, rank: int, affine: bool, dtype: torch.dtype, unit: float) -> None:
@@ -42,11 +42,11 @@ def test_it_is_the_formula(shape: tuple, rank: int, affine: bool, dtype: torch.d
 
 
 def test_half_precision_rounds_once_only() -> None:
-    """The arithmetic is float32: the result is the exact one, rounded."""
+    """The arithmetic is in float32, so that the result is the exact one, rounded once."""
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = formula(x, *parts(64, 2))
     off = (apply_erasure(x, *parts(64, 2)).double() - exact).abs()
-    # Half a unit in the last of 8 bits, and float32 noise at numbers that cancel.
+    # Half a unit in the last of 8 bits, and float32 rounding at numbers that cancel.
     assert bool((off <= exact.abs() * 2**-8 + 1e-4).all())
 
 

@@ -1,4 +1,4 @@
-"""INLP against loops of scikit-learn probes, and what it does and does not guarantee."""
+"""INLP against loops of scikit-learn probes, and its guarantees and their limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def added(basis: np.ndarray, weights: np.ndarray, cutoff: float = 1e-7) -> np.nd
 
 
 def by_least_squares(x: np.ndarray, z: np.ndarray, rounds: int, probe: Any = None) -> np.ndarray:
-    """The loop as the paper writes it: train, project, again."""
+    """The loop as the paper writes it: train a probe, project its directions away, and repeat."""
     basis = np.zeros((x.shape[1], 0))
     for _ in range(rounds):
         probe = (probe or LinearRegression()).fit(x - x @ basis @ basis.T, z)
@@ -69,14 +69,14 @@ def test_rounds_from_moments_are_those_of_a_loop_over_rows(problem: tuple[Tensor
     x, z = problem
     eraser = moments_of(x, z).eraser("inlp", rounds=rounds, shrinkage=None)
     expected = by_least_squares(x.numpy(), as_values(z).numpy(), rounds)
-    # Both sides solve with matrices of condition up to 1e4, once a round, to 1e-16.
+    # In each round both sides solve with matrices of condition numbers up to 1e4, exact to 1e-16.
     assert torch.allclose(removed(eraser), torch.from_numpy(expected), atol=1e-7)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3])
 def test_shrinkage_is_the_ridge_of_scikit_learn(share: float) -> None:
     x, z = rows(300, 10, 3)
-    x = x * torch.logspace(-3, 2, 10, dtype=torch.float64)  # in which units matters
+    x = x * torch.logspace(-3, 2, 10, dtype=torch.float64)  # so that units matter
     eraser = moments_of(x, z).eraser("inlp", rounds=3, shrinkage=share)
     ridge = Ridge(alpha=len(x) * float(x.var(0, correction=0).mean()) * share / (1 - share))
     expected = by_least_squares(x.numpy(), as_values(z).numpy(), 3, ridge)
@@ -88,9 +88,9 @@ def test_a_feature_that_hardly_varies_does_not_use_up_the_rounds() -> None:
     x[:, 2] *= 1e-6
     moments = moments_of(x, z)
     without = moments.eraser("inlp", rounds=1, shrinkage=None)
-    assert float(without.left[2].abs()) > 0.999  # least squares as it is written removes that feature, and no more
+    assert float(without.left[2].abs()) > 0.999  # plain least squares removes that feature only
     assert float(moments.eraser("inlp", rounds=1).left[2].abs()) < 1e-3
-    # Even so the rounds go on.
+    # The rounds nevertheless go on.
     assert moments.eraser("inlp", rounds=4, shrinkage=None).rank == 4
 
 
@@ -100,7 +100,7 @@ def test_rounds_from_rows_are_those_of_a_loop_of_logistic_regressions(classes: i
     eraser = Eraser.fit(5 * x + 2, z, "inlp", rounds=rounds)
     assert eraser.rank == rounds * (classes - 1)
     expected = by_logistic(x.numpy(), z.numpy(), rounds)
-    # lbfgs of scikit-learn stops at a slope of 1e-10 over a ridge of 1/400; a round inherits from those before.
+    # scikit-learn's lbfgs stops at a slope of 1e-10 over a ridge of 1/400; each round adds to the earlier ones' error.
     assert torch.allclose(removed(eraser), torch.from_numpy(expected), atol=1e-4)
 
 
@@ -131,12 +131,12 @@ def test_more_rounds_leave_a_least_squares_probe_no_more(problem: tuple[Tensor, 
         eraser = moments.eraser("inlp", rounds=rounds, shrinkage=None)
         if eraser.rank == x.shape[1]:
             return  # nothing is left to read
-        # In coordinates of what is left: of what was projected away there is only rounding, which has no scale. A probe
-        # of fewer features explains no more, but for the rounding of its R².
+        # Measured in the remaining coordinates, as the removed ones hold only rounding, which has no scale. A probe of
+        # fewer features explains no more, except for the rounding of its R².
         rest = torch.linalg.qr(eraser.left, mode="complete")[0][:, eraser.rank :]
         after = ols_r2(eraser(x) @ rest, z, 1e-10)
         assert after <= before + 1e-12
-        # What a round has removed no later one brings back.
+        # A later round does not bring back what an earlier one has removed.
         assert torch.allclose(eraser.matrix @ smaller.left, torch.zeros_like(smaller.left), atol=1e-10)
         before = after
 
@@ -155,7 +155,7 @@ def test_few_rounds_do_not_give_the_guarantee_of_leace() -> None:
     moments = moments_of(x, z)
     left = {rounds: ols_r2(moments.eraser("inlp", rounds=rounds)(x), z, 1e-10) for rounds in (1, 2)}
     assert ols_r2(moments.eraser()(x), z, 1e-10) < 1e-20
-    assert left[1] > 0.01  # another direction reads the concept still
+    assert left[1] > 0.01  # another direction still shows the concept
     assert left[2] < left[1]
 
 
@@ -226,7 +226,7 @@ def test_rounds_end_where_the_probe_knows_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
     z = torch.randint(2, (4000,), generator=generator)
-    # Chance alone gains the probe about d / 2n nats, 4e-4 here, below the thousandth at which rounds end.
+    # By chance the probe gains about d / 2n nats, 4e-4 here, below the thousandth at which rounds end.
     assert fit_inlp(x, z).rank == 0
     x[:, 1] += 2.0 * z
     assert 1 <= fit_inlp(x, z).rank <= 2

@@ -1,4 +1,4 @@
-"""Several concepts, each labelled on rows of its own, erased together."""
+"""Several concepts, each labelled on its own rows, erased together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_joint_eraser_leaves_no_covariance_with_any_concept(
     assert eraser.rank == sum(classes) - len(classes)
     for k, (x, z) in zip(classes, data, strict=True):
         before, after = (ConceptMoments(WIDTH, k).update(y, z).cross_covariance.abs().max() for y in (x, eraser(x)))
-        # float64, times the condition of the covariance, which is below 1e4 here.
+        # The bound is float64 rounding times the condition number of the covariance, which is below 1e4 here.
         assert after <= 1e-11 * before
 
 
@@ -55,7 +55,7 @@ def test_on_the_same_rows_it_is_the_eraser_of_the_concepts_side_by_side() -> Non
     x = x + torch.nn.functional.one_hot(pos, 3).double() @ torch.randn(3, WIDTH, dtype=torch.float64)
     both = torch.cat([torch.nn.functional.one_hot(z).double() for z in (gender, pos)], dim=1)
     joint = joint_moments([ConceptMoments(WIDTH, 2).update(x, gender), ConceptMoments(WIDTH, 3).update(x, pos)])
-    # Rows of two concepts count twice, which shrinkage would take for more evidence.
+    # Rows with two concepts count twice, which shrinkage would treat as more evidence.
     ours = joint.eraser(shrinkage=None)
     theirs = ConceptMoments(WIDTH, 5).update(x, both).eraser(shrinkage=None)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-10)

@@ -1,4 +1,4 @@
-"""What must hold for any rows, by hypothesis.
+"""Properties that hold for any rows, tested with hypothesis.
 
 Tolerances are relative to the standard deviation of a feature. `1e-12` is float64 rounding, 2e-16, times the few
 thousand operations and the condition numbers (up to about 1e3 here) that stand between rows and result.
@@ -28,7 +28,7 @@ laws = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def distance(one: Eraser, other: Eraser, x: Tensor) -> float:
-    """How far two maps differ on rows, relative to the spread of a feature."""
+    """The largest difference of two maps on rows, relative to the spread of a feature."""
     return float(((one(x) - other(x)).abs() / x.std(0)).max())
 
 
@@ -92,7 +92,7 @@ def test_no_feasible_map_changes_less(problem: tuple[Tensor, Tensor], seed: int)
         assert float((feasible - x).square().sum()) >= change * (1 - EXACT)
 
 
-# Batches of one row are some 300 updates: one example of them is enough.
+# With batches of one row there are some 300 updates, so one such example is enough.
 @laws
 @given(problems, st.integers(5, 90), st.integers(2, 4), st.integers(0, 2**31 - 1))
 @example(rows(150, 8, 3), 1, 3, 0)
@@ -117,7 +117,7 @@ def test_batches_shards_and_order_do_not_matter(
         difference = (getattr(merged, name) - getattr(whole, name)).abs()
         assert float(difference.max() / scale.max() ** (name == "cross_covariance")) < 1e-11  # 1e-16 · 1000, summed
     assert torch.allclose(merged.mean_x, whole.mean_x, rtol=1e-14)
-    # Optimality rests on Σ, whose inverse multiplies rounding by its condition number.
+    # The least change depends on Σ, whose inverse multiplies rounding by its condition number.
     assert distance(merged.eraser(), whole.eraser(), x) < 1e-8
 
 
@@ -165,5 +165,5 @@ def test_a_weight_is_a_number_of_copies(problem: tuple[Tensor, Tensor], seed: in
     assert weighted.weight == repeated.weight
     for name in ("mean_x", "mean_z", "covariance_x", "cross_covariance", "covariance_z"):
         assert torch.allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-11, atol=EXACT)
-    # Only shrinkage counts rows, and copies are not independent rows.
+    # Only shrinkage depends on the number of rows, and copies are not independent rows.
     assert distance(weighted.eraser(shrinkage=None), repeated.eraser(shrinkage=None), x) < 1e-8

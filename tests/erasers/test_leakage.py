@@ -1,4 +1,4 @@
-"""What reports are made of: leakage and movement, from moments alone."""
+"""The measures in reports: leakage and movement, computed from moments alone."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_little_is_left_on_held_out_rows(dtype: torch.dtype, method: str) -> Non
     before = cross_validated_correlation(*halves(x[4000:], z[4000:]))
     after = cross_validated_correlation(*halves(eraser(x[4000:]), z[4000:]))
     assert before > 0.5
-    # The eraser itself has an error of about sqrt(10 / 4000) in the class means; the reading 1/sqrt(1000).
+    # The eraser has an error of about sqrt(10 / 4000) in the class means, and the measurement one of 1/sqrt(1000).
     assert abs(after) < 0.15
 
 
 def test_rounding_is_no_leak() -> None:
-    """All that is left of x is how float32 rounds one and the same row."""
+    """After erasure, x is the same row for all but float32 rounding."""
     x, z = rows(2000, 2, 2, dtype=torch.float32)
     x[:, 1] = 0
     x[:, 0] += 5 * z
@@ -66,12 +66,12 @@ def test_rounding_is_no_leak() -> None:
 
 
 def test_a_direction_that_is_rounding_is_read_as_such() -> None:
-    """The difference of two equal features is known to 1e-6 of them in float32, and to far less in float64."""
+    """float32 knows the difference of two equal features to 1e-6 of them only, float64 much better."""
     x, z = rows(2000, 1, 2)
     x -= x[z == 1].mean() * (z == 1)[:, None] + x[z == 0].mean() * (z == 0)[:, None]
     twins = torch.cat([x, x + 1e-6 * z[:, None]], 1)
     assert cross_validated_correlation(*halves(twins, z), shrinkage=None) > 0.5
-    # What is left is the common direction, independent of the class: chance over two halves of 1000 rows.
+    # float32 leaves the common direction, which is independent of the class: chance over two halves of 1000 rows.
     assert abs(cross_validated_correlation(*halves(twins.float(), z), shrinkage=None)) < 4 / math.sqrt(1000)
 
 

@@ -1,7 +1,7 @@
-"""The linear map that erases and keeps the mean: what must hold for any rows, and where there is none.
+"""The linear map that erases a concept and keeps the mean: properties for any rows, and rows without such a map.
 
 Tolerances are relative to the spread of a feature. `1e-12` is float64 rounding, 2e-16, times the few thousand
-operations between rows and result. The new readings are longer by
+operations between rows and result. Keeping the mean makes the readings longer by
 one over the sine between the mean and the covariances with the concept, at most 30 here.
 """
 
@@ -20,7 +20,7 @@ EXACT = 1e-12
 
 
 def rows_at(far: float, n: int, d: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows whose mean lies so far from zero in every feature."""
+    """Rows with a mean of `far` in every feature, in addition to that of `rows`."""
     x, z = rows(n, d, k, seed=seed)
     return x + far, z
 
@@ -42,7 +42,7 @@ def linear(x: Tensor, z: Tensor, method: str = "leace", **options: object) -> Er
 
 
 def metric(x: Tensor, method: str) -> Tensor:
-    """Σ without shrinkage, or the identity of the orthogonal methods."""
+    """Σ without shrinkage; for the orthogonal methods the identity."""
     return torch.cov(x.T, correction=0) if method == "leace" else torch.eye(x.shape[1], dtype=torch.float64)
 
 
@@ -58,20 +58,20 @@ def test_it_is_a_projection_that_keeps_the_mean(problem: tuple[Tensor, Tensor], 
     size = float(eraser.matrix.norm())
     assert eraser.bias is None
     assert eraser.rank == plain.rank
-    assert torch.equal(eraser.left, plain.left)  # so that what a linear probe finds is the same
+    assert torch.equal(eraser.left, plain.left)  # so a linear probe finds the same
     moved = eraser.matrix @ x.mean(0) - x.mean(0)
     assert float(moved.abs().max()) < EXACT * size * float(x.mean(0).norm())
     identity = torch.eye(eraser.rank, dtype=torch.float64)
     assert float((eraser.right @ eraser.left - identity).abs().max()) < EXACT * size
     assert float((eraser.matrix @ eraser.matrix - eraser.matrix).norm()) < EXACT * size**2
-    if method != "inlp" and rank is None:  # rounds of INLP leave covariance that other directions read
+    if method != "inlp" and rank is None:  # INLP's rounds leave covariance in other directions
         assert leak(eraser(x), z, x) < EXACT * size
 
 
 @laws
 @given(problems, methods)
 def test_it_solves_the_conditions_of_the_least_change(problem: tuple[Tensor, Tensor], method: str) -> None:
-    """The least `tr N Σ Nᵀ` with `N [left, μ] = [left, 0]`, as one system of its conditions (Karush, Kuhn, Tucker)."""
+    """The least `tr N Σ Nᵀ` with `N [left, μ] = [left, 0]`, from one system of its (Karush-Kuhn-Tucker) conditions."""
     x, z = problem
     options = {"leace": {"shrinkage": None}, "inlp": {"rounds": 2}}.get(method, {})
     eraser, sigma = linear(x, z, method, **options), metric(x, method)
@@ -88,7 +88,7 @@ def test_it_solves_the_conditions_of_the_least_change(problem: tuple[Tensor, Ten
     given_ = torch.cat([torch.zeros(width, width, dtype=torch.float64), wanted.T])
     best = torch.linalg.solve(system, given_)[:width].T
     found = eraser.left @ eraser.right
-    # The jitter of the factorisation, 1e-13, and rounding times the condition of Σ, at most 1e5 here.
+    # The factorisation adds a jitter of 1e-13, and rounding is multiplied by the condition of Σ, at most 1e5 here.
     assert float((found - best).norm()) < 1e-7 * float(best.norm())
     change, least = (float(((m @ sigma) * m).sum()) for m in (found, best))
     assert change == pytest.approx(least, rel=1e-9)
@@ -100,13 +100,13 @@ def test_no_feasible_map_changes_less(problem: tuple[Tensor, Tensor], seed: int)
     x, z = problem
     eraser = linear(x, z, shrinkage=None)
     fixed = torch.cat([eraser.left, x.mean(0)[:, None]], dim=1)
-    rest = torch.linalg.svd(fixed)[0][:, fixed.shape[1] :]  # orthogonal to all that is given
+    rest = torch.linalg.svd(fixed)[0][:, fixed.shape[1] :]  # orthogonal to all fixed columns
     change = float((eraser(x) - x).square().sum())
     generator = torch.Generator().manual_seed(seed)
     for size in (1e-3, 1.0):
         other = size * torch.randn(x.shape[1], rest.shape[1], generator=generator, dtype=torch.float64) @ rest.T
         assert float((eraser(x) + x @ other.T - x).square().sum()) >= change * (1 - 1e-9)
-    # The affine map is free of one condition, and the one that lets the mean go of another.
+    # The affine map has one condition less than the one that keeps the mean, hence changes no more.
     assert float((moments_of(x, z).eraser(shrinkage=None)(x) - x).square().sum()) <= change * (1 + 1e-9)
 
 
@@ -127,7 +127,7 @@ def test_an_invertible_map_of_x_goes_through(problem: tuple[Tensor, Tensor], see
     mixing = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=generator, dtype=torch.float64)).Q
     mixing = mixing * torch.logspace(-1, 1, x.shape[1], dtype=torch.float64)
     mapped = linear(x @ mixing, z, shrinkage=None)(x @ mixing)
-    # Shrinkage alone depends on the coordinates; 1e-6 is rounding times the condition of what is factored, about 1e7.
+    # Only shrinkage depends on the coordinates; 1e-6 is rounding times the condition of the factored matrix, about 1e7.
     difference = mapped - linear(x, z, shrinkage=None)(x) @ mixing
     assert float((difference.abs() / (x @ mixing).std(0)).max()) < 1e-6
 
@@ -154,7 +154,7 @@ def test_erasers_that_keep_one_mean_keep_it_together(problem: tuple[Tensor, Tens
     together = moments_of(x, z).eraser(affine=False)
     assert joint.rank == together.rank + 1
     moved = joint(x.mean(0)[None]) - x.mean(0)
-    # Up to one over the cosine that is divided by.
+    # Rounding is multiplied by one over the cosine that is divided by.
     assert float(moved.abs().max()) < 1e-9 * float(joint.matrix.norm()) * float(x.mean(0).norm())
 
 
@@ -171,7 +171,7 @@ def test_methods_on_rows_keep_it_too(fit: object) -> None:
     assert eraser.bias is plain.bias is None
     assert torch.allclose(eraser(x).mean(0), x.mean(0), atol=1e-11)  # float64 rounding, times the length of readings
     assert not torch.allclose(plain(x).mean(0), x.mean(0), atol=1e-2)
-    # Either map tells nothing of the other's directions, so what a probe finds behind them is the same.
+    # Both maps remove the same directions, so a probe finds the same after either.
     assert torch.allclose(plain.matrix @ eraser.matrix, plain.matrix, atol=1e-12)
 
 
@@ -182,7 +182,7 @@ def test_about_a_mean_of_zero_it_is_the_affine_map(method: str) -> None:
     affine, without = (moments_of(centred, z).eraser(method, affine=affine, rank=2) for affine in (True, False))
     assert torch.equal(affine.right, without.right)
     assert torch.allclose(affine(centred), without(centred), atol=1e-13)
-    # Also of float32 rows, whose mean is the rounding of their values.
+    # This also holds for float32 rows, whose mean is their rounding.
     rounded = centred.float()
     affine, without = (moments_of(rounded, z).eraser(method, affine=affine, rank=2) for affine in (True, False))
     assert torch.equal(affine.right, without.right)
@@ -198,10 +198,10 @@ def test_a_mean_far_from_zero(distance: float) -> None:
     x, z = rows(400, 12, 3)
     far = x + distance
     eraser = linear(far, z)
-    # Readings of numbers so large round at 2e-16 of them.
+    # Readings of such large numbers round by 2e-16 of them.
     assert leak(eraser(far), z, far) < 1e-15 * distance + EXACT
     assert float((eraser(far).mean(0) - far.mean(0)).abs().max()) < 1e-14 * distance
-    # The farther the mean, the less the activations vary along it, so that it costs next to nothing to keep it.
+    # The farther the mean, the less the activations vary along it, so that keeping it changes hardly more.
     change, least = (relative_change(e, moments_of(far, z)) for e in (eraser, moments_of(far, z).eraser()))
     assert least <= change < 1.2 * least
 
@@ -212,7 +212,7 @@ def test_float32_rows_and_an_eraser_that_is_stored_in_it() -> None:
     eraser = linear(x, z).to(dtype=torch.float32)
     erased = eraser(x)
     assert erased.dtype == torch.float32
-    # float32 rounding, 6e-8, of readings of a mean five times as large as the spread.
+    # float32 rounds by 6e-8 the readings of a mean that is five times as large as the spread.
     assert leak(erased, z, x) < 2e-6
     assert float((erased.double().mean(0) - x.double().mean(0)).abs().max()) < 1e-5
 
@@ -220,7 +220,7 @@ def test_float32_rows_and_an_eraser_that_is_stored_in_it() -> None:
 @pytest.mark.parametrize("method", ["leace", "orth", "mean_projection", "inlp"])
 def test_features_that_never_vary(method: str) -> None:
     x, z = rows(300, 9, 2)
-    x[:, 3], x[:, 5] = 7.0, 1e-33 * x[:, 5]  # as a norm that has switched features off
+    x[:, 3], x[:, 5] = 7.0, 1e-33 * x[:, 5]  # like features that a norm has switched off
     eraser = linear(x, z, method, rank=1)
     assert float(eraser.left[3].abs().max()) == 0
     assert float(eraser.right.abs().max()) < 1e36
@@ -240,14 +240,14 @@ def test_a_covariance_along_the_mean_is_refused(method: str, dtype: torch.dtype)
     z = torch.arange(400) % 2
     x = rows(400, 6, 1)[0]
     difference = torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64)
-    for label in (0, 1):  # the classes differ in their distance from the origin alone
+    for label in (0, 1):  # the classes differ only in their distance from the origin
         own = z == label
         x[own] += (label + 3) * difference - x[own].mean(0)
     with pytest.raises(ValueError, match=r"the mean of x lies in the span .* give affine=True"):
         linear(x.to(dtype), z, method)
     assert linear(x.to(dtype), z, method, keep_mean=False).rank == 1
     assert moments_of(x.to(dtype), z).eraser(method).rank == 1
-    # A little aside, and there is one.
+    # If the mean lies a little aside of this direction, the map exists.
     x[:, 0] += 0.1
     eraser = linear(x.to(dtype), z, method)
     assert leak(eraser(x), z, x) < (1e-5 if dtype == torch.float32 else 1e-10)

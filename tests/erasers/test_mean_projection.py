@@ -1,4 +1,4 @@
-"""Mean projection by hand, and that it is SAL for classes."""
+"""Mean projection against a computation by hand, and its equality with SAL (`orth`) for classes."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_a_capped_rank_counts_classes_alike_where_orth_counts_rows() -> None:
     differences = class_means(x, z) - x.mean(0)
     expected = np.linalg.svd(differences.numpy())[2][0]
     assert torch.allclose(first, torch.from_numpy(np.abs(expected)), atol=1e-10)
-    assert float(first[1]) > 0.99  # the rare class lies farthest
-    assert float(Eraser.fit(x, z, "orth", rank=1).left[0, 0].abs()) > 0.99  # the two common ones vary most
+    assert float(first[1]) > 0.99  # the rare class is farthest from the others
+    assert float(Eraser.fit(x, z, "orth", rank=1).left[0, 0].abs()) > 0.99  # the two common classes vary most
 
 
 def test_weights_are_repeated_rows_and_absent_classes_do_not_count() -> None:
@@ -100,6 +100,6 @@ def test_an_adapter_of_mean_projection_is_that_of_orth() -> None:
         states[method] = {site: layer.eraser_state("e") for site, layer in erasure_layers(model, "e").items()}
     for site, (left, right, bias) in states["orth"].items():
         other = states["mean_projection"][site]
-        # Deeper sites are fitted on float32 activations that were erased with maps that differ in rounding.
+        # Deeper sites are fitted on float32 activations that were erased with maps that differ by rounding.
         assert torch.allclose(other[0] @ other[1], left @ right, atol=1e-4)
         assert torch.allclose(other[2], bias, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Gathering, keeping and merging moments; what is refused; where Σ may come from."""
+"""Gathering, keeping and merging moments; refusals; and the possible sources of Σ."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def same(one: ConceptMoments, other: ConceptMoments) -> bool:
 def alike(one: ConceptMoments, other: ConceptMoments) -> bool:
     """Whether the same rows were counted, up to the order in which they were added.
 
-    Rows that were taken out of a batch lie elsewhere in memory, where the vector units of some processors add them in
-    another order: at most the number of rows (300) times 2^-53 times the magnitude of a term (below 9 for products).
+    A selection of rows lies elsewhere in memory, where the vector units of some processors add the rows in another
+    order: at most the number of rows (300) times 2^-53 times the magnitude of a term (below 9 for products).
     """
     close = (torch.allclose(getattr(one, name), getattr(other, name), rtol=0, atol=3e-13) for name in TENSORS)
     return one.rows == other.rows and all(close)
@@ -52,7 +52,7 @@ def test_moments_equal_the_definition(width: int) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # Products round to the unit of float32, or float64, a few rows at a time.
+    # Products round to the precision of float32 or float64, a few rows at a time.
     [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)],
 )
 def test_any_float_dtype(dtype: torch.dtype, tolerance: float) -> None:
@@ -416,7 +416,7 @@ def test_an_interruption_before_the_sums_are_touched_changes_nothing(monkeypatch
 
 
 def peak_bytes(run) -> int:
-    """The most that torch's allocator held during a call, above what it held before."""
+    """The most bytes that torch's allocator held during a call, above those before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held = peak = 0
@@ -442,6 +442,6 @@ def test_memory_while_updating(width: int, kind: str) -> None:
         moments.update(x, labels, weight, mask=mask)
         return moments.update(x, labels, weight, mask=mask)
 
-    # The statistics themselves are counted: they come into being here.
+    # The bytes include the statistics themselves, which are allocated here.
     peak = peak_bytes(update)
     assert width**2 * 4 < peak <= 4 * width**2 * 4

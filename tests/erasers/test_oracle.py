@@ -1,4 +1,4 @@
-"""Oracle-LEACE against concept-erasure, against least squares by hand, and against LEACE."""
+"""Oracle-LEACE against the package concept-erasure, against least squares by hand, and against LEACE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ laws = settings(max_examples=40, deadline=None, derandomize=True)
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_it_is_that_of_concept_erasure(classes: int) -> None:
-    # Classes alike: the peer cuts variances of z off at 0.01.
+    # Classes of equal size, as concept-erasure replaces variances of z below 0.01 by 0.01.
     x, z = rows(600, 9, classes)
     theirs = OracleFitter.fit(x, one_hot(z, classes).double()).eraser(x, one_hot(z, classes).double())
     assert torch.allclose(OracleEraser.fit(x, z)(x, z), theirs, atol=1e-12)  # float64 rounding
@@ -64,7 +64,7 @@ def test_it_changes_no_more_than_leace(problem: tuple[Tensor, Tensor]) -> None:
 @laws
 @given(problems)
 def test_twice_takes_as_much_again(problem: tuple[Tensor, Tensor]) -> None:
-    """It is not a projection: what it takes away depends on z alone."""
+    """It is not a projection: the vector that it subtracts depends on z alone."""
     x, z = problem
     eraser = OracleEraser.fit(x, z)
     once = eraser(x, z)

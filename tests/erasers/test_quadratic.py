@@ -49,7 +49,7 @@ def test_means_and_covariances_are_the_same_in_every_class(problem: tuple[Tensor
     means = torch.stack([erased[z == label].mean(0) for label in z.unique()])
     assert torch.allclose(means, x.mean(0).expand_as(means), atol=1e-11)
     matched = covariances(erased, z)
-    # Two inverse roots of matrices of condition up to 1e4, to 1e-16.
+    # Two inverse roots of matrices of condition numbers up to 1e4, exact to 1e-16.
     assert torch.allclose(matched, matched[:1].expand_as(matched), atol=1e-9, rtol=1e-9)
 
 
@@ -60,10 +60,10 @@ def test_maps_and_centre_are_those_of_optimal_transport(problem: tuple[Tensor, T
     own = covariances(x, z)
     shares = torch.bincount(z).double() / len(z)
     centre = barycentre(own, shares)
-    # The peer stops when the loss falls by less than 2e-16, which leaves about the root of that.
+    # The other package stops when the loss falls by less than 2e-16, so its result is exact to about the root of that.
     assert torch.allclose(centre, ot_barycenter(own, shares), atol=1e-6)
     assert torch.allclose(QuadraticEraser.fit(x, z).maps, ot_map(own, centre), atol=1e-8)
-    # No other covariance is nearer to the classes.
+    # Any other covariance is farther from those of the classes.
     nearest = float((shares * ot_distance(own, centre).square()).sum())
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -73,10 +73,10 @@ def test_maps_and_centre_are_those_of_optimal_transport(problem: tuple[Tensor, T
 
 
 def test_of_two_classes_it_is_that_of_concept_erasure() -> None:
-    # Classes alike in number: the peer weighs class means alike, and divides by rows less one.
+    # Both classes have as many rows: concept-erasure weighs class means equally, and divides by the rows less one.
     x, z = shaped(600, 8, 2)
     theirs = QuadraticFitter.fit(x, z, shrinkage=False).eraser(x, z)
-    # Two closed forms of the same barycentre, here by iteration.
+    # The barycentre has a closed form for two classes there, and is found by iteration here.
     assert torch.allclose(QuadraticEraser.fit(x, z)(x, z), theirs, atol=1e-8)
 
 
@@ -87,7 +87,7 @@ def quadratic_probe(x: Tensor, z: Tensor) -> Pipeline:
 
 
 def gain(probe: Pipeline, x: Tensor, z: Tensor) -> float:
-    """Nats that a probe saves over the best constant."""
+    """By how many nats a probe beats the best constant prediction."""
     shares = torch.bincount(z).double() / len(z)
     chances = torch.from_numpy(probe.predict_proba(x.numpy()))
     return float(-(shares * shares.log()).sum() + chances[torch.arange(len(z)), z].log().mean())
@@ -102,7 +102,7 @@ def test_a_quadratic_probe_succeeds_after_leace_and_fails_after_this(classes: in
         probe = quadratic_probe(erase(*seen), seen[1])
         found, right = gain(probe, erase(*seen), seen[1]), probe.score(erase(*unseen).numpy(), unseen[1].numpy())
         if name == "quadratic":
-            # All that such a probe can see is the same in every class; its fit ends at a slope of 1e-9.
+            # Such a probe sees the same in every class, and its fit ends at a slope of 1e-9.
             assert abs(found) < 1e-6, name
             assert right < 1 / classes + 5 * (0.25 / 3000) ** 0.5, name  # chance, and five standard errors
         else:

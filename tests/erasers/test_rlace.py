@@ -1,4 +1,4 @@
-"""R-LACE against optima that are known: in closed form for k − 1 directions, by looking everywhere for fewer."""
+"""R-LACE against known optima: in closed form for k − 1 directions, by trying all projections for fewer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.erasers.data import rows
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Of the angles between the spans of orthonormal columns."""
+    """The cosines of the angles between the spans of orthonormal columns."""
     return torch.linalg.svdvals(one.T @ other)
 
 
 def probe_loss(x: Tensor, z: Tensor, c: float = 1e3) -> float:
-    """What the best probe of the erased rows loses, in nats: nearly unpenalised, by scikit-learn."""
+    """The loss in nats of the best probe of erased rows: nearly unpenalised, by scikit-learn."""
     probe = LogisticRegression(C=c, tol=1e-7, max_iter=20_000).fit(x.numpy(), z.numpy())
     chances = probe.predict_proba(x.numpy())
     return float(-np.log(chances[np.arange(len(z)), z.numpy()]).mean())
@@ -37,11 +37,11 @@ def test_for_all_directions_the_optimum_is_that_of_the_class_means(classes: int,
     x, z = rows(500, width, classes)
     eraser = Eraser.fit(x, z, "rlace", steps=steps)
     assert eraser.rank == classes - 1
-    # Of rank k − 1 no other projection leaves a probe with the loss of a constant. The last step is a thousandth
-    # long, of which the cosine is 1 − 5e-7; 1 − 2e-7 was measured.
+    # Of rank k − 1, only this projection leaves a probe with the loss of a constant. The last step has a length of
+    # 0.001, which is a cosine of 1 − 5e-7; 1 − 2e-7 was measured.
     assert float(cosines(eraser.left, Eraser.fit(x, z, "orth").left).min()) > 1 - 5e-6
     assert probe_loss(x, z) < entropy(z) - 0.3
-    # A thousandth of the class means is left, of which what a probe gains is of second order.
+    # A thousandth of the class means is left; a probe's gain is of second order in that.
     assert probe_loss(eraser(x), z) > entropy(z) - 1e-3
 
 
@@ -50,17 +50,17 @@ def test_near_the_optimum_is_near_for_the_probe_that_was_played_against() -> Non
     game, closed = Eraser.fit(x, z, "rlace", steps=100), Eraser.fit(x, z, "orth")
     assert float(cosines(game.left, closed.left).min()) > 1 - 5e-6
     scale = float(x.var(0, correction=0).mean().sqrt())
-    # The adversary is scikit-learn's C=1 on rows of one overall variance. 3e-4 nats were measured.
+    # The adversary is scikit-learn's C=1 on rows scaled to one overall variance. 3e-4 nats were measured.
     assert probe_loss(game(x) / scale, z, c=1.0) > entropy(z) - 1e-3
-    # A thousandth of the class means is much where features hardly vary, for a probe that pays nothing for weights. The
-    # closed form leaves that one nothing either.
+    # Where features hardly vary, a thousandth of the class means is much for a probe without a penalty on its weights.
+    # The closed form leaves nothing for that probe either.
     assert probe_loss(game(x) / scale, z, c=1e3) < entropy(z) - 0.01
     assert probe_loss(closed(x) / scale, z, c=1e3) > entropy(z) - 1e-9
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_for_fewer_directions_nothing_is_better_anywhere_on_the_half_circle(seed: int) -> None:
-    """Three classes in the plane and one direction: every projection can be tried."""
+    """With three classes in the plane and one direction, every projection can be tried."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.arange(450) % 3
     x = torch.randn(450, 2, generator=generator, dtype=torch.float64) @ torch.tensor([[1.0, 0.4], [0, 0.7]]).double()
@@ -70,10 +70,10 @@ def test_for_fewer_directions_nothing_is_better_anywhere_on_the_half_circle(seed
         line = torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))], dtype=torch.float64)
         losses.append(probe_loss(x - torch.outer(x @ line, line), z))
     found = probe_loss(fit_rlace(x, z, rank=1, steps=100)(x), z)
-    # The game is not concave in the relaxed projection, so that this is measured and not proved. 0.01 is what a step
-    # of the grid, the adversary's ridge and the rounding of the relaxation are worth.
+    # The game is not concave in the relaxed projection, so this result is measured but not proved. A step of the grid,
+    # the adversary's ridge and the rounding of the relaxation together change the loss by at most 0.01.
     assert found > max(losses) - 0.01
-    assert max(losses) - np.median(losses) > 0.05  # it matters which
+    assert max(losses) - np.median(losses) > 0.05  # the direction matters
 
 
 def test_where_the_rank_is_capped_it_leaves_less_than_orth() -> None:
@@ -130,7 +130,7 @@ def test_the_nearest_point_of_the_fantope() -> None:
     assert float(values.min()) > -1e-12
     assert float(values.max()) < 1 + 1e-12
     assert float(near.trace()) == pytest.approx(2, abs=1e-10)
-    # Nearest of a convex set: ⟨matrix − near, other − near⟩ ≤ 0 for all others, of which projections are the corners.
+    # The nearest point of a convex set: ⟨matrix − near, other − near⟩ ≤ 0 for all others; projections are its corners.
     for _ in range(50):
         basis = torch.linalg.qr(torch.randn(7, 2, generator=generator, dtype=torch.float64))[0]
         assert float(((matrix - near) * (basis @ basis.T - near)).sum()) < 1e-9

@@ -1,8 +1,8 @@
 """The theorem, by loss (arXiv 2306.03819, Theorem 3.1): no linear predictor beats the best constant on erased rows.
 
 Predictors are trained to convergence on the erased training rows, in standardised coordinates. Singular values of the
-rows below 1e-12 (float64) or 1e-6 (float32) of the largest are left out: an erased direction is rounding, and blown up
-to unit variance it would be a random feature like any other.
+rows below 1e-12 (float64) or 1e-6 (float32) of the largest are left out: an erased direction is rounding, which would
+become a random feature if it were scaled to unit variance.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hf_erasure.erasers import ConceptMoments, Eraser
 from tests.erasers.data import ols_r2, rows
 
 CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-6}
-# A loss that is flat at its minimum is found to the square of the optimiser's tolerance on the gradient, 1e-6; float32
-# rows carry correlations up to 1e-6 that are rounding, and their square is what a loss can gain.
+# A loss that is flat at its minimum is found to the square of the optimiser's tolerance on the gradient, 1e-6. Rounding
+# gives float32 rows correlations up to 1e-6, and a loss can gain their square.
 SLACK = 1e-8
 
 
@@ -34,7 +34,7 @@ def standardised(x: Tensor, cutoff: float) -> np.ndarray:
 
 
 def logistic_gain(features: np.ndarray, z: Tensor) -> float:
-    """By how much the best logistic regression beats the class shares, in nats."""
+    """By how many nats the best logistic regression beats a prediction of the class shares."""
     model = LogisticRegression(C=np.inf, tol=1e-9, max_iter=2000).fit(features, z.numpy())
     shares = np.bincount(z.numpy()) / len(z)
     constant = float(-(shares * np.log(shares)).sum())
@@ -48,8 +48,8 @@ def hinge_gain(features: np.ndarray, z: Tensor) -> float:
     def loss(scores: np.ndarray | float) -> float:
         return float(np.mean(np.maximum(0, 1 - signs * scores) ** 2))
 
-    # C = 100 a row makes the penalty on the weights, which the theorem does not know, negligible; the intercept is
-    # one feature of size 100, so that it is hardly penalised either.
+    # C = 100 for each row makes the penalty on the weights negligible, which the theorem does not have. The intercept
+    # is a feature of size 100, so that it is hardly penalised either.
     model = LinearSVC(C=100, dual=False, tol=1e-10, max_iter=20_000, intercept_scaling=100).fit(features, z.numpy())
     constant = minimize(lambda c: loss(c[0]), [0.0], tol=1e-14).fun
     return constant - loss(model.decision_function(features))
@@ -118,6 +118,6 @@ def test_a_leace_eraser_equals_the_papers_formula() -> None:
     u = u[:, s > 1e-9]
     paper = torch.eye(12, dtype=torch.float64) - torch.linalg.inv(whitener) @ u @ u.T @ whitener
     ours = moments.eraser(shrinkage=None)
-    # The jitter of 1e-13 and the condition of Σ, a few hundred.
+    # The bound is the jitter of 1e-13 times the condition number of Σ, a few hundred.
     assert torch.allclose(ours.matrix, paper, atol=1e-10)
     assert torch.equal(ours.bias, moments.mean_x)

@@ -1,9 +1,9 @@
-"""What closed-form erasure gets wrong when it is written down naively, one test each.
+"""Errors that a naive implementation of closed-form erasure makes, one test for each.
 
-They say what ours does. What others make of the same rows is theirs to test.
+The tests show only what this package does with such rows, not what other packages do.
 
 `F32 = 1e-6` bounds what float32 rows may show after erasure: their own rounding is 6e-8 of a feature, 1e-6 is the
-cut-off below which the project calls a float32 direction rounding. `F64 = 1e-12` is the same for float64.
+cut-off below which the project treats a float32 direction as rounding. `F64 = 1e-12` is the same for float64.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_class_with_probability_one_in_a_thousand() -> None:
     assert leak(eraser(x), z, x) < F32
 
     def separation(erased: Tensor) -> float:
-        """Distance of the rare class's mean from the rest's, in standard deviations along their difference."""
+        """Distance of the rare class's mean from that of the rest, in standard deviations along their difference."""
         rare, rest = erased[z == 2].double(), erased[z != 2].double()
         direction = rare.mean(0) - rest.mean(0)
         return float(direction.norm() / (rest @ (direction / direction.norm())).std())
@@ -91,7 +91,7 @@ def test_white_data() -> None:
     assert leak(eraser(x), z, x) < F64
     # On white data the optimal map is the orthogonal projection, whatever the shrinkage.
     assert torch.allclose(eraser.matrix, Eraser.fit(x, z, "orth").matrix, atol=1e-9)
-    # Whiter than chance: a shrinkage that divides by the distance from white divides by almost 0.
+    # Whiter than chance: a shrinkage that divides by the distance from white would divide by almost 0.
     x[:, 0] *= 1.07**0.5
     x[:, 1] *= 0.93**0.5
     assert leak(Eraser.fit(x, z)(x), z, x) < F64
@@ -114,7 +114,7 @@ def test_first_batch_far_from_the_mean() -> None:
     for part, ids in zip(x.split(256), z.split(256), strict=True):
         ours.update(part, ids)
     truth = torch.cov(x.double().T, correction=0)
-    # What a batch adds within itself is float32, what lies between batches float64.
+    # Sums within a batch are float32, sums over batches float64.
     assert float((ours.covariance_x - truth).abs().max() / truth.max()) < 1e-9
     assert leak(ours.eraser()(x.double()), z, x) < F64
 
@@ -187,7 +187,7 @@ def test_constant_activations() -> None:
 
 
 def test_constant_features_are_neither_read_nor_moved() -> None:
-    """The trap is the division by a variance of 0."""
+    """A naive implementation divides by a variance of 0."""
     x, z = rows(400, 6, 2)
     x[:, 2], x[:, 4] = 0.1, 0.0
     eraser = Eraser.fit(x, z)
@@ -196,7 +196,7 @@ def test_constant_features_are_neither_read_nor_moved() -> None:
 
 
 def test_features_whose_squares_underflow_are_erased() -> None:
-    """Trained norms switch features off by weights like 1e-33, whose squares are 0 in float32."""
+    """Trained norms switch features off with weights like 1e-33, whose squares are 0 in float32."""
     x, z = rows(2000, 16, 2, dtype=torch.float32)
     x[:, 3] *= 1e-33
     eraser = Eraser.fit(x, z)
@@ -242,7 +242,7 @@ def test_float32_rows_leave_nothing_for_float64_least_squares() -> None:
 
 
 def test_rows_beyond_the_range_of_float32_squares() -> None:
-    """Squares of 1e25 overflow float32, those of 1e-25 vanish in it."""
+    """Squares of 1e25 overflow in float32, and those of 1e-25 become 0."""
     x, z = rows(500, 8, 2, dtype=torch.float32)
     for scale in (1e25, 1e-25):
         scaled = x * scale

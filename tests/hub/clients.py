@@ -1,4 +1,4 @@
-"""Processes that push and pull: the client reads where the Hub is, and who asks, when it is imported."""
+"""Starts processes that push and pull: the client reads the Hub's address and the token when it is imported."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests import prepared
 from tests.hub.loopback import LoopbackHub
 
 OWNER, TOKEN = "alice", "hf_alice"
-# The fixture `once`.
+# The type of the fixture `once`.
 Once = Callable[[str, Callable[[Path], Any]], Any]
 
 
 def environment(hub: LoopbackHub, home: Path, *, token: str | None = TOKEN, offline: bool = False) -> dict[str, str]:
-    """What a process needs to take the loopback server for the Hub, with a cache of its own in `home`."""
+    """The variables with which a process uses the loopback server as the Hub, with a cache of its own in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     asked = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(prepared.ROOT)}
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
@@ -25,7 +25,7 @@ def environment(hub: LoopbackHub, home: Path, *, token: str | None = TOKEN, offl
 
 
 def run(script: str, folder: Path, environment: dict[str, str]) -> Any:
-    """Run `main` of one of the scripts of this folder; returns what it has written to `folder` as JSON."""
+    """Run `main` of one of the scripts of this folder; returns the JSON that it has written to `folder`."""
     code = f"import pathlib, tests.hub.{Path(script).stem} as script; script.main(pathlib.Path({str(folder)!r}))"
     done = prepared.run(prepared.run_code, code, folder=folder, kind=prepared.LIBRARIES, environment=environment)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -33,5 +33,5 @@ def run(script: str, folder: Path, environment: dict[str, str]) -> Any:
 
 
 def report(script: str, folder: Path, found: Any) -> None:
-    """The other end of `run`."""
+    """Write what `run` returns; called by the script."""
     (folder / f"{Path(script).name}.json").write_text(json.dumps(found))

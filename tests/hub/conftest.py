@@ -18,7 +18,7 @@ from tests.hub.loopback import LoopbackHub
 
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
-    """A Hub with two users, of whom `bob` is in no one's organization."""
+    """A Hub with two users; `bob` is not a member of an organization."""
     with LoopbackHub() as hub:
         hub.add_user("alice", "hf_alice", "lab")
         hub.add_user("bob", "hf_bob")
@@ -27,10 +27,10 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process was taken off the network before the client was imported, which reads that once."""
+    """Let this process use the network, which was forbidden before the client was imported and read the variable."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    # The waits between retries are the client's own, and tested there.
+    # The waits between retries are part of the client, and need no test here.
     monkeypatch.setattr(time, "sleep", lambda _: None)
     close_session()
     yield
@@ -39,9 +39,9 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """`once(name, make)`: what `make(folder)` returns, as JSON, made by one of xdist's workers for all of them.
+    """`once(name, make)`: the result of `make(folder)`, as JSON; one of xdist's workers makes it for all of them.
 
-    What has failed is not tried again for every test that wants it.
+    If it fails, it is not tried again for the other tests that need it.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hub"

@@ -1,7 +1,7 @@
-"""Pushes and pulls that fail as the server was told to, and are tried again.
+"""Pushes and pulls that fail in the ways that the server was told to, and are tried again.
 
-It wants a Hub in the environment. The folder has a `base` model and the folders of two fits,
-`adapter` and `another`, and in `asked.json` what to do.
+The environment names a Hub. The folder has a `base` model, the folders of two fits, `adapter` and `another`,
+and the names of the pushes and pulls in `asked.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def visible(name: str) -> dict[str, Any] | None:
-    """What anyone sees of a repository; None where there is none."""
+    """What everyone can see of a repository; None if it does not exist."""
     api = HfApi()
     if not api.repo_exists(name):
         return None
@@ -42,7 +42,7 @@ def visible(name: str) -> dict[str, Any] | None:
 
 
 def push(folder: Path, what: str) -> dict[str, Any]:
-    """The command, twice."""
+    """Push with the command, twice."""
     name, before = f"{OWNER}/{what}", contents(folder / ADAPTER)
     tries = [command("push", str(folder / ADAPTER), name) | {"visible": visible(name)} for _ in range(2)]
     return {"tries": tries, "untouched": contents(folder / ADAPTER) == before}
@@ -50,13 +50,13 @@ def push(folder: Path, what: str) -> dict[str, Any]:
 
 def command(*arguments: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, arguments)
-    # An exception that is not an exit is what a user would see as a traceback.
+    # A user would see a traceback of an exception that is not an exit.
     raised = None if isinstance(done.exception, SystemExit) else done.exception
     return {"code": done.exit_code, "said": done.output, "raised": repr(raised) if raised else None}
 
 
 def merge(folder: Path, what: str) -> dict[str, Any]:
-    """`hf-erasure merge`, twice, of a base that is on the Hub."""
+    """Run `hf-erasure merge` twice, with a base that is on the Hub."""
     name, out = f"{OWNER}/{what}", folder / "merged"
     HfApi().create_repo(name)
     HfApi().upload_folder(repo_id=name, folder_path=folder / BASE)
@@ -68,14 +68,14 @@ def merge(folder: Path, what: str) -> dict[str, Any]:
 
 
 def push_from_model(folder: Path, what: str) -> dict[str, Any]:
-    """`model.push_to_hub`, twice."""
+    """Call `model.push_to_hub` twice."""
     model = hf.AutoModelForCausalLM.from_pretrained(folder / BASE)
     model.load_adapter(str(folder / ADAPTER))
     tries = []
     for _ in range(2):
         try:
             model.push_to_hub(f"{OWNER}/{what}")
-        except Exception as error:  # what it is, the test judges
+        except Exception as error:  # the test checks which error it is
             tries.append({"raised": f"{type(error).__name__}: {error}", "visible": visible(f"{OWNER}/{what}")})
         else:
             tries.append({"raised": None, "visible": visible(f"{OWNER}/{what}")})
@@ -93,7 +93,7 @@ def repair(name: str) -> None:
 
 
 def pull(folder: Path, what: str, way: str) -> dict[str, Any]:
-    """The adapter from the Hub onto a model, twice; what the first try has left of the model, and what comes out."""
+    """Load the adapter from the Hub into a model, in two tries; a try that fails must not change the model."""
     name = f"{OWNER}/{what}"
     model = hf.AutoModelForCausalLM.from_pretrained(folder / BASE).eval()
     before = state_of(model, "llama")
@@ -105,7 +105,7 @@ def pull(folder: Path, what: str, way: str) -> dict[str, Any]:
                 model.load_adapter(name)
             else:
                 loaded = peft.PeftModel.from_pretrained(model, name)
-        except Exception as error:  # what it is, the test judges
+        except Exception as error:  # the test checks which error it is
             tries.append(f"{type(error).__name__}: {error}")
             state_of(model, "llama").assert_same(before)
             repair(name)
@@ -121,7 +121,7 @@ def pull(folder: Path, what: str, way: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    time.sleep = lambda _: None  # the client waits between two tries, half a minute in all
+    time.sleep = lambda _: None  # the client waits half a minute in all between its tries
     asked = json.loads((folder / "asked.json").read_text())
     found: dict[str, Any] = {"pushes": {what: push(folder, what) for what in asked["pushes"]}, "pulls": {}}
     found["from a model"] = push_from_model(folder, "from-a-model")

@@ -4,9 +4,9 @@
         hub.add_user("alice", "hf_alice")
         HfApi(endpoint=hub.url, token="hf_alice").create_repo("alice/model")
 
-The client is the real one. What it asks for is checked as the Hub would check it: a commit that names a large file
-which was never uploaded is refused, so is one with a wrong size or sha256, and storage accepts no request that carries
-the user's token. Faults are ordered beforehand: `hub.answer("POST", "/commit/", status=503)`, `hub.cut(…)`.
+The client is the real one. Its requests are checked as the Hub would check them: a commit is refused if it names a
+large file that was never uploaded, or a wrong size or sha256. The storage refuses requests that carry the user's
+token. Faults are ordered beforehand: `hub.answer("POST", "/commit/", status=503)`, `hub.cut(…)`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class User:
 
 @dataclass
 class _Upload:
-    """A large file that is on its way."""
+    """A large file whose upload has begun."""
 
     repository: Repository
     sha256: str
@@ -57,11 +57,11 @@ class _Upload:
 
 
 class LoopbackHub:
-    """The Hub and, on another port as on another host, the storage of its large files.
+    """The Hub and, on another port instead of another host, the storage of its large files.
 
     Args:
         part_size: Larger files are uploaded in parts of this many bytes.
-        page_size: Entries of a `tree` in one answer.
+        page_size: The entries in one answer to a `tree` request.
     """
 
     def __init__(self, part_size: int = 1 << 20, page_size: int = 1000) -> None:
@@ -69,7 +69,7 @@ class LoopbackHub:
         self.users: dict[str, User] = {}
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
-        # Every request with the status of its answer; what this server does not speak, and its own mistakes.
+        # `requests` has each request with its answer's status, `trouble` unknown requests and this server's errors.
         self.requests: list[tuple[str, str, int]] = []
         self.trouble: list[str] = []
         self.lock = threading.RLock()
@@ -98,7 +98,7 @@ class LoopbackHub:
         self.users[token] = User(name, organizations, role)
 
     def add_repository(self, name: str, files: dict[str, bytes]) -> Repository:
-        """A repository that somebody has made, of small files."""
+        """Add a repository of another user, with small files."""
         repository = self.repositories[name] = Repository(name)
         content = {path: base64.b64encode(data).decode() for path, data in files.items()}
         lines: list[Any] = [{"key": "header", "value": {"summary": "By hand"}}]
@@ -113,7 +113,7 @@ class LoopbackHub:
         return self.repositories[name]
 
     def contents(self, name: str, revision: str = "main") -> dict[str, bytes]:
-        """The files of a repository without the one that the Hub itself puts there."""
+        """The files of a repository, without the one that the Hub itself adds."""
         files = self.repositories[name].at(revision).files
         return {path: file.data for path, file in files.items() if path != ".gitattributes"}
 
@@ -129,19 +129,19 @@ class LoopbackHub:
         within: str = "",
         **headers: str,
     ) -> Fault:
-        """Answer the next such requests with an error, and do nothing."""
+        """Answer the next matching requests with an error, and do nothing."""
         return self._order(Fault(method, pattern, "answer", times, within, Refused(status, message, code, **headers)))
 
     def hang_up(self, method: str, pattern: str, times: int = 1) -> Fault:
-        """Close the connection when half of the next such requests is read."""
+        """Close the connection when half of a request is read, for the next matching requests."""
         return self._order(Fault(method, pattern, "hang_up", times))
 
     def lose(self, method: str, pattern: str, times: int = 1) -> Fault:
-        """Do what the next such requests ask for, and close the connection instead of answering."""
+        """Do what the next matching requests ask for, but close the connection instead of answering."""
         return self._order(Fault(method, pattern, "lose", times))
 
     def cut(self, method: str, pattern: str, times: int = 1) -> Fault:
-        """Send half of the answer to the next such requests, and close the connection."""
+        """Send half of the answer to the next matching requests, and close the connection."""
         return self._order(Fault(method, pattern, "cut", times))
 
     def _order(self, fault: Fault) -> Fault:
@@ -150,7 +150,7 @@ class LoopbackHub:
         return fault
 
     def fault_for(self, method: str, path: str, body: bytes | None) -> Fault | None:
-        """The fault that a request meets, counted."""
+        """The fault that applies to a request; it counts as met."""
         with self.lock:
             for fault in self.faults:
                 if fault.concerns(method, path, body):
@@ -174,7 +174,7 @@ class LoopbackHub:
         user = request.user
         is_member = user is not None and repository is not None and repository.namespace in user.namespaces
         if repository is None or (repository.private and not is_member):
-            # The Hub tells strangers nothing about what exists.
+            # The Hub does not tell strangers whether a repository exists.
             if user is None:
                 raise Refused(401, "Invalid username or password.", "RepoNotFound")
             raise Refused(404, "Repository not found", "RepoNotFound")
@@ -218,7 +218,7 @@ class LoopbackHub:
             ("POST", rf"/{_ID}\.git/info/lfs/objects/batch"): self._batch,
             ("POST", rf"/{_ID}\.git/info/lfs/verify"): self._verify,
             ("POST", "/api/complete_multipart/(?P<ticket>[^/]+)"): self._complete,
-            # No part of the protocol: a client that has failed says that it tries again.
+            # Not a part of the protocol: by this request a failed client says that it tries again.
             ("POST", f"/loopback/repair/{_ID}"): self._repair,
         }
         return [(method, re.compile(pattern), function) for (method, pattern), function in table.items()]
@@ -364,7 +364,7 @@ class LoopbackHub:
         return Answer.json({"files": modes, "commitOid": commit.id})
 
     def _batch(self, request: Request) -> Answer:
-        # Whoever may open a pull request may upload for it.
+        # Everyone who may open a pull request may upload files for it.
         repository = self._writable(request, create_pr=True)
         asked = request.json()
         if asked.get("operation") != "upload" or asked.get("hash_algo") != "sha256":

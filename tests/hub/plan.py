@@ -1,4 +1,4 @@
-"""What is pushed and pulled, and what it is called; importing this imports nothing of hf-erasure."""
+"""The names and contents of what is pushed and pulled. This module does not import hf-erasure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("erasure", "gradiend")
 BASE = f"{OWNER}/base"
 NAME = "gender"
 NOTE = "Ask me before you use it on poems."
-# What is pushed to one repository, one after the other; each another fit.
+# Pushes to one repository, one after the other; each is another fit.
 FIRST, SECOND, BRANCH, PROPOSED = 1, 2, 3, 4
 
 

@@ -1,8 +1,8 @@
-"""Pulls what `pushing.py` has pushed, in a fresh process, and says which fit each model computes with.
+"""Pulls what `pushing.py` has pushed, in a fresh process, and reports with which fit each model computes.
 
-First what needs no hf-erasure, as if that were not installed, and then with it.
+It first pulls what needs no hf-erasure, as if this package were not installed, then the rest.
 
-It wants a Hub in the environment, or with `HF_HUB_OFFLINE=1` and only a cache.
+The environment names a Hub, or has `HF_HUB_OFFLINE=1` and a cache.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def online(kind: str, commits: dict[str, dict[str, Any]]) -> dict[str, Pull]:
 
 
 def offline(kind: str, commits: dict[str, dict[str, Any]]) -> dict[str, Pull]:
-    """What the cache gives when no one answers."""
+    """The pulls that work from the cache, without a connection."""
     names = ("load_adapter", "load_adapter at a commit", "PeftModel", "PeftModel at a commit", "AutoModel")
     every = online(kind, commits)
     return {name: every[name] for name in names}
 
 
 def plain() -> dict[str, Pull]:
-    """What has left the library."""
+    """The models and the LoRA that were exported, and load without this package."""
     merged: dict[str, Pull] = {f"{kind} merged": functools.partial(automatic, f"{kind}-merged") for kind in KINDS}
     hf.AutoTokenizer.from_pretrained(f"{OWNER}/erasure-merged")
     return merged | {"erasure lora": lambda: wrapped("erasure-lora")}
@@ -85,7 +85,7 @@ def plain() -> dict[str, Pull]:
 def refused(pull: Pull) -> str | None:
     try:
         pull()
-    except Exception as error:  # what it is, the test judges
+    except Exception as error:  # the test checks which error it is
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -99,13 +99,13 @@ def main(folder: Path) -> None:
         return {n: [what for what, value in computed.items() if torch.equal(v, value)] for n, v in found.items()}
 
     assert "hf_erasure" not in sys.modules
-    sys.modules["hf_erasure"] = None  # type: ignore[assignment]  # importing it raises
+    sys.modules["hf_erasure"] = None  # importing it raises
     without = fits(plain())
     del sys.modules["hf_erasure"]
     importlib.import_module("hf_erasure")
     pulls = offline if constants.HF_HUB_OFFLINE else online
     found = {kind: fits(pulls(kind, pushed[kind])) for kind in KINDS}
-    # Somebody else has another cache, too.
+    # Another user has another cache, too.
     other: dict[str, Any] = {"token": False, "cache_dir": str(folder / "stranger")}
     stranger = {
         "load_adapter": refused(lambda: added("erasure-private", adapter_kwargs=other)),

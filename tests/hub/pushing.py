@@ -1,6 +1,6 @@
-"""Pushes adapters of both kinds in every way there is, and writes down what their models compute.
+"""Pushes adapters of both kinds in every possible way, and saves what their models compute.
 
-It wants a Hub in the environment.
+The environment names a Hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.hub.clients import OWNER, report
 from tests.hub.plan import BASE, BRANCH, FIRST, KINDS, NAME, NOTE, PROPOSED, SECOND, base, logits
 from tests.small_models import small_batch, small_model
 
-# A linear eraser at the norms merges into this model exactly, and becomes a LoRA at its linear layers.
+# An eraser without a mean merges into this model exactly, and becomes a LoRA at its linear layers.
 CELL = erasures.Cell("llama", "all-linear", "output", affine=False)
 
 
@@ -43,8 +43,8 @@ class Pushes:
     """The pushes of one kind.
 
     Attributes:
-        computed: Logits by what was pushed.
-        commits: What the client got back.
+        computed: The logits of each pushed model.
+        commits: The client's answer to each push.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
@@ -72,15 +72,15 @@ class Pushes:
         model = fitted(self.kind, FIRST)
         self.enter("private", model.push_to_hub(self.repository("private"), private=True))
         self.computed["private"] = logits(model)
-        # What the other ways take up.
+        # The other ways start from this folder.
         model.save_pretrained(self.folder)
 
     def from_wrapped(self) -> None:
-        """`PeftModel.push_to_hub`, into a new repository and into one that is there."""
+        """`PeftModel.push_to_hub`, into a new repository and into an existing one."""
         model = peft.PeftModel.from_pretrained(base(), self.folder)
         self.computed["wrapped"] = logits(model)
         self.enter("wrapped new", model.push_to_hub(self.repository("wrapped")))
-        # Somebody writes into the card, as one does on the site.
+        # Someone edits the card on the site.
         note = CommitOperationAdd("README.md", f"{ModelCard.load(self.repository('wrapped'))}\n{NOTE}\n".encode())
         HfApi().create_commit(self.repository("wrapped"), [note], commit_message="A note")
         self.enter("wrapped", fitted(self.kind, SECOND).push_to_hub(self.repository("wrapped")))
@@ -91,11 +91,11 @@ class Pushes:
         self.enter("named", named.push_to_hub(self.repository("named")))
 
     def from_trainer(self) -> None:
-        """`Trainer.push_to_hub`, and what a training pushes by itself with every checkpoint."""
+        """`Trainer.push_to_hub`, and the pushes that a training makes with every checkpoint."""
         model = fitted(self.kind, FIRST)
         self.enter("trainer", self.trainer("trainer", model).push_to_hub())
         self.computed["trainer"] = logits(model)
-        # The adapter stays as it is, and only it is saved.
+        # The training does not change the adapter, and saves nothing else.
         trainer = self.trainer("trained", model.requires_grad_(True), hub_strategy="every_save", save_steps=1)
         trainer.train()
         self.enter("trained", trainer.push_to_hub())

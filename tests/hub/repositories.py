@@ -17,19 +17,19 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 MAIN = "refs/heads/main"
-# What git keeps itself; the Hub refuses anything larger, and binary files of any size.
+# The largest file, in bytes, that the Hub keeps in git; larger files, and binary files of any size, must be LFS files.
 REGULAR_LIMIT = 10_000_000
 _LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".zip")
 _ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in _LARGE_SUFFIXES)
 
 
 class Refused(Exception):
-    """An answer that is an error.
+    """An answer with an error.
 
     Attributes:
         status: The HTTP status.
-        code: `X-Error-Code`, which the client turns into an exception of its own.
-        headers: More headers.
+        code: `X-Error-Code`, from which the client chooses an exception.
+        headers: Additional headers.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
@@ -51,12 +51,12 @@ class File:
 
     @property
     def pointer(self) -> bytes:
-        """What git keeps of a large file."""
+        """The text that git keeps in the place of a large file."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
 
     @property
     def oid(self) -> str:
-        """Git's name of the blob."""
+        """The name that git gives to the blob."""
         blob = self.pointer if self.is_large else self.data
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
@@ -65,7 +65,7 @@ class File:
         return self.sha256 if self.is_large else self.oid
 
     def entry(self, path: str) -> dict[str, Any]:
-        """As `tree` and `paths-info` list it."""
+        """The entry of the file in answers to `tree` and `paths-info`."""
         found: dict[str, Any] = {"type": "file", "oid": self.oid, "size": len(self.data), "path": path}
         if self.is_large:
             found["lfs"] = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
@@ -90,7 +90,7 @@ class Commit:
             commit = commit.parent
 
     def folders(self) -> dict[str, str]:
-        """Each folder with a name that changes with what is in it."""
+        """Each folder with a hash of its contents."""
         found: dict[str, list[str]] = {}
         for path, file in sorted(self.files.items()):
             parts = path.split("/")[:-1]
@@ -100,7 +100,7 @@ class Commit:
 
 
 class Repository:
-    """A model repository. Nothing of a commit is seen before all of it is there.
+    """A model repository. A commit becomes visible only when it is complete.
 
     Args:
         name: `namespace/name`.
@@ -110,7 +110,7 @@ class Repository:
     def __init__(self, name: str, private: bool = False) -> None:
         self.name, self.private, self.gated = name, private, False
         self.namespace = name.split("/")[0]
-        # Contents of large files that were uploaded and verified; a commit names them by their sha256.
+        # The uploaded and verified contents of large files; a commit names them by their sha256.
         self.large: dict[str, bytes] = {}
         self._serial = itertools.count()
         first = self._commit(None, {".gitattributes": File(_ATTRIBUTES.encode())}, "initial commit", "", "system")
@@ -125,7 +125,7 @@ class Repository:
         return [int(ref.rsplit("/", 1)[1]) for ref in self.refs if ref.startswith("refs/pr/")]
 
     def at(self, revision: str) -> Commit:
-        """The commit that a branch, a tag, a pull request or a commit's own name stands for."""
+        """The commit that a branch, a tag, a pull request or a commit id stands for."""
         for ref in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
             if ref in self.refs:
                 return self.refs[ref]
@@ -152,7 +152,7 @@ class Repository:
         del self.refs[f"refs/heads/{branch}"]
 
     def commit(self, revision: str, lines: list[Any], author: str, create_pr: bool) -> tuple[Commit, int | None]:
-        """Carry out a commit, or none of it; returns it and the number of its pull request."""
+        """Carry out a commit, or nothing if it is refused; returns it and the number of its pull request."""
         header = _header_of(lines)
         ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
         if ref not in self.refs:
@@ -231,12 +231,12 @@ def _regular(path: str, value: dict[str, Any]) -> File:
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether the Hub wants a file as a large one."""
+    """Whether the Hub demands that a file is uploaded as a large one."""
     return path.endswith(_LARGE_SUFFIXES) or size > REGULAR_LIMIT or b"\0" in sample
 
 
 def checked_path(path: Any) -> str:
-    """A path inside a repository."""
+    """The path, if it can be one inside a repository."""
     parts = path.split("/") if isinstance(path, str) else [""]
     if {"", ".", "..", ".git"} & set(parts[:-1] if parts[-1] == "" and len(parts) > 1 else parts):
         raise Refused(400, f"Invalid path in a repository: {path!r}")
@@ -244,7 +244,7 @@ def checked_path(path: Any) -> str:
 
 
 def card_problems(content: str) -> tuple[list[str], list[str]]:
-    """What the Hub finds wrong with a card's metadata: errors and warnings."""
+    """The errors and warnings that the Hub gives for a card's metadata."""
     match = REGEX_YAML_BLOCK.search(content)
     if match is None:
         return [], ["empty or missing yaml metadata in repo card"]

@@ -1,4 +1,4 @@
-"""What cards say, that strangers' names cannot break them, and the commands that make them."""
+"""The contents of cards; names in them that could break Markdown; and the commands that write cards."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ NASTY = [
 
 
 def shape(card: str) -> tuple[list[str], list[str]]:
-    """What Markdown makes of a card: its blocks, and what is not text within them."""
+    """The structure of a card's Markdown: its blocks, and the inline elements that are not text."""
     blocks, inline = [], []
     for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(card):
         blocks.append(token.type + (token.content.split("\n")[0] if token.type == "html_block" else ""))
@@ -321,7 +321,7 @@ def nasty_gradiend(name: str) -> GradiendConfig:
 def test_names_of_strangers_change_nothing_but_text(make: Callable[[str], Any]) -> None:
     def text(name: str) -> str:
         facts = replace(facts_of(make(name)), repo_id="alice/adapter")
-        facts.base_id = None  # what is a name on the Hub is tested elsewhere
+        facts.base_id = None  # names on the Hub are tested elsewhere
         return str(rendered(facts))
 
     plain = text("harmless")
@@ -398,7 +398,7 @@ def test_metadata_of_others_stays_and_paths_go() -> None:
 
 
 def evaluation(tmp_path: Path, folder: Path, *names: str, of: tuple[str, ...] | None = None) -> Path:
-    """What `hf-erasure evaluate` writes, with the measures that a card takes; `of` this adapter are these columns."""
+    """The results of `hf-erasure evaluate`, with measures for a card; columns not in `of` are of another adapter."""
     measures = [
         {"key": "weat", "title": "WEAT", "purpose": "bias", "better": "closer", "ideal": 0.0, "concept": "gender"},
         {"key": "perplexity", "title": "Perplexity", "purpose": "capability", "better": "lower", "ideal": None},
@@ -503,7 +503,7 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
     assert "there is one in ['no-gender']" in invoke("card", tmp_path).output
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    # A copy that a model has saved is the same adapter; fitted anew it is another one.
+    # A copy saved by a model is the same adapter; an adapter that is fitted anew is another one.
     chosen.write_text(json.dumps(old))
     model = lifecycle.base("llama")
     model.load_adapter(folder, NAME)

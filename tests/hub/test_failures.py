@@ -1,6 +1,6 @@
-"""What goes wrong between a user and the Hub: a sentence, nothing half done, and a second try that succeeds.
+"""Failures between a user and the Hub: an error in one sentence, nothing half done, and a second try that succeeds.
 
-One process does it all (`failing.py`), against faults that were ordered before; the tests judge what it saw.
+One process runs them all (`failing.py`), against faults that were ordered before; the tests check its report.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Failure:
     """Faults at the first try.
 
     Attributes:
-        order: Orders them, for the repository of that name.
-        words: In what the user is told; None where the client gets over it by itself.
-        is_done: The server has done what it was asked, and the client does not know.
+        order: Orders the faults for the repository of a given name.
+        words: Words of the error message; None if the client succeeds by its own retries.
+        is_done: Whether the server has done the request, though the client does not know it.
     """
 
     order: Order
@@ -81,7 +81,7 @@ PUSHES = {
 }
 
 
-# Somebody has written the card of this repository, and it cannot be read.
+# Someone else has written the card of this repository, and reading it fails.
 UNREAD, WRITTEN = "unread", "Read this first.\n"
 
 
@@ -174,7 +174,7 @@ def test_the_second_try_succeeds(what: str, seen: Seen):
 
 @every_pull
 def test_a_pull_that_fails_leaves_the_model_alone(what: str, seen: Seen):
-    # That it is alone is checked where it happens: failing.py compares all there is of the model.
+    # failing.py checks that the model is unchanged, by comparing its whole state.
     found = seen["pulls"][what]
     gets_over_it = PULLS[what.split("-")[0]].words is None
     assert found["tries"][-1] is None
@@ -214,7 +214,7 @@ def test_a_command_that_cannot_load_its_base_says_so(seen: Seen):
 
 
 def test_what_the_client_lets_through_is_a_sentence_too(capsys: pytest.CaptureFixture[str]):
-    # Of a file of a tokenizer, say; the client's exceptions for a connection are not an OSError.
+    # Such an error can come from a tokenizer's file; the client's exceptions for a connection are not an OSError.
     with pytest.raises(typer.Exit) as stopped, errors_as_sentences():
         raise HTTPError("peer closed connection")
     assert stopped.value.exit_code == 2

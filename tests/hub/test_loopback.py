@@ -1,4 +1,4 @@
-"""The loopback Hub itself, against the real client: what the other tests of this folder stand on."""
+"""The loopback Hub itself against the real client, since the other tests of this folder rely on it."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 
 
 def asked(hub: LoopbackHub, method: str, words: str) -> list[int]:
-    """The statuses of all answers to such requests."""
+    """The statuses of all answers to requests with this method and these words."""
     return [status for m, path, status in hub.requests if m == method and words in path]
 
 
 def raw(hub: LoopbackHub, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, str]:
-    """What a client gets that does not keep to the protocol."""
+    """The answer to a request that does not follow the protocol."""
     headers = {"Content-Type": content_type, "Authorization": "Bearer hf_alice"}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{hub.url}{path}", body, headers)) as answer:
@@ -95,7 +95,7 @@ def test_a_folder_goes_up_and_comes_back(api: HfApi, hub: LoopbackHub, folder: P
     assert contents_of(Path(pulled)) == contents_of(folder) == hub.contents(NAME)
     assert Path(pulled).name == info.oid == hub.repository(NAME).head.id
     assert [found.title for found in api.list_repo_commits(NAME)] == ["First", "initial commit"]
-    # The weights went to storage, the configuration into the commit.
+    # The weights went to the storage, the configuration into the commit.
     assert len(asked(hub, "PUT", "/upload/")) == 1 + (1 if part_size > 5000 else 5)
     assert not hub.trouble
 
@@ -190,7 +190,7 @@ def test_each_refusal_has_the_exception_that_the_client_has_for_it(api: HfApi, b
         bob.create_repo("alice/mine")
     with pytest.raises(HfHubHTTPError, match="403"):
         bob.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=NAME)
-    # Anyone may propose a change.
+    # Everyone may propose a change.
     assert bob.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=NAME, create_pr=True).pr_num == 1
     with pytest.raises(HfHubHTTPError, match="401"):
         HfApi(endpoint=hub.url, token="hf_wrong").model_info(NAME)
@@ -247,7 +247,7 @@ def test_what_was_uploaded_is_what_was_announced(api: HfApi, hub: LoopbackHub):
     assert put(b"weights", Authorization="Bearer hf_alice") == 400  # a token that has left the Hub
     assert verify() == 404
     assert put(b"weights") == 200
-    # Uploaded, and not verified.
+    # The file is uploaded but not verified.
     assert commit(hub, {"key": "lfsFile", "value": POINTER})[0] == 400
     assert verify() == 200
     assert commit(hub, {"key": "lfsFile", "value": POINTER | {"size": 8}})[0] == 400
@@ -293,7 +293,7 @@ def test_a_fault_is_met_as_often_as_it_was_ordered(api: HfApi, hub: LoopbackHub,
     cut = hub.cut("GET", f"/download/.*/{WEIGHTS}")
     found = hf_hub_download(NAME, WEIGHTS, endpoint=hub.url, cache_dir=tmp_path / "cache")
     assert Path(found).read_bytes() == (folder / WEIGHTS).read_bytes()
-    # The client asks for the rest only.
+    # The client requests only the rest.
     assert cut.met == 1 and asked(hub, "GET", f"/{WEIGHTS}") == [200, -200, 206]
 
 

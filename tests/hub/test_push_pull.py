@@ -1,6 +1,6 @@
-"""Adapters that go to the Hub in every way there is and come back to other processes: the same to the bit.
+"""Adapters that are pushed in every possible way, and pulled by other processes: the same to the bit.
 
-One process pushes (`pushing.py`), others pull (`pulling.py`); each writes down what it saw, and the tests judge it.
+One process pushes (`pushing.py`), others pull (`pulling.py`); each writes a report, and the tests check it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tests.hub.plan import BASE, BRANCH, FIRST, KINDS, NAME, NOTE, PROPOSED, SEC
 
 Seen = dict[str, Any]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-# Where each way of pushing one adapter has put it.
+# The repositories of the different ways to push one adapter.
 WAYS = ("added", "private", "wrapped", "named", "trainer", "trained", "command")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def _snapshot(hub: LoopbackHub) -> Seen:
-    """What the server has, for tests of another process."""
+    """The state of the server, for tests in another process."""
     return {
         name: {
             "private": repository.private,
@@ -71,7 +71,7 @@ def test_the_server_speaks_all_that_is_asked(seen: Seen):
 @every_way
 def test_a_push_is_one_commit(kind: str, way: str, seen: Seen):
     repository = seen["hub"][f"{OWNER}/{kind}-{way}"]
-    # A training pushes at every step, or lets one out where the last is still under way.
+    # A training pushes at every step, but skips a push while the last one is still running.
     pushes = {"added": [2], "wrapped": [4], "trained": [1, 2, 3]}.get(way, [1])
     assert len(repository["titles"]) - 1 in pushes  # one is the Hub's own
     inside = {f"{NAME}/{name}" for name in FILES} | {"README.md"} if way == "named" else FILES
@@ -133,7 +133,7 @@ def test_a_merged_model_is_an_ordinary_repository(kind: str, seen: Seen):
     repository = seen["hub"][f"{OWNER}/{kind}-merged"]
     files = set(repository["files"]["refs/heads/main"])
     weights = {name for name in files if name.endswith(".safetensors")}
-    # In shards where that was asked for.
+    # The model is in shards if this was asked for.
     assert len(weights) > 1 if kind == "erasure" else weights == {"model.safetensors"}
     assert ("model.safetensors.index.json" in files) == (kind == "erasure")
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= files
@@ -154,7 +154,7 @@ def test_an_exported_lora_is_an_ordinary_repository(seen: Seen):
 
 # ---- what comes back -------------------------------------------------------------------------------------------------
 
-# Which of the fits each way of pulling must give.
+# Which of the fits each way of pulling has to return.
 PULLS = {
     "load_adapter": SECOND,
     "load_adapter at a commit": FIRST,
@@ -180,7 +180,7 @@ OFFLINE = ("load_adapter", "load_adapter at a commit", "PeftModel", "PeftModel a
 
 
 def _check(found: list[str], kind: str, seed: int) -> None:
-    """That a model computes what one fit computed, and not what the base or another fit does."""
+    """Check that a model computes the same as one fit, and not the same as the base or another fit."""
     assert f"{kind} added {seed}" in found
     others = {"base", *(f"{kind} added {other}" for other in (FIRST, SECOND, BRANCH, PROPOSED) if other != seed)}
     assert not others & set(found)

@@ -1,4 +1,4 @@
-"""Whoever saves or pushes an adapter leaves our card; whoever has written one keeps it; others are left alone."""
+"""Saving or pushing an adapter writes this package's card and keeps what a user wrote; other models' cards stay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CELL = Cell("llama", "norms", "output")
 TEMPLATE = "[More Information Needed]"
 KINDS = ("erasure", "gradiend")
 MINE = "---\nlicense: mit\ntags:\n- mine\n---\n\n# By hand\n\nDo not lose me.\n"
-# What Trainer, PEFT and transformers write by themselves.
+# Texts that Trainer, PEFT and transformers write into cards by themselves.
 BY_LIBRARIES = (TEMPLATE, "More information needed", "Framework versions", "automatically generated")
 
 
@@ -55,7 +55,7 @@ def wrapped(made: Callable[[str], Any], tmp_path: Path) -> Callable[..., peft.Pe
 
 @pytest.fixture
 def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """`pushed(model, present=None)`: what `model.push_to_hub` uploads to a repository whose card is `present`."""
+    """`pushed(model, present=None)`: the files that `model.push_to_hub` uploads, if `present` is the card there."""
 
     def push(model: Any, present: str | None = None, **kwargs: Any) -> Path:
         where, read = tmp_path / "pushed", ModelCard.load
@@ -94,7 +94,7 @@ def readme(folder: Path) -> str:
 
 
 def assert_ours(text: str, repo_id: str | None = None) -> ModelCard:
-    """A card of ours that huggingface_hub reads as it was written, with nothing of a template in it."""
+    """Check that the card is this package's, that huggingface_hub reads it unchanged, and that no template is in it."""
     card = ModelCard(text)
     assert card.data.library_name == "peft"
     assert "hf-erasure" in card.data.tags
@@ -258,7 +258,7 @@ def test_saving_and_pushing_at_once_keeps_what_was_written_in_the_folder(
 def test_the_tags_of_peft_and_of_the_model_are_in_the_card_by_every_road(
     kind: str, fitted: bool, made: Callable, pushed: Callable, tmp_path: Path
 ) -> None:
-    """Those that PEFT writes for a LoRA, its guess of the pipeline, and what `add_model_tags` was given."""
+    """The tags are those that PEFT writes for a LoRA, its guess of the pipeline, and those of `add_model_tags`."""
     expected = {"base_model:adapter:some-org/some-llama", "transformers", "of-the-model", "hf-erasure"}
     expected.add("concept-erasure" if kind == "erasure" else "gradiend")
     model = made(kind)

@@ -1,4 +1,4 @@
-"""One port: requests as they come, answers as they go back, and the faults in between."""
+"""One port of the server: it reads requests, sends answers, and causes the faults."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests of a kind.
+    """A fault for the next requests of a kind.
 
     Attributes:
-        method: Of the request.
-        pattern: A regular expression for its path.
+        method: The method of the requests.
+        pattern: A regular expression for their path.
         kind: `answer` answers with an error and does nothing; `hang_up` reads half of what the client sends and closes
             the connection; `lose` does what is asked and closes the connection instead of answering; `cut` sends half
             of the answer.
-        times: How often.
-        within: What the body must have in it; of a request that is read to its end.
+        times: How many requests it applies to.
+        within: Text that the body must contain; only for requests that are read to their end.
         answer: The error.
-        met: How often it has happened.
+        met: How many requests it has applied to.
     """
 
     method: str
@@ -45,7 +45,7 @@ class Fault:
     met: int = 0
 
     def concerns(self, method: str, path: str, body: bytes | None) -> bool:
-        """Whether this is one of the requests; without a body, whether it is one that is not read to its end."""
+        """Whether it applies to a request; `body` is None before the body is read, which is when `hang_up` applies."""
         if self.met >= self.times or method != self.method or (body is None) != (self.kind == "hang_up"):
             return False
         return re.search(self.pattern, path) is not None and self.within.encode() in (body or b"")
@@ -53,7 +53,7 @@ class Fault:
 
 @dataclass
 class Answer:
-    """What goes back."""
+    """An answer of the server."""
 
     body: bytes = b""
     status: int = 200
@@ -66,11 +66,11 @@ class Answer:
 
 @dataclass
 class Request:
-    """What has come.
+    """A request of a client.
 
     Attributes:
-        groups: What the route found in the path, unquoted.
-        user: Whose token it carries.
+        groups: The groups that the route found in the path, unquoted.
+        user: The user whose token it carries.
     """
 
     method: str
@@ -127,7 +127,7 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: Any) -> None:
-        """Clients that go away are what some tests are about; anything else is a mistake of this server."""
+        """Ignore clients that close the connection, as tests make them do; other errors are this server's own."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             self.hub.trouble.append(repr(error))
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: Server
-    # Headers and body are two writes, and the second would wait for the client's acknowledgement of the first.
+    # Headers and body are two writes. Without this, the second would wait for the client to acknowledge the first.
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal; `LoopbackHub.requests` has it."""
+        """Print nothing; `LoopbackHub.requests` has the requests."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -222,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
             self._close(answer.status)
 
     def _close(self, status: int) -> None:
-        """Leave the client alone; `status` is what it does not get to know."""
+        """Close the connection without an answer; `status` is the one that the client does not receive."""
         self.server.hub.requests.append((self.command, self.path, -status))
         self.close_connection = True
         with suppress(OSError):
