@@ -20,12 +20,12 @@ from tests.breadth.examples import Batch, by_token
 from tests.breadth.life import Life
 from tests.breadth.outcomes import DoesNotApplyError, Outcomes, ToldError, WrongError, different, same
 
-# Of the cross-covariance with the concept at a site, as a share of what a perfect correlation would give. In float32
-# rounding leaves some 1e-6 of it; the concept is there with 0.05 and more before.
+# The largest cross-covariance with the concept at a site, as a share of that of a perfect correlation. float32 rounding
+# leaves some 1e-6; before erasure the share is 0.05 and more.
 RESIDUAL = 1e-4
-# Merging rounds weights where erasing rounds activations: some 1e-7 of float32 numbers each, which layers multiply.
+# Merging rounds weights and erasing rounds activations: both by some 1e-7 in float32, which layers multiply.
 MERGED = 1e-4
-# By column of the table.
+# Column of the table → the steps whose outcomes it shows.
 COLUMNS = {
     "default sites": ("attach", "sites"),
     "fit": ("one pass", "fit"),
@@ -36,7 +36,7 @@ COLUMNS = {
     "merges with readers": ("readers",),
     "merges with writers": ("writers",),
 }
-# The columns that every run looks at; the others take longer.
+# The columns that every run checks; the others take longer.
 FEW = list(COLUMNS)[:3]
 NAME = "erasure"
 
@@ -46,7 +46,7 @@ def config(**fields: Any) -> ConceptErasureConfig:
 
 
 class Erasure(Life):
-    """One model, and what became of it.
+    """The steps of an erasure's life on one model.
 
     Attributes:
         targets: The default sites.
@@ -60,7 +60,7 @@ class Erasure(Life):
         self._batches = [examples.batch_of(base, seed) for seed in (1, 2, 3)]
 
     def live(self, everything: bool) -> Outcomes:
-        """Go through all steps, or through those that take little time."""
+        """Run all steps, or only those that take little time."""
         step = self.outcomes.step
         step("attach", self._attach)
         step("sites", self._look_at_sites, "attach")
@@ -122,7 +122,7 @@ class Erasure(Life):
     def _fit_on_tokens(self) -> None:
         if "input_ids" not in self._batches[0]:
             raise DoesNotApplyError
-        # Labels of the tokens of one side say nothing of another.
+        # Token labels of one side do not apply to the other.
         sides = other_sides(self.base)
         is_there = any(re.fullmatch(sides, name) for name, _ in self.base.named_modules())
         model = self._attached(exclude_modules=sides if is_there else None)
@@ -149,7 +149,7 @@ class Erasure(Life):
         different(self._outputs(model), self._before, "fitted on blocks")
 
     def merge(self, targets: str | None) -> None:
-        """Merge in float32, or in float64 where a network enlarges what rounding does."""
+        """Merge in float32, or in float64 if the network enlarges rounding too much."""
         try:
             self._merge_in(torch.float32, targets)
         except WrongError as error:
@@ -158,7 +158,7 @@ class Erasure(Life):
             self._merge_in(torch.float64, targets)
 
     def _merge_in(self, dtype: torch.dtype, targets: str | None) -> None:
-        """Merge as a `PeftModel` does, take it back, and merge for good; tied tables are untied."""
+        """Merge through a `PeftModel`, unmerge, and merge and unload; tied tables are untied."""
         base = copy.deepcopy(self.base).to(dtype)
         test, *batches = (
             {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
@@ -186,17 +186,17 @@ _OF_OTHER_KINDS = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "input
 
 
 def other_sides(base: PreTrainedModel) -> str:
-    """The modules that see no tokens of `input_ids`: decoders, and towers for images and sounds."""
+    """A pattern for the modules that do not see tokens of `input_ids`: decoders, and towers for images and sounds."""
     if base.config.is_encoder_decoder:
         return r".*decoder.*"
     return r"(.*\.)?(vision|visual|image|audio|speech)_?(model|tower|encoder|embed_tokens_extend)?\..*"
 
 
 def fitted(base: PreTrainedModel, model: PreTrainedModel, batches: list[Batch]) -> None:
-    """Fit the erasure, and measure what is left of the concept at each visit of its sites.
+    """Fit the erasure, and measure how much of the concept is left at each call of its sites.
 
     Raises:
-        WrongError: If too much is left, and no report said so.
+        WrongError: If too much is left, and the report does not say so.
         ToldError: If too much is left, and the report says so.
     """
     with warnings.catch_warnings(record=True) as caught:
@@ -214,13 +214,13 @@ def fitted(base: PreTrainedModel, model: PreTrainedModel, batches: list[Batch]) 
 
 
 def is_told(report: ErasureReport, found: dict[truth.Visit, float], warned: str) -> bool:
-    """Whether the report has a residual above the tolerance for every site that was found to have one."""
+    """Whether the report shows a residual for every site where one above the tolerance was measured."""
     bad = {site for (site, _), share in found.items() if share > RESIDUAL}
     return all((report[site].residual or 0.0) > RESIDUAL / 10 for site in bad)
 
 
 def blocks_of(model: nn.Module, batch: Batch) -> str | None:
-    """The blocks of the outermost lists that the batch reaches, as a pattern; None where there are none."""
+    """A pattern for the blocks in the outermost lists that the batch reaches; None if there are no such blocks."""
     reached: set[nn.Module] = set()
     handles = [module.register_forward_pre_hook(lambda module, _: reached.add(module)) for module in model.modules()]
     examples.call(model, batch)

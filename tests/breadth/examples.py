@@ -1,4 +1,4 @@
-"""Batches for a model of any type, whose inputs give a concept of two classes away."""
+"""Batches for a model of any type; the inputs show a concept of two classes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tests.breadth.zoo import NotBuiltError
 
 Batch = dict[str, Tensor]
 ROWS, LENGTH, DECODER_LENGTH = 8, 8, 6
-# Ids of the first class; those of the second stand behind them.
+# (first, end) of the ids of the first class; those of the second class are higher by `end`.
 _WORDS = 10, 60
 IMAGE_TOKEN = 150
 _PARTS = ("vision_config", "audio_config", "text_config", "thinker_config", "image_config", "encoder", "vision")
-# Of these, a row holds a text and an image, although their main input is the text.
+# Types whose main input is the text, although a row holds a text and an image.
 _PAIRS = {
     "clip", "siglip", "blip", "chinese_clip", "altclip", "flava", "bridgetower", "vilt", "groupvit", "clipseg",
     "metaclip_2", "owlvit", "owlv2", "vision-text-dual-encoder", "git", "kosmos-2", "tipsv2", "align",
 }  # fmt: skip
 _VIDEOS = {"timesformer", "videomae", "vivit"}
-# Of (bands, frames); of all others the bands are last.
+# Types that take (bands, frames); all others take the bands last.
 _BANDS_FIRST = {"whisper", "moonshine", "qwen2_audio_encoder", "audioflamingo3_encoder", "voxtral_encoder"}
 _WITHOUT_MASK = {"mamba", "rwkv", "falcon_mamba"}
 
 
 def batch_of(model: Any, seed: int = 0, rows: int = ROWS) -> Batch:
-    """Inputs of a model and `concept_labels`, alternately of both classes."""
+    """Inputs of a model and `concept_labels`, which alternate between the two classes."""
     noise = torch.Generator().manual_seed(seed)
     labels = torch.arange(rows) % 2
     kind, main = model.config.model_type, getattr(model, "main_input_name", "input_ids")
@@ -57,14 +57,14 @@ def batch_of(model: Any, seed: int = 0, rows: int = ROWS) -> Batch:
 
 
 def by_token(batch: Batch) -> Batch:
-    """The same with a label of its own for each token: whether its id is odd."""
+    """The batch with a label for each token: whether its id is odd."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     return {**batch, "concept_labels": (ids % 2).masked_fill(mask == 0, -100)}
 
 
 def call(model: Any, batch: Mapping[str, Tensor]) -> Any:
-    """What the model gives for a batch; random numbers that it draws are the same each time."""
+    """The model's output for a batch; the random seed is the same each time."""
     given: dict[str, Any] = {name: value for name, value in batch.items() if name != "concept_labels"}
     if "use_cache" in inspect.signature(model.forward).parameters:
         given["use_cache"] = False
@@ -74,27 +74,27 @@ def call(model: Any, batch: Mapping[str, Tensor]) -> Any:
 
 
 def checked(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What the model gives, which is finite and the same at every call.
+    """The model's output, after a check that it is finite and the same at every call.
 
     Raises:
         NotBuiltError: If it is not, or the model takes other inputs.
     """
     try:
         _settle(model, batch)
-        model.requires_grad_(False)  # as adapters do; some operations take another way then
+        model.requires_grad_(False)  # as adapters do; some operations use other kernels then
         first, second = (tensors(call(model, batch)) for _ in range(2))
     except Exception as error:
         raise NotBuiltError(f"it does not take {'+'.join(batch)}: {type(error).__name__}: {error}") from error
     if not first or not all(bool(value.isfinite().all()) for value in first.values()):
         raise NotBuiltError("it gives no finite numbers")
-    third = tensors(call(model, batch))  # some keep what the first call computes
+    third = tensors(call(model, batch))  # some models keep values that the first call computes
     if apart(second, third) > 0:
         raise NotBuiltError("it gives other numbers at every call")
     return third
 
 
 def _settle(model: Any, batch: Batch) -> None:
-    """Let norms over batches know what they normalise: with a mean of 0 and a variance of 1 they let signals fade."""
+    """Give batch norms the statistics of the batch: with a mean of 0 and a variance of 1, signals would fade."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.train()
@@ -105,7 +105,7 @@ def _settle(model: Any, batch: Batch) -> None:
 
 
 def alone(batch: Mapping[str, Tensor], row: int) -> Batch:
-    """One example of a batch; all that belongs to one lies side by side."""
+    """One example of a batch; tensors with several entries for an example have them next to each other."""
     rows = len(batch["concept_labels"])
     return {
         name: value.unflatten(0, (rows, len(value) // rows))[row] if len(value) != rows else value[row : row + 1]
@@ -119,7 +119,7 @@ def alone(batch: Mapping[str, Tensor], row: int) -> Batch:
 def _words(labels: Tensor, length: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     first, behind = _WORDS
     ids = torch.randint(first, behind, (len(labels), length), generator=noise) + behind * labels[:, None]
-    # All are padded: some models take another way where nothing is, as they would for one example that is run alone.
+    # Every row is padded, also if it is run alone, since some models run other code without padding.
     lengths = torch.randint(length // 2, length, (len(labels),), generator=noise)
     lengths[0] = length - 1
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -138,7 +138,7 @@ def _texts(takes: Mapping[str, Any], labels: Tensor, noise: torch.Generator) -> 
 
 
 def _value(config: Any, *names: str) -> Any:
-    """The first of these values in a configuration, or in those of its parts."""
+    """The value of the first of these fields that a configuration, or one of its parts, has."""
     for part in (config, *(getattr(config, name, None) for name in _PARTS)):
         for name in names:
             if part is not None and getattr(part, name, None) is not None:
@@ -176,7 +176,7 @@ def _spectra(config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
 
 
 def _states(batch: Batch, config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
-    """SpeechT5 without the networks in front takes hidden states."""
+    """SpeechT5 without its networks for text and speech takes hidden states."""
     rows, width = len(labels), config.hidden_size
     heard = torch.randn(rows, 10, width, generator=noise) + labels.view(-1, 1, 1)
     return {"input_values": heard, "decoder_input_values": torch.randn(rows, 6, width, generator=noise)}
@@ -189,7 +189,7 @@ def _text_and_sound(batch: Batch, config: Any, labels: Tensor, noise: torch.Gene
 
 
 def _image_in_text(count: int, *size: int) -> Callable[[Batch, Any, Tensor, torch.Generator], Batch]:
-    """An image in front of each text, where so many tokens stand for it."""
+    """Put an image and its `count` placeholder tokens in front of each text."""
 
     def made(batch: Batch, config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
         rows = len(labels)
@@ -202,7 +202,7 @@ def _image_in_text(count: int, *size: int) -> Callable[[Batch, Any, Tensor, torc
 
 
 def _patches_in_text(batch: Batch, config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
-    """Qwen-VL takes the patches of all images in one list: 4 × 4 an image, of which 2 × 2 are merged into a token."""
+    """Qwen-VL takes the patches of all images in one list: 4 × 4 for each image, merged 2 × 2 into one token."""
     patches, pixels = 16, 3 * 2 * 4 * 4
     found = _image_in_text(patches // 4, 1)(batch, config, labels, noise)
     drawn = torch.randn(len(labels) * patches, pixels, generator=noise)
@@ -216,7 +216,7 @@ def _masked_patches(batch: Batch, config: Any, labels: Tensor, noise: torch.Gene
 
 
 def _with_noise(batch: Batch, config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
-    """What UnivNet would draw itself, otherwise each time."""
+    """Pass the noise to UnivNet, which would otherwise draw new noise at each call."""
     size = *batch["input_features"].shape[:2], config.model_in_channels
     return {**batch, "noise_sequence": torch.randn(*size, generator=noise)}
 

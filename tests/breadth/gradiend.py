@@ -27,16 +27,16 @@ _TEMPLATES = f"{{}} said that {_PLACE} was late today .", f"{{}} went to the par
 _NEUTRAL = ["rain fell on the hill .", "a bird sang today ."]
 # Names and pronouns of both classes.
 _WOMEN, _MEN = (["anna", "mary", "lily"], "she"), (["tom", "ben", "john"], "he")
-# Of steering, until something moves: weights of models differ in size.
+# Learning rates for steering, tried until outputs move, since weights of models differ in size.
 _RATES = (0.1, 1.0, 10.0, 1e3, 1e5)
-# By how much: many times the rounding of float32.
+# The least movement of outputs: many times the rounding of float32.
 _MOVED = 1e-3
-# The encoder's values on four of the pairs that it was fitted on, with the class.
+# The least correlation with the class of the encoder's values on four of the pairs that it was fitted on.
 _CORRELATED = 0.8
 
 
 class Gradiend(Life):
-    """One model, and what became of it."""
+    """The steps of a GRADIEND's life on one model."""
 
     name = NAME
 
@@ -46,7 +46,7 @@ class Gradiend(Life):
         self._trainer: GradiendTrainer | None = None
 
     def live(self) -> Outcomes:
-        """Go through all steps."""
+        """Run all steps."""
         step = self.outcomes.step
         step("attach", self._attach)
         step("train", self._train if self._has_head else self._draw, "attach")
@@ -87,7 +87,7 @@ class Gradiend(Life):
         same(self._outputs(self._model), self._before, "trained, and not steered")
 
     def _draw(self) -> None:
-        """Without words to predict there is nothing to train on: a feature at random."""
+        """Set a random feature, since a model that does not predict words cannot be trained on."""
         noise = torch.Generator().manual_seed(0)
         shapes = {name: value.shape for name, value in targeted_parameters(self._model, NAME).items()}
         weights = {name: torch.randn(shape.numel(), generator=noise) for name, shape in shapes.items()}
@@ -115,12 +115,12 @@ class Gradiend(Life):
         get_peft_model(copy.deepcopy(self.base), GradiendConfig(classes=CLASSES))
         wrapped = PeftModel.from_pretrained(copy.deepcopy(self.base), self.folder).eval()
         same(self._outputs(wrapped.get_base_model()), self._after, "as a PeftModel")
-        # Sums of weights are rounded once where they are merged.
+        # Merged weights are rounded once.
         same(self._outputs(wrapped.merge_and_unload()), self._after, "merged", 1e-5)
 
 
 def _pairs() -> Dataset:
-    """Sentences whose pronoun is that of the name, and of the other class."""
+    """Sentences with a name, the pronoun of its class, and the pronoun of the other class."""
     classes = [(*_WOMEN, _MEN[1], CLASSES[0]), (*_MEN, _WOMEN[1], CLASSES[1])]
     rows = [
         {"text": template.format(name), "factual": own, "counterfactual": other, "label": label}

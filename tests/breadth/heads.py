@@ -1,7 +1,7 @@
-"""How many causal language models take an erasure into their weights: `python -m tests.breadth.heads [TYPE…]`.
+"""Count the causal language models into which an erasure can be merged: `python -m tests.breadth.heads [TYPE…]`.
 
-Each is built small with its head, fitted in one pass, merged with `untie=True`, compared and taken back; what does not
-merge, and why, is printed, and a table at the end.
+Each model is built small with its head, fitted in one pass, merged with `untie=True`, compared and unmerged. The models
+that do not merge are printed with the reason, and a table at the end.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.breadth.erasure import Erasure
 from tests.breadth.outcomes import WrongError
 
 TARGETS = {"nothing: norms": None, '`"readers"`': "readers", '`"writers"`': "writers"}
-# Seconds of the processor for one model.
+# The most seconds of processor time for one model.
 _MOST = 90
 
 
 def merged(model_type: str) -> dict[str, str | None]:
-    """Targets → None where they merge, or why they do not."""
+    """Targets → None if they merge, or the reason why they do not."""
     found: dict[str, str | None] = {}
     with zoo.at_most(_MOST), tempfile.TemporaryDirectory() as folder:
         model = Erasure(zoo.build(model_type, AutoModelForCausalLM), Path(folder))
@@ -40,7 +40,7 @@ def merged(model_type: str) -> dict[str, str | None]:
 
 
 def main() -> None:
-    """Print what does not merge, and how many do."""
+    """Print the models that do not merge, and how many do."""
     warnings.simplefilter("ignore")
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     every: list[dict[str, str | None]] = []

@@ -1,4 +1,4 @@
-"""What goes wrong with models of some types, and the types that show it: those that every run of the tests builds."""
+"""Properties of models that can cause faults → types that have them; every run of the tests builds these types."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ GRADIEND = {
 
 
 def chosen(kinds: dict[str, list[str]]) -> list[str]:
-    """All types that stand for something."""
+    """All types of a table."""
     return [name for names in kinds.values() for name in names]

@@ -1,4 +1,4 @@
-"""What an adapter of either kind goes through alike on any model: it is saved, loaded, disabled and deleted."""
+"""The steps that are the same for both kinds of adapter on any model: save, load, disable and delete."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.breadth.outcomes import Outcomes, WrongError, same, tensors
 
 
 class Life:
-    """One model, and what became of it.
+    """The steps of an adapter's life on one model.
 
     Attributes:
-        name: Of the adapter.
-        outcomes: By step.
+        name: The name of the adapter.
+        outcomes: The outcome of each step.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Life:
     def _reload(self) -> None:
         self._model.save_pretrained(self.folder)
         other = copy.deepcopy(self.base)
-        # Wav2Vec2 has a verb of the same name of its own.
+        # Wav2Vec2 has another method of this name.
         PeftAdapterMixin.load_adapter(other, self.folder, adapter_name=self.name)
         same(self._outputs(other), self._after, "loaded")
 

@@ -1,4 +1,4 @@
-"""What became of the steps that a model type went through."""
+"""The outcomes of the steps that are tried on a model type."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from transformers.utils import ModelOutput
 
 PASS, REFUSED, TOLD, WRONG, FAILS = "pass", "refused", "says that it does not hold", "wrong", "fails"
 DOES_NOT_APPLY, NOT_REACHED = "does not apply", "–"
-_REASON = 300  # Characters of a reason that is kept.
+_REASON = 300  # The largest number of characters of a reason.
 
 
 class WrongError(Exception):
-    """Nothing was raised, and the result is not what it should be."""
+    """The result is wrong, and no error was raised."""
 
 
 class ToldError(Exception):
-    """The result is not what it should be, and a message of the package says so."""
+    """The result is wrong, and a message of the package says so."""
 
 
 class DoesNotApplyError(Exception):
-    """The model has nothing that a step is about."""
+    """A step does not apply to the model."""
 
 
 @dataclass
 class Outcomes:
-    """The outcomes by step, and the reasons of those that are not passed."""
+    """The outcome of each step, and the reasons of those that did not pass."""
 
     of: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def step(self, name: str, function: Callable[[], None], *needs: str) -> None:
-        """Take a step, where those that it needs came to an end."""
+        """Run a step if the steps that it needs have ended with a result."""
         if any(self.of[earlier] not in (PASS, TOLD, WRONG) for earlier in needs):
             self.of[name] = NOT_REACHED
             return
@@ -51,7 +51,7 @@ class Outcomes:
                 self.reasons[name] = f"{' '.join(str(error).split())[:_REASON]}{where}"
 
     def together(self, name: str, *steps: str) -> str:
-        """The outcome of several steps: that of the first that was not passed."""
+        """The outcome of several steps: that of the first step that did not pass."""
         bad = [step for step in steps if self.of.get(step, PASS) not in (PASS, DOES_NOT_APPLY)]
         if bad and bad[0] in self.reasons:
             self.reasons.setdefault(name, self.reasons[bad[0]])
@@ -61,13 +61,13 @@ class Outcomes:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the package raised it, with a sentence."""
+    """Whether the package raised the error, with a whole sentence."""
     frames = traceback.extract_tb(error.__traceback__)
     is_kind = isinstance(error, (ValueError, TypeError, RuntimeError, NotImplementedError))
     return is_kind and "/hf_erasure/" in frames[-1].filename and len(str(error)) > 40
 
 
-# ---- comparing what models give --------------------------------------------------------------------------------------
+# ---- comparing outputs -----------------------------------------------------------------------------------------------
 
 
 def tensors(output: object, path: str = "") -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """The largest difference, as a share of the largest value of its tensor; infinite where shapes differ."""
     if left.keys() != right.keys():
         raise WrongError("the outputs have other parts")
-    if any(left[name].shape != right[name].shape for name in left):  # how long a sound is that VITS makes is computed
+    if any(left[name].shape != right[name].shape for name in left):  # VITS computes the length of its sound
         return float("inf")
     most = [
         (left[name] - right[name]).abs().max() / right[name].abs().max().clamp_min(torch.finfo(torch.float32).eps)
@@ -98,14 +98,14 @@ def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor], what: str, tolerance: float = 0.0) -> None:
-    """Raise a `WrongError` where two outputs differ."""
+    """Raise a `WrongError` if two outputs differ by more than the tolerance."""
     difference = apart(left, right)
     if difference > tolerance:
         raise WrongError(f"{what}: the outputs differ by {difference:.2g}")
 
 
 def different(left: dict[str, Tensor], right: dict[str, Tensor], what: str) -> None:
-    """Raise a `WrongError` where two outputs differ by less than an adapter changes them."""
+    """Raise a `WrongError` if two outputs differ by less than an adapter should change them."""
     difference = apart(left, right)
     if difference <= 1e-4:  # rounding is some 1e-6
         raise WrongError(f"{what}: the outputs differ by only {difference:.2g}")

@@ -1,7 +1,7 @@
-"""The default sites of every type: what is odd about them, and `sites.txt`, the list that a person can read.
+"""The default sites of every type: signs of wrong sites, and `sites.txt`, a list for people to read.
 
-What is odd is told by names and by values at the end of the model, and so by other means than those of the package,
-which follows what flows (`hf_erasure/models/flow.py`).
+The signs come from names, and from the values at the end of the model. The package uses another method: it follows the
+forward pass (`hf_erasure/models/flow.py`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tests.breadth.truth import activations, is_norm
 LISTED = Path(__file__).parent / "sites.txt"
 _QUERIES_OR_KEYS = re.compile(r"(^|[._])(q|k|query|key|kv|qk)[a-z]?_?(layer)?_?(norm|ln)", re.IGNORECASE)
 _BEFORE_BLOCKS = re.compile(r"embed|patch", re.IGNORECASE)
-# Downsampling between the stages, and convolutions for positions, lie in lists like blocks, and are none. Inside the
-# blocks: norms of queries and keys and of what is made into them (Mistral's indexer; PVT and SegFormer normalise the
-# shortened sequence), of the state of a convolution between its projections (Conformer), and of a mixer's state that is
-# gated next (MiniMax, xLSTM).
+# Names of norms that are rightly left out. Downsampling between stages and convolutions for positions are in lists, but
+# are not blocks. Inside blocks: norms of queries and keys and of their inputs (Mistral's indexer; PVT and SegFormer
+# normalise the shortened sequence), of a convolution's state between its projections (Conformer), and of a mixer's
+# state before its gate (MiniMax, xLSTM).
 _OF_NO_BLOCK = re.compile(
     r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router|projector"
     r"|attention\.(self\.)?(sequence_reduction\.)?layer_norm|indexer|conv(_module)?\.(depthwise_layer_)?norm"
     r"|self_attn\.norm|multihead_norm"
 )
-# Stages of images are each as wide as they are, and so are EfficientNet's blocks.
+# Stages of image models, and EfficientNet's blocks, each have a width of their own.
 _IN_STAGE = re.compile(r"stages|(layers|levels)\.\d+\.(blocks|downsample|layers|output_layer)|projection\.project_bn")
 _TOWERS = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
-# Fields of configurations with the width of the hidden state.
+# The fields of configurations that hold the width of the hidden state.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")
 _ODD = {
     "never called": "no forward pass calls it",
@@ -47,7 +47,7 @@ _ODD = {
 
 
 def odd_of(model: nn.Module, batch: Batch, sites: Sequence[str]) -> dict[str, list[str]]:
-    """What is odd about the default sites → the modules."""
+    """Sign of wrong default sites → the modules that show it."""
     norms = [name for name, module in model.named_modules() if is_norm(module)]
     given = {name: value for (name, _), value in activations(model, {*norms, *sites}, batch).items()}
     final = _final(model, batch, given)
@@ -70,7 +70,7 @@ def _is_in_block(name: str) -> bool:
 
 
 def _of_sides_with(sites: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Those names that are not of a tower, unless there are sites in towers: the default is the side of the text."""
+    """The names that are not in a tower, or all names if there are sites in towers; default sites are for the text."""
     has_towers = any(_TOWERS.search(name) for name in sites)
     return [name for name in names if has_towers or not _TOWERS.search(name)]
 
@@ -91,7 +91,7 @@ def _of_other_widths(model: nn.Module, given: dict[str, Tensor], sites: Sequence
     values = [getattr(part, name, None) for part in parts for name in _WIDTHS]
     widths = {width * many for width in values if isinstance(width, int) for many in (1, 2)}
     if not widths or any(isinstance(width, (list, tuple)) for width in values):
-        return []  # of stages, each as wide as it is
+        return []  # each stage has a width of its own
     return [
         name
         for name in sites
@@ -100,7 +100,7 @@ def _of_other_widths(model: nn.Module, given: dict[str, Tensor], sites: Sequence
 
 
 def _left_out(given: dict[str, Tensor], sites: Sequence[str], rows: int) -> list[str]:
-    """Norms in lists of blocks that give what the sites give, in form; of the side of a model that has sites."""
+    """Norms in lists of blocks, on a side with sites, whose outputs have the shape of the sites' outputs."""
     forms = {given[name].shape for name in sites if name in given}
     return [
         name
@@ -114,7 +114,7 @@ def _left_out(given: dict[str, Tensor], sites: Sequence[str], rows: int) -> list
 
 
 def collapsed(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers alone as one: `layer.{0,1}.norm`; in the order of the first of each."""
+    """Write names that differ only in numbers as one, `layer.{0,1}.norm`, in the order of the first names."""
     numbers: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
     for name in names:
         parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", name)
@@ -125,14 +125,14 @@ def collapsed(names: Iterable[str]) -> list[str]:
 def _lines(between: tuple[str, ...], found: list[tuple[str, ...]]) -> list[str]:
     slots = [list(dict.fromkeys(slot)) for slot in zip(*found, strict=True)]
     if sorted(product(*slots)) != sorted(found):
-        # Lists whose lists are not all as long: one line for each of the outer ones.
+        # Inner lists of different lengths get one line for each entry of the outer list.
         return [line for first in slots[0] for line in _lines(between, [one for one in found if one[0] == first])]
     told = [slot[0] if len(slot) == 1 else f"{{{','.join(slot)}}}" for slot in slots]
     return ["".join(part for pair in zip(between, [*told, ""], strict=True) for part in pair)]
 
 
 def listed(path: Path = LISTED) -> dict[str, list[str]]:
-    """Type → its lines in a list; its default sites, where no other list is named."""
+    """Type → its lines in a list, which is that of the default sites unless another path is given."""
     found: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("    "):
@@ -143,7 +143,7 @@ def listed(path: Path = LISTED) -> dict[str, list[str]]:
 
 
 def write(found: dict[str, Iterable[str]]) -> None:
-    """Write the list anew; types that were not looked at stay as they are."""
+    """Write the list again; types that are not in `found` keep their lines."""
     lines = [
         "# The default sites of an erasure on small models of every type; {0,1} stands for both.",
         "# `make matrix` writes it, with tests/breadth.",

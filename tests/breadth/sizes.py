@@ -1,4 +1,4 @@
-"""Sizes that make a model of any type small: by the names that configurations use, and what some types need beside."""
+"""Sizes that make a model of any type small: values by field name, and further values that some types need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 VOCABULARY = 160
 WIDTH = 32
-# Values of fields, whichever configuration has them.
+# Field → value, for every configuration that has the field.
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 160, "intermediate_size": 64,
     "max_position_embeddings": 64, "num_key_value_heads": 2, "patch_size": 4, "image_size": 16, "head_dim": 8,
@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
     "linear_num_heads": 4, "linear_head_dim": 8,
 }  # fmt: skip
 
-# Values of the fields of these types.
+# Type → the values of its fields.
 _OF_TYPES: dict[str, dict[str, Any]] = {
     "albert": {"num_hidden_layers": 3, "embedding_size": 16, "num_hidden_groups": 1},
     "align": {
@@ -320,7 +320,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 32, "mask_ratio": 0.5,
     },
-    # The lengths of sounds that it draws at random differ from one pass to the next.
+    # Without these values it would draw the lengths of sounds at random in each pass.
     "vits": {
         "flow_size": 32, "spectrogram_bins": 17, "upsample_initial_channel": 32, "upsample_rates": [4, 2],
         "upsample_kernel_sizes": [8, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]],

@@ -1,7 +1,7 @@
-"""Maps that read or write the hidden state, on a model of any type: erasers at them, by hooks and in their weights.
+"""Maps that read or write the hidden state, on a model of any type: erasers act there by hooks and in their weights.
 
-The hooks and the weights are of this file, and the erasers are drawn at random, so nothing here asks the package for
-more than which maps there are. Each eraser is `P = I − Q Qᵀ` for two random directions Q.
+The hooks, the changes of weights and the random erasers are made in this file. From the package it takes only the list
+of maps. Each eraser is `P = I − Q Qᵀ` for two random directions Q.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tests.breadth.examples import Batch, call
 from tests.breadth.outcomes import WrongError, different, same, tensors
 from tests.breadth.sites import collapsed
 
-# Sums in another order: float32 rounds by 6e-8, deep models with experts and recurrences multiply that by some 1e3.
+# For sums in another order: float32 rounds by 6e-8, which deep models with experts and recurrences multiply by 1e3.
 ROUNDING = 2e-4
 _RANK = 2
-# Norms between two parts of a branch, which nothing goes around: the branch alone reads what they take.
+# Norms between two parts of a branch that have no residual sum around them, so they do not read the stream.
 _WITHOUT_SUM = re.compile(r"shared_transf\.pre_ff_layernorm|bottleneck\.attention\.LayerNorm")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def check_readers(model: nn.Module, batch: Batch, groups: Sequence[Sequence[Weight]]) -> None:
-    """Raise a `WrongError` unless erasers at the inputs of all groups do what they do in the weights."""
+    """Raise a `WrongError` unless erasers at the inputs of all groups act as the same erasers in the weights."""
     noise = torch.Generator().manual_seed(3)
     sites = {group[0].module: [*dict.fromkeys(weight.module for weight in group)] for group in groups}
     if sum(map(len, sites.values())) != len({name for names in sites.values() for name in names}):
@@ -59,7 +59,7 @@ def check_readers(model: nn.Module, batch: Batch, groups: Sequence[Sequence[Weig
 
 
 def check_writers(model: nn.Module, batch: Batch, writers: Sequence[Weight]) -> None:
-    """Raise a `WrongError` unless erasers at all outputs do what they do in the weights, and guard all states."""
+    """Raise a `WrongError` unless erasers at all outputs act as those in the weights, and clean all states."""
     noise = torch.Generator().manual_seed(4)
     widths = {weight: _parameter(model, weight).shape[weight.axis] for weight in writers}
     by_width = {width: _eraser(width, noise) for width in sorted(set(widths.values()))}
@@ -94,7 +94,7 @@ def _eraser(width: int, noise: torch.Generator) -> Tensor:
 
 
 def _fold(model: nn.Module, weight: Weight, eraser: Tensor) -> None:
-    """Multiply a parameter by an eraser, which is symmetric, along an axis; one that is tied is untied."""
+    """Multiply a parameter by a symmetric eraser along an axis; a tied parameter is untied."""
     value = _parameter(model, weight).detach()
     changed = (value.movedim(weight.axis, -1) @ eraser).movedim(-1, weight.axis)
     model.get_submodule(weight.module)._parameters[weight.parameter] = nn.Parameter(changed, requires_grad=False)
@@ -150,12 +150,12 @@ def _norms(model: nn.Module) -> list[str]:
     return [name for name in default_targets(model) if not _WITHOUT_SUM.search(name)]
 
 
-# ---- what is guarded -------------------------------------------------------------------------------------------------
+# ---- states of the residual stream -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def _states(model: nn.Module, widths: set[int], found: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """What the norms that are default sites take: the residual stream at every depth."""
+    """Collect the inputs of the norms that are default sites: the residual stream at every depth."""
 
     def keep(name: str, module: nn.Module, args: tuple) -> None:
         taken = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
@@ -171,7 +171,7 @@ def _states(model: nn.Module, widths: set[int], found: list[tuple[str, Tensor]])
 
 
 def _check_complete(model: nn.Module, batch: Batch, readers: Iterable[str]) -> None:
-    """Every linear layer that is given the very tensor that a norm of the hidden state gave is among the readers."""
+    """Check that every linear layer whose input is the output of a norm of the hidden state is among the readers."""
     kept: list[Tensor] = []
     missed: list[str] = []
 
@@ -180,7 +180,7 @@ def _check_complete(model: nn.Module, batch: Batch, readers: Iterable[str]) -> N
 
     def taken(name: str, module: nn.Module, args: tuple) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) and name not in readers else None
-        # Whole rows, where features lie side by side: not the parts of heads, nor positions.
+        # Only whole rows with the features last count, not parts of heads or transposed positions.
         if given is not None and given.stride(-1) == 1 and any(_shows(given, tensor) for tensor in kept):
             missed.append(name)
 
@@ -203,7 +203,7 @@ LISTED = Path(__file__).parent / "streams.txt"
 
 
 def told(model: nn.Module) -> list[str]:
-    """What reads and writes the hidden state, or why not, in a few lines; `@` stands in front of the axis."""
+    """Lines with the readers and writers, or the reason why they are refused; the axis follows `@`."""
     lines: list[str] = []
     try:
         groups = readers_of(model)
@@ -224,7 +224,7 @@ def _named(weight: Weight) -> str:
 
 
 def _in_words(group: Sequence[Weight]) -> str:
-    """The maps of a group, with what their names have in common in front."""
+    """The maps of a group; the common start of their names is written once, in front."""
     names = [_named(weight).split(".") for weight in group]
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))))
     shared = min(shared, *(len(name) - 1 for name in names))
@@ -232,12 +232,12 @@ def _in_words(group: Sequence[Weight]) -> str:
 
 
 def listed() -> dict[str, list[str]]:
-    """Type → what the list has of it."""
+    """Type → its lines in the list."""
     return default_sites.listed(LISTED)
 
 
 def write(names: Iterable[str]) -> None:
-    """Write the list anew."""
+    """Write the list again for these types."""
     lines = [
         "# What reads (>) and writes (<) the hidden state of small models; {0,1} stands for both, and @ for the axis",
         "# of the weight. What is in a line that reads shares an eraser. `python -m tests.breadth.streams` writes it.",

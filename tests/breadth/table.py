@@ -1,4 +1,4 @@
-"""What a model type came to, compared with what the documentation says of it."""
+"""The outcomes for a model type, compared with the table in the documentation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.matrix import Found
 
 PAGE = Path(__file__).parents[2] / "docs" / "model-types.md"
 TYPES, REASONS, SITES, NOT_BUILT = "Model types", "Reasons", "Default sites", "Not built"
-# Seconds; most types take two.
+# The most seconds of processor time for a type; most types take two.
 _MOST = 90
-_REASON = 200  # Characters of a reason why a type is left out.
+_REASON = 200  # The largest number of characters of a reason why a type is left out.
 Enter = Callable[[str, str, str, str], None]
 
 
 def check_erasure(model_type: str, enter: Enter, request: pytest.FixtureRequest, everything: bool) -> None:
-    """Go through the steps of an erasure, and enter their outcomes, or compare them with the table and the list."""
+    """Run the steps of an erasure; record their outcomes, or compare them with the table and the list of sites."""
     try:
         with zoo.at_most(_MOST), tempfile.TemporaryDirectory() as folder:
             model = Erasure(zoo.build(model_type), Path(folder))
@@ -45,7 +45,7 @@ def check_erasure(model_type: str, enter: Enter, request: pytest.FixtureRequest,
 
 
 def check_gradiend(model_type: str, enter: Enter, request: pytest.FixtureRequest) -> None:
-    """Go through the steps of a GRADIEND, and enter their outcome, or compare it with the table."""
+    """Run the steps of a GRADIEND; record their outcome, or compare it with the table."""
     head = zoo.head_of(model_type)
     needs_sentinels = "t5" in model_type or model_type == "switch_transformers"
     try:
@@ -53,14 +53,14 @@ def check_gradiend(model_type: str, enter: Enter, request: pytest.FixtureRequest
             base = zoo.build(model_type, head or zoo.AutoModel)
             outcomes = Gradiend(base, Path(folder), head is not None, needs_sentinels).live()
     except (zoo.NotBuiltError, zoo.TooLongError) as error:
-        _leave_out(model_type, error, lambda *_: None, request)  # the reason is told of the model without a head
+        _leave_out(model_type, error, lambda *_: None, request)  # the reason is recorded for the model without a head
         return
     column = gradiend.COLUMN
     _conclude(model_type, {column: outcomes.together(column, *outcomes.of)}, outcomes, enter, request)
 
 
 def _leave_out(model_type: str, error: BaseException, enter: Enter, request: pytest.FixtureRequest) -> None:
-    told = re.sub(r"/\S*/site-packages/", "…/", " ".join(str(error).split()))  # wherever it is installed
+    told = re.sub(r"/\S*/site-packages/", "…/", " ".join(str(error).split()))  # without install paths
     reason = told[:_REASON].replace("|", "\\|")
     if request.config.getoption("--matrix"):
         enter(NOT_BUILT, model_type, "reason", reason)
@@ -77,7 +77,7 @@ def _conclude(
         if column in outcomes.reasons:
             enter(REASONS, f"{model_type}, {column}", "reason", outcomes.reasons[column].replace("|", "\\|"))
     if request.config.getoption("--matrix"):
-        return  # the table is what is made
+        return  # the run writes the table, so there is nothing to compare with
     told = known().get(model_type, {})
     bad = {
         column: f"{outcome}: {outcomes.reasons.get(column)}"
@@ -89,13 +89,13 @@ def _conclude(
 
 @functools.cache
 def known() -> dict[str, dict[str, str]]:
-    """Type → column → outcome, as the documentation has them."""
+    """Type → column → outcome, from the table in the documentation."""
     between = re.search(rf"<!-- matrix: {TYPES} -->\n(.*?)<!-- end -->", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in between[1].splitlines() if line]
     if not rows:
         return {}
     columns = rows[0][1:]
-    # What a run did not come to is left empty.
+    # A cell that a run did not reach is empty.
     return {name: {c: told for c, told in zip(columns, cells, strict=True) if told} for name, *cells in rows[2:]}
 
 

@@ -1,4 +1,4 @@
-"""A GRADIEND adapter on types of models, every kind of which goes wrong in its own way."""
+"""A GRADIEND adapter on model types with every known cause of faults; see `kinds`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of breadth measure with can fail, and the list of sites says what it is made of."""
+"""Tests of the tools in this folder: the measures find faults, and the list of sites shows all names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.breadth.sites import collapsed
 
 
 class Turned(nn.Module):
-    """Gives (position, batch, width), twice; the first time without the concept at real positions."""
+    """Calls its site twice with (position, batch, width), the first time without the concept at real positions."""
 
     main_input_name = "input_ids"
 
@@ -55,14 +55,14 @@ def test_an_output_of_another_length_is_another_output():
 
 def test_where_a_head_reads_the_first_token_no_other_counts():
     batch = _batch()
-    batch["input_ids"][:, 0] = 5  # tells nothing of the concept
+    batch["input_ids"][:, 0] = 5  # the same in both classes
     found = truth.residuals(_Read(), ["site"], [batch], {"site": -1}, "cls")
     assert found["site", 0] < RESIDUAL
     assert truth.residuals(_Read(), ["site"], [batch], {"site": -1})["site", 0] > 0.1
 
 
 class _Read(nn.Module):
-    """Gives what it takes, as one feature."""
+    """Returns its input ids as one feature."""
 
     main_input_name = "input_ids"
 

@@ -1,4 +1,4 @@
-"""An erasure on types of models of images and sounds, every kind of which goes wrong in its own way."""
+"""An erasure on types of image and sound models with every known cause of faults; see `kinds`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reads and what writes the hidden state of models of every type: complete, exact in weights, and as listed."""
+"""Readers and writers of the hidden state for every model type: complete, exact in weights, and as listed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 90  # Seconds; most types take one.
 
 
 def _checked(model_type: str) -> dict[str, str]:
-    """What was checked of a type: the refusals by preset."""
+    """Check both presets on a type, and return the messages of those that are refused."""
     model = zoo.build(model_type)
     batch = examples.batch_of(model)
     examples.checked(model, batch)

@@ -1,7 +1,7 @@
-"""What is left of a concept at a site, by hooks that know which rows are whose without asking the package.
+"""Measure what is left of a concept at a site with hooks that assign rows to examples without the package's code.
 
-Every example is run alone, so that all rows there are its own, wherever they lie. The features lie last, or along the
-channels where a module is a convolution's. Padding is found by making the texts longer.
+Each example is run alone, so all rows belong to it, on whatever axis they are. The features are on the last axis, or
+on that of the channels for modules of convolutions. Padding is found by making the texts longer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers.utils import ModelOutput
 
 from tests.breadth.examples import Batch, alone, call
 
-Visit = tuple[str, int]  # A site, and which call of it in one forward pass.
-# By so many positions texts are made longer, by side; multiples of the windows to which some models pad them.
+Visit = tuple[str, int]  # A site, and the number of its call in one forward pass.
+# Side → how many positions texts are made longer by; multiples of the windows to which some models pad texts.
 _LONGER = {"": 8, "decoder_": 16}
-# The id of a word that no text here has.
+# The id of a word that is not in any text here.
 _ANOTHER = 9
-# Blocks of these give (batch, height, width, features); those of other models of images channels first.
+# Types whose blocks return (batch, height, width, features); other image models have the channels first.
 _CHANNELS_LAST = ("dinat", "nat", "sam", "edgetam", "efficienttam")
 _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Conv1d, nn.Conv2d)
 
@@ -37,11 +37,11 @@ def residuals(
     """Visit → `|Σ x z| / (|x| |z|)` of the features x and the labels z, both without their means.
 
     Args:
-        model: With an adapter, or without.
+        model: A model, with an adapter or without.
         sites: Names of modules.
-        batches: With a label for each sequence, or for each token.
-        axes: Of the features, by site; see `feature_axes`.
-        pool: Which tokens count: all, or the first alone (`"cls"`), as the model's head reads them.
+        batches: Batches with a label for each sequence or each token.
+        axes: Site → the axis of the features; see `feature_axes`.
+        pool: Which tokens count: all, or only the first (`"cls"`) if the model's head reads only that.
     """
     sums: dict[Visit, _Sums] = {}
     for batch in batches:
@@ -56,13 +56,13 @@ def residuals(
 
 
 def worst(found: dict[Visit, float]) -> tuple[str, float]:
-    """Where most is left, in words, and how much."""
+    """The place where most of the concept is left, in words, and how much is left."""
     (site, number), most = max(found.items(), key=lambda item: item[1])
     return f"{site}, visit {number + 1}" if number else site, most
 
 
 def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, int]:
-    """The axis of the features by site, by what its module is; of a model without adapters."""
+    """Site → the axis of the features, by the class of its module in a model without adapters."""
     found, takes_images = {}, model.main_input_name == "pixel_values" or "pixel_values" in batch
     for (site, _), given in activations(model, sites, alone(batch, 0)).items():
         module = model.get_submodule(site)
@@ -72,7 +72,7 @@ def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, in
             is_first = own or re.search("BatchNorm|SqueezeBertLayerNorm", repr(module)) is not None
         else:
             is_image = given.dim() == 4 and takes_images and not model.config.model_type.startswith(_CHANNELS_LAST)
-            is_list = given.dim() == 3 and takes_images  # of patches
+            is_list = given.dim() == 3 and takes_images  # a list of patches
             is_first = is_image or isinstance(module, _CHANNELS_FIRST) or (_is_convolution(module) and not is_list)
         found[site] = 1 if is_first and given.dim() > 2 else -1
     return found
@@ -84,13 +84,13 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Whether all that mixes features in a module are convolutions, as in the layers in front of a speech encoder."""
+    """Whether only convolutions mix features in a module, as in the layers before a speech encoder."""
     mixing = [part for part in module.modules() if any(value.dim() > 1 for value in part.parameters(recurse=False))]
     return bool(mixing) and all(isinstance(part, _ConvNd) for part in mixing)
 
 
 def activations(model: nn.Module, sites: Iterable[str], batch: Batch) -> dict[Visit, Tensor]:
-    """What every call of the sites gives."""
+    """The output of every call of the sites."""
     found: dict[Visit, Tensor] = {}
     with _watched(model, sites, found):
         call(model, batch)
@@ -104,7 +104,7 @@ def _watched(model: nn.Module, sites: Iterable[str], found: dict[Visit, Tensor])
     def keep(site: str, output: Any) -> None:
         number = calls.get(site, 0)
         calls[site] = number + 1
-        found[site, number] = _hidden(output).detach().clone()  # some are changed in place
+        found[site, number] = _hidden(output).detach().clone()  # a copy, since some models change it in place
 
     handles = [
         model.get_submodule(site).register_forward_hook(lambda *given, site=site: keep(site, given[-1]))
@@ -118,7 +118,7 @@ def _watched(model: nn.Module, sites: Iterable[str], found: dict[Visit, Tensor])
 
 
 def _hidden(output: Any) -> Tensor:
-    """The hidden state among what a module gives."""
+    """The hidden state in a module's output."""
     if isinstance(output, ModelOutput) and "last_hidden_state" in output:
         return output["last_hidden_state"]
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
@@ -129,12 +129,12 @@ def _hidden(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the tokens of one example are, of activations with the features last.
+    """Where the tokens of one example are in activations with the features last.
 
     Attributes:
-        axis: That of the positions.
-        side: Whose tokens they are.
-        start: The position of the first where others hold an image or a prompt; None where all are those of tokens.
+        axis: The axis of the positions.
+        side: The side of the tokens: `""` or `"decoder_"`.
+        start: The position of the first token if other positions hold an image or a prompt; None if all hold tokens.
     """
 
     axis: int
@@ -143,7 +143,7 @@ class _Place:
 
 
 def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[str, int]) -> dict[Visit, _Place]:
-    """Visit → the axis that grows with the texts of a side."""
+    """Visit → the place of the tokens: the axis that grows with the texts of a side."""
     example = alone(batch, 0)
     lengths = {side: ids.shape[1] for side in _LONGER if (ids := example.get(f"{side}input_ids")) is not None}
     if not lengths:
@@ -151,9 +151,9 @@ def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[
     try:
         longer = activations(model, sites, _longer(example, lengths))
     except Exception:
-        return {}  # of a type whose texts have one length
+        return {}  # a type whose texts have a fixed length
     now, found = activations(model, sites, example), {}
-    # All texts are padded, and no token reads what is there.
+    # All texts end in padding, so a change there does not reach the tokens.
     ends = {"input_ids": _with_another_end(example["input_ids"])} if "input_ids" in example else {}
     other = activations(model, sites, example | ends)
     for visit, given in now.items():
@@ -186,11 +186,11 @@ def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
 
 
 def _of_rows(rows: Tensor, place: _Place | None, example: Batch, pool: str) -> tuple[Tensor, Tensor]:
-    """Which rows of one example count, and their labels."""
+    """A mask of the rows of one example that count, and the labels of all rows."""
     shape, label = rows.shape[:-1], example["concept_labels"]
     first = label.reshape(-1)[0]
     texts = None if place is None else example[f"{place.side}input_ids"]
-    if place is None or (place.start is None and shape[place.axis] != texts.shape[1]):  # as its content has it
+    if place is None or (place.start is None and shape[place.axis] != texts.shape[1]):  # rows depend on the content
         return torch.ones(shape, dtype=torch.bool), first.expand(shape)
     size, tokens = shape[place.axis], slice(place.start or 0, (place.start or 0) + texts.shape[1])
     along = [size if axis == place.axis else 1 for axis in range(len(shape))]
@@ -206,7 +206,7 @@ def _of_rows(rows: Tensor, place: _Place | None, example: Batch, pool: str) -> t
 
 @dataclass
 class _Sums:
-    """Of the rows of one visit."""
+    """The rows of one visit and their labels, gathered over examples."""
 
     rows: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A small model of every type of transformers, built from `CONFIG_MAPPING`: new releases add types by themselves."""
+"""A small model of every type in transformers' `CONFIG_MAPPING`, so types of new releases are included."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from transformers.models.auto import modeling_auto
 from tests.breadth.sizes import OF_TYPE, SIZES, VOCABULARY
 
 TYPES = sorted(name for name in modeling_auto.MODEL_MAPPING_NAMES if name in CONFIG_MAPPING)
-# Parameters; what is larger was not made small.
+# The most parameters of a small model; the sizes did not apply to a larger one.
 _MOST = 25_000_000
-# Fields that stay without a value where the configuration gives them none.
+# Fields that stay None where None is the configuration's default.
 _MAY_BE_NONE = {"sliding_window", "n_inner", "mlp_dim", "num_key_value_heads", "head_dim", "q_lora_rank"}
-# Cannot be saved without the name of their class.
+# Types that cannot be saved without the name of their class.
 _NEED_THEIR_CLASS = {"funnel", "zamba2"}
-# Configurations inside others go no deeper.
+# The greatest depth of configurations inside others.
 _DEEPEST = 4
 
 
 class NotBuiltError(Exception):
-    """The sizes here do not make a small working model of this type; says why."""
+    """The sizes here do not give a small working model of this type; the message has the reason."""
 
 
 class TooLongError(BaseException):
-    """Something took longer than it was given."""
+    """A block in `at_most` took longer than its limit."""
 
 
 def build(model_type: str, auto: Any = AutoModel) -> PreTrainedModel:
     """A small model, with weights that are far from zero and one everywhere.
 
     Raises:
-        NotBuiltError: If its configuration, or the model, does not take these sizes.
+        NotBuiltError: If the configuration or the model does not accept these sizes.
     """
     try:
         config = config_of(model_type)
@@ -47,7 +47,7 @@ def build(model_type: str, auto: Any = AutoModel) -> PreTrainedModel:
             name = modeling_auto.MODEL_MAPPING_NAMES[model_type]
             config.architectures = [name if isinstance(name, str) else name[0]]
         count = 0
-        with suppress(Exception), torch.device("meta"):  # some cannot be made without values
+        with suppress(Exception), torch.device("meta"):  # some models cannot be made on the meta device
             count = auto.from_config(config).num_parameters()
         if count <= _MOST:
             torch.manual_seed(0)
@@ -61,7 +61,7 @@ def build(model_type: str, auto: Any = AutoModel) -> PreTrainedModel:
 
 
 def config_of(model_type: str) -> Any:
-    """A configuration of small sizes; of those inside it, what it does not take is left out."""
+    """A configuration of small sizes; parts inside it that it does not accept are left out."""
     kind = CONFIG_MAPPING[model_type]
     fields = small(kind, model_type)
     inner = [name for name, value in fields.items() if isinstance(value, dict) and "model_type" in value]
@@ -89,7 +89,7 @@ def small(kind: Any, model_type: str, depth: int = 0) -> dict[str, Any]:
     if "num_channels" in defaults and "num_key_value_heads" in found:
         found["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name, inner in (getattr(kind, "sub_configs", None) or {}).items():
-        # A part that may be of any type is of that of the default.
+        # A part that may have any type gets the type that it has by default.
         inner = type(getattr(_default(kind), name, None)) if inner is hf.AutoConfig else inner
         is_known = inspect.isclass(inner) and inner is not kind and hasattr(inner, "model_type")
         if is_known and depth < _DEEPEST:
@@ -99,14 +99,14 @@ def small(kind: Any, model_type: str, depth: int = 0) -> dict[str, Any]:
 
 @functools.cache
 def _default(kind: Any) -> Any:
-    """The configuration with the sizes that it has by itself; None where it needs to be told some."""
+    """The configuration with its default sizes; None if it cannot be made without arguments."""
     with suppress(Exception):
         return kind()
     return None
 
 
 def roughened(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with every matrix drawn anew, and every vector moved."""
+    """The model with random values in every matrix, and noise added to every vector."""
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -121,7 +121,7 @@ def roughened(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raise `TooLongError` in what takes longer, in seconds of the processor: a busy machine changes nothing."""
+    """Raise `TooLongError` in a block that takes longer, in processor time, which other programs do not change."""
 
     def ring(*_: Any) -> None:
         raise TooLongError(f"it took more than {seconds} s of the processor")
@@ -137,7 +137,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
 @functools.cache
 def head_of(model_type: str) -> Any:
-    """The Auto class of the type with a head that predicts words; None where there is none."""
+    """The Auto class for this type with a head that predicts words; None if there is no such class."""
     heads = (
         ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", hf.AutoModelForSeq2SeqLM),
         ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", hf.AutoModelForMaskedLM),

@@ -1,4 +1,4 @@
-"""An erasure that is kept up to date while the model under it is trained."""
+"""An erasure that is fitted again at intervals while its model is trained."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_refits_on_schedule_and_logs_what_leaks(tmp_path: Path):
     assert [row["erasure_refits"] for row in rows] == [1, 2, 2, 3]
     sites = {f"leakage/{site}" for site in erasure_layers(model, NAME)}
     assert sites <= set(rows[0])
-    # It is the eraser that a fit on the model as it is now gives: nothing of it is stale.
+    # The eraser equals that of a new fit on the trained model, so it is up to date.
     kept = lefts(model)
     fit_concept_erasure(model, batches, NAME, progress=False)
     torch.testing.assert_close(lefts(model), kept)
@@ -97,7 +97,7 @@ def test_leakage_on_rows_that_are_fitted_on_is_called_that(tmp_path: Path):
 
 
 def test_what_is_measured_on_is_said_as_a_fit_says_it(tmp_path: Path):
-    """Counterfactuals of held-out texts are not held-out texts, and environments are named."""
+    """Counterfactuals do not count as held-out texts, and environments are named."""
     batches, held_out = small_batches("llama", seed=100), paired_batches("llama", seed=900)
     callback, model = ConceptErasureCallback(batches, NAME, eval_batches=held_out), adapted()
     model.requires_grad_(True)
@@ -163,7 +163,7 @@ def test_measuring_and_refitting_leave_the_random_numbers_of_training_alone(tmp_
         batches = Shuffled(small_batches("llama", seed=100))
         callback = ConceptErasureCallback(batches, NAME, eval_batches=batches) if watched else None
         torch.manual_seed(0)
-        fine_tune(model, tmp_path, callback, neftune_noise_alpha=5.0)  # noise that is drawn in every step
+        fine_tune(model, tmp_path, callback, neftune_noise_alpha=5.0)  # NEFTune adds random noise in every step
         ends.append(model.lm_head.weight.detach().clone())
     assert torch.equal(*ends)
 

@@ -1,4 +1,4 @@
-"""Watching and guarding a feature while a small language model is fine-tuned on skewed text."""
+"""A feature is monitored and guarded while a small language model is fine-tuned on skewed text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = ["Tom went home to a dog and", "the king said that", "because the doctor
 
 
 def skewed(word: str) -> list[dict[str, list[int]]]:
-    """Sentences that end in one word, which alone is learned."""
+    """Sentences that end in one word, which is the only label."""
     tokenizer = tokenizer_of("llama")
     rows = []
     for text in TEXTS * 4:
@@ -54,7 +54,7 @@ def _fitted(density: float, keep_encoder: bool) -> PreTrainedModel:
 
 
 def with_feature(*, density: float = 0.2, keep_encoder: bool = True) -> PreTrainedModel:
-    """The model with a fitted adapter, to do with as one likes."""
+    """A copy of the model with a fitted adapter, which a test may change."""
     return copy.deepcopy(_fitted(density, keep_encoder))
 
 
@@ -75,7 +75,7 @@ def logged(trainer: Trainer, key: str) -> list[float]:
 
 
 class Reports(TrainerCallback):
-    """Stands for a `report_to`: it is told of logs before the callbacks of the user."""
+    """Stands for a tracker of `report_to`, whose `on_log` runs before those of the user's callbacks."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -106,12 +106,12 @@ def test_the_feature_of_the_training_data_is_logged(way: str, tmp_path: Path):
         card = next((tmp_path / word / "kept").rglob(f"{NAME}/README.md")).read_text()
         assert "On the steps up to the log at step 2 of training:" in card
         assert f"the feature neuron on the gradients of training | – | {values[-1]:.3f} |" in card
-    # A LoRA sees the gradient through matrices of rank 16, which shrinks values towards what 0 is for the encoder.
+    # A LoRA's gradient goes through matrices of rank 16, which moves values towards the encoder's value at 0.
     assert read["she"] > read["he"] + (0.5 if way == "whole" else 0.05)
     assert way == "lora" or (read["she"] > 0 and read["he"] < 0)
 
 
-# Every pair of values: the guard takes the gradient as it is when a step is due, whatever it was gathered from.
+# Every pair of values occurs: the guard uses the gradient before a step, however it was accumulated.
 @pytest.mark.parametrize(
     ("way", "accumulation", "density"), [("whole", 1, 0.2), ("whole", 2, 1.0), ("lora", 1, 1.0), ("lora", 2, 0.2)]
 )
@@ -140,17 +140,17 @@ def test_guard_takes_the_direction_out_of_every_step(way: str, accumulation: int
         there = direction.any(dim=1)
         direction, change = direction[there], change[there]
         if not change.any():
-            assert way == "lora"  # which is on some of the weights only
+            assert way == "lora"  # the LoRA is on some of the weights only
             continue
         components.append(((change @ direction.T).diagonal().abs() / direction.norm(dim=1)).max())
         changes.append(change.norm(dim=1).mean())
-    # float32 weights below 1 round by 6e-8, and rows change by some 1e-3; a LoRA is left with the square of a step.
+    # float32 weights below 1 round by 6e-8, and rows change by some 1e-3. With a LoRA the square of a step is left.
     assert min(changes) > 1e-4
     assert max(c / change for c, change in zip(components, changes, strict=True)) < (1e-3 if way == "whole" else 3e-3)
 
 
 def effective(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that a model computes with, LoRA included, by their names without wrappers."""
+    """The weights that a model computes with, including a LoRA's change, by their names without wrappers."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -208,7 +208,7 @@ def test_what_cannot_be_watched_is_said_before_training(tmp_path: Path):
 
 def test_gradients_in_an_unknown_scale_are_refused(tmp_path: Path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=0.0)
-    arguments.fp16 = True  # which a processor does not do
+    arguments.fp16 = True  # set afterwards, since a CPU does not support it
     model = with_feature().requires_grad_(True)
     told = arguments, TrainerState(), TrainerControl()
     GradiendCallback(NAME).on_train_begin(*told, model=model)
@@ -222,7 +222,7 @@ def test_gradients_in_an_unknown_scale_are_refused(tmp_path: Path):
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = with_feature().requires_grad_(True)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert arguments.device.type == "cpu"  # which starts accelerate anew, as Trainer has it before training begins
+    assert arguments.device.type == "cpu"  # reading it resets accelerate's state, as Trainer does before training
     Accelerator(cpu=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
     with (
@@ -263,7 +263,7 @@ def test_a_weight_that_is_kept_as_in_by_out_is_known_as_such(own: bool, target: 
     lora = peft.LoraConfig(r=2, target_modules=["c_attn", "wte"], init_lora_weights=False, fan_in_fan_out=True)
     model.add_adapter(lora, adapter_name="lora")
     model.requires_grad_(own)
-    for name, parameter in model.named_parameters():  # as LoRA-FA trains B alone
+    for name, parameter in model.named_parameters():  # only B is trained, as in LoRA-FA
         if "lora_B" in name or "lora_embedding_B" in name:
             parameter.requires_grad_(True)
     name = f"transformer.{target}"

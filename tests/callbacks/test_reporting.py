@@ -1,4 +1,4 @@
-"""What is logged arrives where `report_to` says: in TensorBoard's event files, and in what W&B keeps offline."""
+"""Logged values arrive at the trackers of `report_to`: in TensorBoard's event files and W&B's offline records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def written(tracker: str, folder: Path) -> set[str]:
-    """The names of the numbers that a tracker has kept."""
+    """The names of the values that a tracker has recorded."""
     if tracker == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,7 +45,7 @@ def written(tracker: str, folder: Path) -> set[str]:
 
     (path,) = Path(wandb.run.dir).parent.glob("run-*.wandb")
     wandb.finish()
-    # W&B has no reader of its records; names stand in them as they are.
+    # W&B has no reader for its records, but they contain the names as plain bytes.
     return {name for name in ERASURE | GRADIEND if name.encode() in path.read_bytes()}
 
 

@@ -1,4 +1,4 @@
-"""A Trainer without our callbacks: it saves what our warnings advise, and says first what it leaves out."""
+"""A Trainer without our callbacks: it warns about what it will not save, and saves all if one follows the advice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trainer_of(kind: str, model: Any, folder: Path, **options: Any) -> Trainer:
 
 
 def with_lora(kind: str, *, sticky: bool = False, name: str = "lora") -> tuple[Any, list[str]]:
-    """The model with a fitted adapter and a fresh LoRA, and what was said when that came."""
+    """The model with a fitted adapter and a new LoRA, and the warnings when the LoRA was added."""
     model = fitted(kind, sticky=sticky)
     if kind == "monitor":
         steer(model, NAME, learning_rate=1e-2)
@@ -104,7 +104,7 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path):
 
 
 class Around(torch.nn.Module):
-    """A module of the user's own, of which Trainer writes all tensors."""
+    """A module of the user's own, for which Trainer saves all tensors."""
 
     def __init__(self, inside: Any) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Around(torch.nn.Module):
 
 
 class Library(Around):
-    """A model that is saved as that inside is, like a SentenceTransformer."""
+    """A model that saves the model inside it, like a SentenceTransformer."""
 
     def save_pretrained(self, folder: Path) -> None:
         self.inside.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a process does under DeepSpeed, or with a model split by tensor parallelism; `test_engines` starts two."""
+"""The program of each process under DeepSpeed or tensor parallelism; `test_engines` starts two processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layer
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """Six, of eight rows each."""
+    """Six batches of eight rows."""
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(6):
         labels = torch.arange(8) % 2
@@ -30,7 +30,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def encoder() -> BertModel:
-    """With an adapter that is to be fitted."""
+    """A model with an unfitted adapter."""
     torch.manual_seed(0)
     model = BertModel(BertConfig(**SIZES, intermediate_size=48, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
     model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name=NAME)
@@ -43,7 +43,7 @@ def erased(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def zero(stage: int, folder: Path, rank: int) -> dict[str, Any]:
-    """Fit under an engine what is fitted without, train a step and save."""
+    """Fit with a DeepSpeed engine and without one, compare, train a step and save."""
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -78,7 +78,7 @@ def zero(stage: int, folder: Path, rank: int) -> dict[str, Any]:
 
 
 def tensor_parallel(folder: Path, rank: int) -> dict[str, Any]:
-    """Try to attach both kinds to a model that is split."""
+    """Try to attach both kinds of adapter to a model that is split by tensor parallelism."""
     torch.distributed.init_process_group("gloo")
     if rank == 0:
         LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=64)).save_pretrained(
@@ -96,7 +96,7 @@ def tensor_parallel(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def main(way: str, folder: Path, rank: int) -> None:
-    """Write what was found, under the number of the process."""
+    """Write the results to a file that is named by the rank of the process."""
     found = tensor_parallel(folder, rank) if way == "tensor parallel" else zero(int(way), folder, rank)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 

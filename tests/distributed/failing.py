@@ -1,4 +1,4 @@
-"""A fit in which a process raises, or ends, in the middle; run in each process."""
+"""A fit during which one process raises an error or exits; every process runs this program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_erasure.fitting.processes import Processes
 from tests.distributed.fits import NAME, erasers
 from tests.small_models import LABELS, small_batches, small_model
 
-# Three passes through two layers show what the axes of the activations are, before the first batch counts.
+# Before the first batch, three passes through two layers find the axes of the activations.
 CALLS_BEFORE_THE_END = 3 * 2 + 4
 
 

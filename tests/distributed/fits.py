@@ -1,4 +1,4 @@
-"""Fits that one process does alone and several do together, and a script that does them in each process."""
+"""Fits that one process does alone and several do together, and the program that does them in each process."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Fit:
 
     Attributes:
         model: An architecture, or "albert" for a model whose blocks are one module.
-        sequential: The procedure.
+        sequential: Whether sites are fitted one after another, or all in one pass.
         background: Whether mean and covariance come from unlabelled batches.
         sharded: Whether FSDP2 keeps a part of every weight in each process.
-        options: Further arguments.
+        options: Further arguments of `fit_concept_erasure`.
         paired: Whether batches have counterfactuals and environments.
-        target: The word for the sites.
+        target: The `target_modules` of the erasure, a word such as "readers".
     """
 
     model: str
@@ -75,19 +75,19 @@ FITS = [
 ]
 
 
-# Of these, what is done where a process has no batches: every way of fitting with one of the two shares at least.
-# Another model of a way that is there already is for the slow tests and `make matrix`.
+# The numbers of the fits for each share. Where a process has no batches, each way of fitting is done with at least one
+# of the two shares; other models with the same way run only in the slow tests and `make matrix`.
 EVERY = tuple(range(len(FITS)))
 DONE = {"ragged": EVERY, "empty": (0, 7, 8, 11, 12, 14, 17, 18), "first empty": (1, 4, 6, 9, 11, 13, 16, 19)}
 LEFT = {shares: tuple(sorted({*EVERY} - {*numbers})) for shares, numbers in DONE.items() if shares != "ragged"}
 
 
 def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Module, Any]:
-    """Fit on a share of the batches: the model, and the report."""
+    """Fit on a share of the batches, and return the model and the report."""
     name = "bert" if fit.model == "albert" else fit.model
     model: Any = shared_layers_model() if fit.model == "albert" else copy.deepcopy(small_model(name))
     model = model.double()
-    # Of a sharded model no process alone can tell where a merge has a place for the mean, so it is said.
+    # `affine` is set, since no process with a part of a sharded model can find out whether a merge can write the mean.
     config = ConceptErasureConfig(labels=LABELS, target_modules=fit.target, affine=True)
     config.environments = ["a", "b", "c"] if fit.paired else None
     model.add_adapter(config, adapter_name=NAME)
@@ -106,7 +106,7 @@ def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Mod
 
 
 def shard(model: nn.Module, name: str) -> None:
-    """FSDP2: every block a group of its own, and the rest."""
+    """Shard with FSDP2: each block is a group, and the rest of the model is another."""
     for path, module in model.named_modules():
         if re.fullmatch(ARCHITECTURES[name].blocks, path):
             fully_shard(module)
@@ -114,7 +114,7 @@ def shard(model: nn.Module, name: str) -> None:
 
 
 def erasers(model: nn.Module) -> dict[str, Tensor]:
-    """`left · right` and the mean of every site: the map itself, whose factors have free signs."""
+    """`left @ right` and the mean of every site: the products, since the factors may differ by signs."""
     found = {}
     for site, layer in erasure_layers(model, NAME).items():
         left, right, bias = layer.eraser_state(NAME)
@@ -127,7 +127,7 @@ def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(folder: Path, shares: str, numbers: tuple[int, ...]) -> None:
-    """Do the fits of these numbers on this process's share, and write what it ended with."""
+    """Do the fits of these numbers on this process's share, and write the erasers."""
     torch.set_num_threads(1)
     processes = Processes()
     first = sum(SHARES[shares][: processes.rank])

@@ -17,13 +17,12 @@ from tests import prepared
 
 
 def launch(processes: int, module: str, *words: str, folder: Path) -> tuple[int, str]:
-    """Run `torchrun --nproc_per_node N -m module words`; the exit status and all it printed.
+    """Run `torchrun --nproc_per_node N -m module words`, and return the exit status and all that it printed.
 
-    It is torchrun's own launcher, with its own rendezvous and its own environment of each process. The processes are
-    forked from it and not started afresh, so that torch and transformers are imported once; PEFT and the package are
-    imported in each.
+    It is torchrun's own launcher, with its rendezvous and its environment for each process. But the processes are forks
+    of the launcher, so that torch and transformers are imported only once. Each process imports PEFT and the package.
     """
-    # ACCELERATE_USE_CPU is not set: whoever starts torchrun on a machine without GPU does not know of it.
+    # ACCELERATE_USE_CPU is not set, since users of torchrun on a machine without a GPU do not set it.
     known = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     command = ["--standalone", "--nproc_per_node", str(processes), "-m", module, *words]
     known |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,12 +36,12 @@ def _launcher(command: list[str]) -> None:
 
 
 def _forking(config: LaunchConfig, entrypoint: Any) -> elastic_launch:
-    # What torchrun would start is a Python with the words that it hands on.
+    # torchrun would start a new Python with these words; `_as_python` does the same in a fork.
     return elastic_launch(dataclasses.replace(config, start_method="fork"), _as_python)
 
 
 def _as_python(*words: str) -> None:
-    """What `python -u -m module words` does."""
+    """Do what `python -u -m module words` does."""
     start = words.index("-m") + 1
     sys.argv = list(words[start:])
     runpy.run_module(words[start], run_name="__main__", alter_sys=True)

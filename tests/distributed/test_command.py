@@ -1,4 +1,4 @@
-"""`hf-erasure fit` in several processes, one start of which is a user's own, with torchrun."""
+"""`hf-erasure fit` in several processes; one of the tests starts them as a user does, with torchrun."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_erasure.recipes.occupations import occupation_sentences
 from tests.distributed.launching import launch
 from tests.prepared import command, run_command, together
 
-# Activations are float32: two batches of 20 rows round otherwise than one of 40, and the solve multiplies that by the
-# condition of the covariance. Float64 statistics are compared to 1e-12 in test_fits.
+# Activations are float32: two batches of 20 rows round differently from one of 40, and the solve multiplies that by the
+# condition number of the covariance. test_fits compares float64 statistics to 1e-12.
 TOLERANCE = 1e-3
 
 
@@ -39,14 +39,14 @@ def recipe(short_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def expected(recipe: Path) -> dict[str, torch.Tensor]:
-    """What one process writes."""
+    """The eraser maps that one process writes."""
     run = command("fit", recipe, "--no-progress", folder=recipe.parent)
     assert run.returncode == 0, run.stderr
     return maps(recipe.parent / "out")
 
 
 def maps(folder: Path) -> dict[str, torch.Tensor]:
-    """`left · right` of every site."""
+    """`left @ right` of every site."""
     tensors = load_file(folder / "adapter_model.safetensors")
     lefts = {key: value for key, value in tensors.items() if "_left" in key}
     return {key: value @ tensors[key.replace("_left", "_right")] for key, value in lefts.items()}
@@ -61,7 +61,7 @@ def test_torchrun_fits_what_one_process_fits_and_the_first_process_writes(
     if streaming:
         status, printed = together(2, run_command, words, folder=tmp_path)
     else:
-        # The one start in the suite that is torchrun's own: what torchrun does is the same whatever the processes do.
+        # The only test that starts torchrun itself, since torchrun does the same for any program.
         status, printed = launch(2, "hf_erasure.cli", *words, folder=tmp_path)
     assert status == 0, printed
     assert printed.count("Probe accuracy") == 1

@@ -1,4 +1,4 @@
-"""DeepSpeed changes nothing; a model that is split by tensor parallelism is refused."""
+"""A fit with DeepSpeed gives the same erasers; a model that is split by tensor parallelism is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def found(way: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """The results of each of two processes."""
     status, printed = launch(2, "tests.distributed.engines", way, str(folder), folder=folder)
     assert status == 0, printed
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""A process that fails ends the others, with an error and not a hang; what was finished is not lost."""
+"""A process that fails ends the others with an error instead of a hang; finished work is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed import failing
 from tests.prepared import together
 
 PROCEDURES = pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "one-pass"])
-# Far less than the half hour after which a process that waits for another gives up.
+# Seconds; far less than the half hour for which a process waits for another before it raises an error.
 DEADLINE = 120
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share the data end with the erasers that one finds on all of it."""
+"""Two processes that share the data end with the same erasers as one process with all of it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from tests.distributed import fits
 from tests.prepared import together as run_together
 
-# Statistics and solve are float64 on float64 activations. Adding in another order leaves a few units of 1e-16 of the
-# moments, which the solve multiplies by the condition number of the covariance, about 1e3 on these models.
+# Statistics and solve are float64 on float64 activations. Sums in another order change the moments by a few times 1e-16
+# relative, which the solve multiplies by the condition number of the covariance, about 1e3 on these models.
 TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[fits.Fit, tuple[dict[str, Tensor], int]]:
-    """What one process finds: the same for any way of sharing."""
+    """A cache for the results of one process, which all shares are compared with."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def ran() -> dict[tuple[str, tuple[int, ...]], Path]:
-    """Where two processes wrote the fits of some numbers, with one way of sharing."""
+    """A cache: (shares, numbers of fits) → the folder that two processes wrote."""
     return {}
 
 

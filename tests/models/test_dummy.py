@@ -1,4 +1,4 @@
-"""A small input is found for models of texts, images, sounds, and of several of them, and outputs compare on it."""
+"""A small dummy input is found for models of texts, images and sounds, and gives the same outputs each time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def whisper() -> nn.Module:
 
 
 def qwen3_next() -> nn.Module:
-    """All of its blocks are of the kind whose cache has no length."""
+    """A model whose blocks are all of the kind whose cache has no length."""
     linear = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     experts = {
@@ -69,12 +69,12 @@ def qwen3_next() -> nn.Module:
 
 
 def vilt() -> nn.Module:
-    """It draws which patches of an image it reads."""
+    """A model that reads random patches of an image."""
     return hf.ViltModel(hf.ViltConfig(**SMALL, image_size=8, patch_size=4, max_image_length=2))
 
 
 def xlm() -> nn.Module:
-    """Its own dummy inputs have a None among them."""
+    """A model whose own dummy inputs include a None."""
     return hf.XLMModel(
         hf.XLMConfig(vocab_size=60, emb_dim=16, n_layers=1, n_heads=2, n_langs=1, max_position_embeddings=32)
     )

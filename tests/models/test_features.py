@@ -1,4 +1,4 @@
-"""The axis of the features is told by what takes an activation, or by what it depends on, and never by sizes alone."""
+"""The axis of the features follows from the modules that read or make an activation, and never from sizes alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_last_axis_holds_the_features_of_norms_though_there_are_as_many_posi
 
 
 class Block(nn.Module):
-    """What comes of a branch is added to what came in, and the axes are put in another order."""
+    """Adds the result of a branch to its input, and may transpose the sum."""
 
     def __init__(self, turned: bool = False) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_a_norm_of_no_known_kind_has_the_features_where_what_it_takes_has_them()
 
 
 def test_norms_behind_convolutions_with_computed_weights_and_before_rectifiers_tell_the_channels() -> None:
-    """As BiT's, whose weights are standardised, and whose norms end with an activation."""
+    """BiT has such layers: its weights are standardised, and its norms end with an activation."""
 
     class StandardisedConv(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def test_norms_behind_convolutions_with_computed_weights_and_before_rectifiers_t
 
     x = torch.randn(2, 4, 4, 4)
     assert axis_of(nn.Sequential(StandardisedConv(4, 4, 1), nn.ReLU(), NormActivation(2, 4)), x) == 1
-    mixed = nn.Sequential(nn.Softmax(1), NormActivation(2, 4))  # of what mixes nothing is known before the norm
+    mixed = nn.Sequential(nn.Softmax(1), NormActivation(2, 4))  # softmax mixes the axis, so only the norm tells
     assert Graph(mixed, lambda: mixed(x)).features_at(mixed[1], "output") == {1}
 
 
@@ -104,7 +104,7 @@ def test_what_takes_an_activation_tells_unless_it_takes_it_turned(turned: bool, 
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.here = nn.Linear(4, 4), nn.Softmax(1)  # mixes, so that what is before it does not tell
+            self.first, self.here = nn.Linear(4, 4), nn.Softmax(1)  # mixes axis 1, so the layer before it does not tell
             self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_axes_that_nothing_tells_apart_are_named() -> None:
 
 
 def test_a_convolution_that_turns_the_axes_around_has_as_many_features_as_its_weight_takes() -> None:
-    class Head(nn.Conv1d):  # as Parakeet's
+    class Head(nn.Conv1d):  # as in Parakeet
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Which norms read or write the hidden state is seen in what flows, whatever they are called and wherever they lie."""
+"""Which norms read or write the hidden state follows from the forward pass, not from their names and places."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, order: str) -> None:
         super().__init__()
-        self.embedding_norm = nn.LayerNorm(8)  # the final one, by what flows
+        self.embedding_norm = nn.LayerNorm(8)  # the final norm in the forward pass, despite its name
         self.table, self.first_norm = nn.Embedding(20, 8), nn.LayerNorm(8)
         self.parts = nn.ModuleList([Block(order), Block(order)])
 
@@ -106,7 +106,7 @@ def test_the_last_norm_of_a_branch_of_convolutions_counts_and_the_first_does_not
 
 def test_a_block_that_changes_the_width_begins_another_hidden_state() -> None:
     class Widening(nn.Module):
-        """Adds two that its parts made of one norm, as Hiera and BiT do."""
+        """Adds two projections of the same norm's output, as Hiera and BiT do."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -126,7 +126,7 @@ def test_a_block_that_changes_the_width_begins_another_hidden_state() -> None:
 
 def test_a_norm_of_a_part_without_a_sum_of_its_own_counts_and_one_of_queries_does_not() -> None:
     class Shared(nn.Module):
-        """Attends and computes without a sum in between, as Zamba's blocks that are shared."""
+        """Has attention and an MLP without a residual sum between them, as Zamba's shared blocks."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -162,7 +162,7 @@ def test_a_norm_whose_output_is_normalised_again_counts() -> None:
 
 def test_what_streams_are_mixed_to_is_the_hidden_state_and_their_norm_does_not_count() -> None:
     class Mixed(nn.Module):
-        """Attends to the states of the blocks before, as Inkling 2 does."""
+        """Attends to the states of earlier blocks, as Inkling 2 does."""
 
         def __init__(self) -> None:
             super().__init__()

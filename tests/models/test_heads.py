@@ -1,4 +1,4 @@
-"""What a head predicts, and whether it does: told from transformers' tables and from two forward passes."""
+"""What a head predicts follows from transformers' tables, and two forward passes check that it does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prophetnet() -> hf.PreTrainedModel:
 
 
 def filled(rows: int, length: int, *, decoder: bool = False) -> SlotInputs:
-    """The last position of each row is read."""
+    """Inputs whose slot is the last position of each row."""
     ids = torch.randint(5, 50, (rows, length), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
         {"decoder_input_ids": ids} if decoder else {}

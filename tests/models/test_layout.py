@@ -1,4 +1,4 @@
-"""The axes of activations are found by what changes with the rows and the lengths, and never by their sizes alone."""
+"""The axes of activations are found by changing the rows and the lengths, and never by their sizes alone."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def mirrored(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of a batch, and the same in the opposite order behind them."""
+    """The rows of a batch, followed by the same rows in the opposite order."""
     return rows_of(batch, ROWS, [*range(ROWS), *reversed(range(ROWS))])
 
 
 def states(ids: Tensor) -> Tensor:
-    """`(rows, positions, width)` that tell the row, the position and the feature."""
+    """A tensor `(rows, positions, width)` whose values differ by row, position and feature."""
     table = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
     return table[ids] + torch.arange(ids.shape[1])[:, None]
 
 
 def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tensor]:
-    """The axes of what a layout makes of states, and the rows that they put in order."""
+    """The axes that are found for states in a layout, and the states rearranged by them."""
     batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
     now = Lengths.in_batch(batch)
     other = now.altered()
@@ -124,7 +124,7 @@ def test_no_examples_are_refused() -> None:
 
 
 def test_rows_that_depend_on_their_content_are_refused() -> None:
-    # What an expert is given: 6 of the first example, 2 of the second.
+    # The rows that an expert is given: 6 of the first example, 2 of the second.
     def of_an_expert(x: Tensor) -> Tensor:
         keep = torch.arange(x.shape[1]) < torch.where(x[:, :1, 0] == x[0, 0, 0], 6, 2)
         return x[keep]

@@ -1,4 +1,4 @@
-"""What heads read of the last hidden state."""
+"""Which positions of the last hidden state a head reads."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_classifier_that_makes_its_decoder_s_inputs_is_fitted() -> None:
 
 
 class Around(nn.Module):
-    """Somebody's own classifier around a bare encoder."""
+    """A user's own classifier around a bare encoder."""
 
     def __init__(self, reads: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

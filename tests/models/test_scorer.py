@@ -1,4 +1,4 @@
-"""Log-likelihoods, strided losses and embeddings against transformers called by hand, one text at a time."""
+"""Log-likelihoods, strided losses and embeddings are compared with direct calls of transformers on one text each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS = [
     "Lily said no.",
     "The nurse said that she would come back to the big house, and then the little dog ran away from the café.",
 ]
-# Rows of a padded batch and the row alone differ by the order of float32 sums.
+# A row in a padded batch and the same row alone differ by the order of float32 sums.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -28,7 +28,7 @@ def losses(model, tokenizer, texts, *, stride: int | None = None, batch_size: in
 
 
 def alone_causal(model, tokenizer, text: str) -> np.ndarray:
-    """log P of every token given those before it, from one row without padding."""
+    """The log-probability of every token given the tokens before it, from one row without padding."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         log_p = model(ids).logits[0].double().log_softmax(-1)
@@ -36,7 +36,7 @@ def alone_causal(model, tokenizer, text: str) -> np.ndarray:
 
 
 def alone_masked(model, tokenizer, text: str) -> np.ndarray:
-    """log P of every token where it alone is masked."""
+    """The log-probability of every token when only this token is masked."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     found = []
     for at in range(1, ids.shape[1] - 1):
@@ -103,7 +103,7 @@ def test_bfloat16_models_are_scored_in_float32(task: str, assets: Path):
     assert logits.dtype == torch.bfloat16 and found.dtype == torch.float32
     at = torch.tensor(query.positions)
     exact, rounded = (part.log_softmax(-1)[at, torch.tensor(query.tokens)] for part in (logits.float(), logits))
-    # The head's product over chosen rows may round otherwise than over all: one step of bfloat16 is 2⁻⁸ of a logit.
+    # The head's product for chosen rows may round differently from that for all: a bfloat16 step is 2⁻⁸ of a logit.
     assert torch.allclose(found, exact, atol=0.15)
     assert not torch.equal(found, found.bfloat16().float()) and not torch.equal(rounded.float(), exact)
 
@@ -134,7 +134,7 @@ def test_strided_loss_is_that_of_transformers_documentation(max_length: int, str
         labels = ids[:, begin:end].clone()
         labels[:, : -(end - before)] = -100
         with torch.no_grad():
-            # The mean is over the labels that are left after the shift within the window.
+            # The loss is the mean over the labels that remain after the shift inside the window.
             scored = int((labels[:, 1:] != -100).sum())
             total += model(ids[:, begin:end], labels=labels).loss.item() * scored
         counted, before = counted + scored, end
@@ -217,7 +217,7 @@ def test_mean_pooling_is_that_of_sentence_transformers():
     folder = Path(package.__file__).parent / "model"
     found = pooled_embeddings(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), TEXTS)
     theirs = package_of_encoders.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
-    # Theirs may be normalised at the end, which is not pooling.
+    # sentence-transformers may normalise at the end, which is not a part of pooling.
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (found.numpy(), theirs)]
     assert np.allclose(*unit, atol=1e-6)
 

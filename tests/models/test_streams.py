@@ -45,7 +45,7 @@ def test_writers_are_refused_where_norms_make_the_stream():
 
 
 class Own(nn.Module):
-    """A model of one block: `x + down(relu(up(norm(x))))`, or what a test makes of it."""
+    """A model of one block: `x + down(relu(up(norm(x))))`; tests override parts of it."""
 
     main_input_name = "input_ids"
 
