@@ -236,6 +236,18 @@ def test_two_heads_of_one_module_are_refused_before_anything_changes(kind: str):
     assert head_that_acts(model) == "rival"
 
 
+@pytest.mark.parametrize("tokens", [[1, 2], {"word_embeddings": [1, 2]}], ids=["list", "dict"])
+@pytest.mark.parametrize("kind", OURS)
+def test_trainable_tokens_of_an_embedding_with_children_are_refused_before_anything_changes(kind: str, tokens: Any):
+    model = classifier()
+    OF[kind].add(model, "bert", "ours", target_modules=["key", "word_embeddings"])
+    expected, modules = logits_of(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"'lora' cannot be added: .*word_embeddings' is one of .*trainable_token_ind"):
+        model.add_adapter(peft.LoraConfig(target_modules=["query"], trainable_token_indices=tokens), "lora")
+    assert [name for name, _ in model.named_modules()] == modules and list(model.peft_config) == ["ours"]
+    assert torch.equal(logits_of(model), expected)
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_a_copy_of_a_module_with_children_is_refused_before_anything_changes(kind: str):
     model = classifier()

@@ -304,17 +304,17 @@ class AdapterBuffers(Iterable[str]):
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
-    """Refuse `modules_to_save` that would copy a module with children: PEFT does not save adapters inside a copy."""
+    """Refuse to copy a module with children, named by its end: PEFT does not save adapters inside a copy."""
     copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
     for child in adapter_children(model):
         inside = next((n for n in copied if f"{child.path}.".startswith(f"{n}.")), None)
         if inside is not None and not is_child(inside):
             raise ValueError(
-                f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save, and a copy of it would have "
-                f"the {child.noun} at {child.path!r} too, which is not saved from there. Leave {inside!r} out of the "
-                f"targets of the {child.noun}: PEFT does so where modules_to_save=[{inside!r}] is in the same "
-                "configuration."
+                f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save (or trainable_token_indices), "
+                f"and a copy of it would have the {child.noun} at {child.path!r} too, which is not saved from there. "
+                f"Leave {inside!r} out of the targets of the {child.noun}: PEFT does so where modules_to_save="
+                f"[{inside!r}] is in the same configuration."
             )
 
 

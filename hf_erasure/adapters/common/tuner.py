@@ -331,9 +331,13 @@ def inject_adapter(
     """`BaseTuner.inject_adapter`; warns of adapters that go off, and moves children of wrapped modules outwards."""
     if not isinstance(tuner, ChildTuner) and not adapter_children(model):
         return original(model, adapter_name, *args, **kwargs)
-    copied = getattr(tuner.peft_config[adapter_name], "modules_to_save", None)
+    config: Any = tuner.peft_config[adapter_name]
+    copied, tokens = (getattr(config, name, None) or () for name in ("modules_to_save", "trainable_token_indices"))
+    if tokens and not isinstance(tokens, dict):  # a list is of the input embeddings
+        find: Any = getattr(model, "get_input_embeddings", lambda: None)
+        tokens = [name for name, module in model.named_modules() if module is find()]
     try:
-        acting.refuse_copies(model, adapter_name, copied or ())
+        acting.refuse_copies(model, adapter_name, [*copied, *tokens])
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
