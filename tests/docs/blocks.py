@@ -1,14 +1,14 @@
-"""The code blocks of a Markdown page, with what the comments in front of them say about testing them.
+"""The code blocks of a Markdown page, with the comments before them that say how they are tested.
 
 A comment such as `<!-- test: needs small_bert -->` stands on a line before a fence and is invisible to readers:
 
-- `needs NAME, NAME`: set-ups of `tests/docs/setups.py` that give what the block takes for granted, such as a small
+- `needs NAME, NAME`: functions of `tests/docs/setups.py` that prepare what the block presupposes, such as a small
   model under the name of a large one;
-- `not run: REASON`: the block is checked (syntax, imports, names, signatures) and not run;
-- `run`: the commands of a shell block that are `hf-erasure …` are run, not only parsed;
-- `output`: the block is what the block before it prints; `...` stands for anything;
-- `output within 0.1`: the same, for figures that differ from machine to machine: each decimal number by so much;
-- `slow`: the page is left to the slow tests.
+- `not run: REASON`: the block is checked (syntax, imports, names, signatures) but not run;
+- `run`: those commands of a shell block that begin with `hf-erasure` are run, not only parsed;
+- `output`: the block is the output of the block before it; `...` stands for any text;
+- `output within 0.1`: the same, but each decimal number may differ by so much, since machines compute differently;
+- `slow`: only the slow tests test the page.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ DIRECTIVE = re.compile(r"^\s*<!-- test: (?P<words>.*?) -->\s*$")
 KINDS = ("needs", "not run", "run", "output", "slow")
 
 PYTHON, SHELL, YAML, JSON = ("python",), ("bash", "sh"), ("yaml",), ("json",)
-# What is shown and not executed: output, text, references.
+# Blocks that are shown but not executed: output, text, references.
 SHOWN = ("", "text", "bibtex")
 LANGUAGES = (*PYTHON, *SHELL, *YAML, *JSON, *SHOWN)
 
 
 class PageError(AssertionError):
-    """A page that cannot be read as its author meant it."""
+    """A page has an error in its blocks or in their comments."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Block:
 
     Attributes:
         page: The file.
-        line: Of its first line of code, from 1.
-        language: Of the fence; empty where it names none.
-        code: Without the fence and its indentation.
-        directives: Kind → what stands behind it.
+        line: The line of its first line of code, from 1.
+        language: The language of the fence; empty if it names none.
+        code: The code without the fence and its indentation.
+        directives: Kind of the comment → the text after it.
     """
 
     page: Path
@@ -53,12 +53,12 @@ class Block:
 
     @property
     def where(self) -> str:
-        """Page and line, as an editor takes them."""
+        """Page and line, in the form that an editor accepts."""
         return f"{self.page}:{self.line}"
 
     @property
     def needs(self) -> list[str]:
-        """The set-ups it names."""
+        """The set-ups that it names."""
         return [name.strip() for name in self.directives.get("needs", "").split(",") if name.strip()]
 
 
@@ -66,7 +66,7 @@ def blocks_of(page: Path) -> list[Block]:
     """All fenced blocks of a page, in order.
 
     Raises:
-        PageError: A fence is not closed or in a language that is not known, or a comment is meant for no block.
+        PageError: If a fence is not closed or has an unknown language, or if no block follows a comment.
     """
     found, waiting = [], {}
     lines = iter(enumerate(page.read_text(encoding="utf-8").splitlines(), 1))

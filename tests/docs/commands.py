@@ -1,4 +1,4 @@
-"""The commands of shell blocks: what can be known of them without running them, and the running of our own."""
+"""The commands of shell blocks: checks without running them, and running those of `hf-erasure`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVIRONMENT = re.compile(r"[A-Z][A-Z_0-9]*=.*")
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """The words of every command, without comments, prompts and variables in front."""
+    """The words of every command, without comments, prompts and variables before it."""
     text = block.code.replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -43,10 +43,10 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def check_command(words: list[str], where: str) -> None:
-    """Refuse a command that this project does not have, or has with other options.
+    """Refuse a command that this project does not have, or that has other options.
 
     Raises:
-        PageError: Says what is not known.
+        PageError: If a command, an argument or an option is unknown.
     """
     head, rest = words[0], words[1:]
     if head == OURS:
@@ -64,7 +64,7 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def check_ours(words: list[str], where: str) -> None:
-    """Parse the arguments of `hf-erasure` as the command itself would, files left aside."""
+    """Parse the arguments of `hf-erasure` as the command itself does; their files need not exist."""
     command: Any = get_command(app)
     path, rest = [OURS], list(words)
     while hasattr(command, "commands"):
@@ -87,7 +87,7 @@ def check_ours(words: list[str], where: str) -> None:
 
 @contextmanager
 def _where_all_exists(words: list[str]) -> Iterator[None]:
-    """A folder to stand in that has a file for every word, since some arguments have to exist."""
+    """Change into a temporary folder that has a folder for every word, since some arguments have to exist."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         for word in words:
@@ -101,7 +101,7 @@ def _where_all_exists(words: list[str]) -> Iterator[None]:
 
 
 def _check_recipe(path: list[str], rest: list[str], where: str) -> None:
-    """Of a recipe that is in the repository, the overrides too."""
+    """If the recipe is in the repository, check the overrides too."""
     if path[-1] != "fit" or not rest or not (ROOT / rest[0]).is_file():
         return
     overrides = [word for word in rest[1:] if "=" in word and not word.startswith("-")]
@@ -113,7 +113,7 @@ def _check_recipe(path: list[str], rest: list[str], where: str) -> None:
 
 
 def _check_python(words: list[str], where: str) -> None:
-    """`python FILE`, `python -m hf_erasure.cli …`, and launchers of either."""
+    """Check `python FILE`, `python -m hf_erasure.cli …`, and launchers of either."""
     if "-m" in words and words.index("-m") + 1 < len(words):
         module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
         if module == "hf_erasure.cli":
@@ -139,7 +139,7 @@ def _check_target(rest: list[str], where: str) -> None:
 
 
 def _check_install(rest: list[str], where: str) -> None:
-    """The extras that an installation names."""
+    """Check the extras that an installation names."""
     if rest[:1] != ["install"]:
         raise PageError(f"{where}: `pip {' '.join(rest)}` installs nothing")
     extras = metadata(OURS).get_all("Provides-Extra") or []
@@ -151,10 +151,10 @@ def _check_install(rest: list[str], where: str) -> None:
 
 
 def run_ours(words: list[str], where: str) -> str:
-    """Run `hf-erasure …` in this process and give what it prints.
+    """Run `hf-erasure …` in this process, and return what it prints.
 
     Raises:
-        PageError: It ends with an error.
+        PageError: If it ends with an error.
     """
     result = CliRunner().invoke(app, words)
     if result.exit_code:
@@ -165,10 +165,10 @@ def run_ours(words: list[str], where: str) -> str:
 
 
 def check_yaml(block: Block, folder: Path) -> None:
-    """Read a block as the recipe that it is: of an erasure, or of a feature.
+    """Read a block as a recipe, of an erasure or of a feature.
 
     Raises:
-        PageError: It is none, or has keys that recipes have not.
+        PageError: If it is not a recipe, or has unknown keys.
     """
     try:
         content = yaml.safe_load(block.code)

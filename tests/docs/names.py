@@ -1,4 +1,4 @@
-"""What can be checked of Python that is not run: that it parses, imports what exists, and calls it as declared."""
+"""Checks of Python that is not run: it parses, its imports exist, and calls fit the signatures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_names(block: Block) -> None:
     """Resolve every import of a block, and bind the arguments of every call of an imported name.
 
     Raises:
-        PageError: Something is not there, or is not called like that; names the line.
+        PageError: If a name does not exist or a call does not fit; it names the line.
     """
     try:
         tree = ast.parse(block.code)
@@ -51,7 +51,7 @@ def _imported(node: ast.Import | ast.ImportFrom, block: Block) -> dict[str, Any]
 
 
 def _resolved(node: ast.expr, known: dict[str, Any], block: Block) -> Any:
-    """What an imported name, or an attribute of one, stands for; None for what only running would tell."""
+    """The object of an imported name or of an attribute of one; None if only running would tell it."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute):

@@ -1,7 +1,7 @@
 """python -m tests.docs.notebooks
 
-Run the notebooks of the documentation and keep what they print: the outputs in the repository are those of a run. The
-tests run their cells as well, without Jupyter's kernel, and leave the files as they are.
+Run the notebooks of the documentation and keep what they print: the outputs in the repository come from such a run.
+The tests run their cells as well, without Jupyter's kernel, and do not change the files.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# Of one cell; a notebook takes less than a minute on one core.
+# The seconds that one cell may take; a whole notebook takes less than a minute on one core.
 PATIENCE = 240
 
 
 def executed(path: Path) -> nbformat.NotebookNode:
-    """A notebook after all its cells have run, in its own folder.
+    """Run all cells of a notebook in its folder, and return it with its outputs.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: A cell fails; shows it.
+        nbclient.exceptions.CellExecutionError: If a cell fails; the message shows the cell.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -38,14 +38,14 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 
 class Shell(InteractiveShell):
-    """What a kernel runs cells with, without a window to draw in."""
+    """The class that runs cells in a kernel, without a window for figures."""
 
     def enable_gui(self, gui: str | None = None) -> None:
-        """Figures are rendered and kept; none is shown."""
+        """Do nothing: figures are rendered and kept, but not shown."""
 
 
 def run_cells(path: Path, written: Path) -> None:
-    """Run the cells in this process, by what a kernel runs them with; write down what a reader should not see."""
+    """Run the cells in this process, as a kernel does; write the errors and warnings to a file."""
     shell = Shell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     shell.run_line_magic("matplotlib", "inline")
     found = []
@@ -61,9 +61,9 @@ def run_cells(path: Path, written: Path) -> None:
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
-    """What a reader should not see: cells that were not run, in order, and errors and warnings among the outputs.
+    """The problems of a notebook: cells that were not run in order, and errors and warnings among the outputs.
 
-    The first cell is the one with the imports, and may warn.
+    The first cell has the imports, and may warn.
     """
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     found = []
@@ -81,9 +81,9 @@ def _is_warning(output: nbformat.NotebookNode) -> bool:
 
 
 def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what differs from run to run and from machine to machine."""
+    """The notebook without parts that differ from run to run and from machine to machine."""
     imports = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    # What is installed beside this package, and has something to say when it is imported.
+    # Other installed packages may print warnings when they are imported.
     imports.outputs = [output for output in imports.outputs if not _is_warning(output)]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -1,4 +1,4 @@
-"""A page run from top to bottom, as a reader would who copies every block."""
+"""Runs a page from top to bottom, like a reader who copies every block."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.docs.setups import SETUPS
 
 _SAME = doctest.OutputChecker()
 _LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-# What a block without a language must not begin with: it would be a command that no one has checked.
+# A block without a language must not begin with these commands, since they would not be checked.
 _COMMAND = re.compile(r"^\s*(\$ )?(hf-erasure|make|pip|python|torchrun|accelerate) ", re.MULTILINE)
 _DECIMAL = re.compile(r"\d+\.\d+")
 
 
 @dataclass
 class Page:
-    """A page on its way: what its blocks share.
+    """The state of a page that is run, shared by its blocks.
 
     Attributes:
         path: The file.
-        folder: Where it is run; files that blocks write are there.
-        namespace: Of all Python blocks.
-        printed: What the latest block printed.
-        done: Set-ups that were made.
-        substitutes: What set-ups have put under other names.
-        undone: What puts it back.
+        folder: The folder in which it is run; files that blocks write are there.
+        namespace: The variables of all Python blocks.
+        printed: The output of the latest block.
+        done: The set-ups that have been called.
+        substitutes: Name → the function that a set-up has put in its place.
+        undone: Restores the original functions.
     """
 
     path: Path
@@ -48,15 +48,15 @@ class Page:
     undone: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def substitute(self, name: str, function: Callable[..., Any]) -> None:
-        """Let a function stand under a name, as in `package.module.name`, until the page has been run."""
+        """Replace the function of a name such as `package.module.name` until the page has been run."""
         self.substitutes[name] = self.undone.enter_context(mock.patch(name, side_effect=function))
 
 
 def run_page(path: Path, folder: Path) -> int:
-    """Run or check every block of a page, in the present folder; returns how many there are.
+    """Run or check every block of a page in the current folder; returns the number of blocks.
 
     Raises:
-        PageError: A block is not what its page says it is. Python that fails raises its own error, at the page's line.
+        PageError: If a check fails or an output differs. Python that fails raises its own error, with the page's line.
     """
     page, blocks = Page(path, folder), blocks_of(path)
     with page.undone:
@@ -98,7 +98,7 @@ def _take(page: Page, block: Block) -> None:
 def _run(page: Page, block: Block) -> str:
     check_names(block)
     printed = io.StringIO()
-    # Empty lines in front, so that a traceback shows the line of the page.
+    # Empty lines come first, so that a traceback shows the line of the page.
     code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
     with contextlib.redirect_stdout(printed):
         exec(code, page.namespace)
@@ -117,7 +117,7 @@ def _shell(block: Block) -> str:
 
 
 def _compare(page: Page, block: Block) -> None:
-    """Refuse output that is not what the block before it has printed."""
+    """Refuse output that differs from what the block before it has printed."""
     said, printed = block.code.strip(), page.printed.strip()
     if within := block.directives["output"].removeprefix("within"):
         said, printed = _near(said, printed, float(within))
@@ -126,7 +126,7 @@ def _compare(page: Page, block: Block) -> None:
 
 
 def _near(said: str, printed: str, within: float) -> tuple[str, str]:
-    """Both texts without their decimal numbers, where each number of the one is near that of the other."""
+    """Both texts without their decimal numbers, if each number is near that of the other text; else both unchanged."""
     numbers = [[float(number) for number in _DECIMAL.findall(text)] for text in (said, printed)]
     near = len(numbers[0]) == len(numbers[1]) and all(abs(a - b) <= within for a, b in zip(*numbers, strict=True))
     return (_DECIMAL.sub("#", said), _DECIMAL.sub("#", printed)) if near else (said, printed)

@@ -1,7 +1,7 @@
-"""What blocks of the documentation take for granted: small models under the names of large ones, and data at hand.
+"""What blocks of the documentation presuppose: small models under the names of large ones, and data.
 
-`from_pretrained("bert-base-uncased")` takes a folder of that name before it asks the Hub. So a set-up puts a small
-model there, in the folder where the page is run, and the block stays as its reader will type it.
+`from_pretrained("bert-base-uncased")` looks for a folder of that name before it asks the Hub. So a set-up puts a small
+model there, in the folder where the page is run, and the block remains as a reader will type it.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ LABELS = ["female", "male"]
 
 
 def setup(function: Callable[[Page], None]) -> Callable[[Page], None]:
-    """Let pages name this function."""
+    """Make a function available to pages under its name."""
     SETUPS[function.__name__] = function
     return function
 
 
 def once_a_run(make: Callable[[Page, Path], Path]) -> Callable[[Page], Path]:
-    """A function that returns the same folder in all workers of a test run; the first that wants it makes it."""
+    """A function that returns one folder in all workers of a test run; the first worker that needs it makes it."""
 
     def made(page: Page) -> Path:
-        # Beside the folders of all tests, or of all workers: pytest removes them when it has run a few times more.
+        # It is beside the folders of all tests, or of all workers, which pytest removes after a few more runs.
         place = page.folder.parents["PYTEST_XDIST_WORKER" in os.environ] / make.__name__
         with FileLock(f"{place}.lock"):
             if not (place / "made").is_file():
@@ -79,7 +79,7 @@ def _words_of(texts: Iterable[str]) -> list[str]:
 
 
 def _tokenizer(words: list[str], special: dict[str, str], template: str, decoder: Any) -> PreTrainedTokenizerFast:
-    """A lower-case word a token."""
+    """A tokenizer with one token for each lower-case word."""
     known = [*dict.fromkeys([*special.values(), *words])]
     ids = {word: index for index, word in enumerate(known)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
@@ -95,7 +95,7 @@ def _tokenizer(words: list[str], special: dict[str, str], template: str, decoder
 
 @functools.cache
 def _demo() -> Any:
-    """The script that trains the demo's masked model."""
+    """The script that trains the masked model of the demo."""
     path = ROOT / "recipes" / "gradiend_demo" / "train.py"
     spec = importlib.util.spec_from_file_location("gradiend_demo_train", path)
     assert spec is not None and spec.loader is not None
@@ -106,7 +106,7 @@ def _demo() -> Any:
 
 @once_a_run
 def _bert(page: Page, folder: Path) -> Path:
-    """A masked language model that knows which pronoun goes with which name; trained in seconds."""
+    """A masked language model that has learned which pronoun goes with which name; trained in seconds."""
     demo = _demo()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}  # fmt: skip
@@ -127,7 +127,7 @@ def _bert(page: Page, folder: Path) -> Path:
 
 
 def _lengthen(path: Path, length: int) -> None:
-    """Give a model positions for texts that are longer than those it was trained on."""
+    """Give a model positions for texts longer than those it was trained on."""
     short = hf.AutoModelForMaskedLM.from_pretrained(path)
     model = type(short)(hf.AutoConfig.from_pretrained(path, max_position_embeddings=length))
     state, name = short.state_dict(), "bert.embeddings.position_embeddings.weight"
@@ -138,7 +138,7 @@ def _lengthen(path: Path, length: int) -> None:
 
 
 def _random_llama(page: Page, name: str) -> None:
-    """A Llama of random weights that knows the words of the page."""
+    """A Llama with random weights whose tokenizer has the words of the page."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     words = _words_of([page.path.read_text(encoding="utf-8"), *occupation_sentences()["train"]["text"]])
     tokenizer = _tokenizer(words, special, "<s> $A", decoders.WordPiece(prefix="##"))
@@ -153,7 +153,7 @@ def _random_llama(page: Page, name: str) -> None:
 
 @once_a_run
 def _gpt(page: Page, folder: Path) -> Path:
-    """A causal language model of the same sentences; trained in seconds."""
+    """A causal language model trained on the same sentences, in seconds."""
     demo, steps, rows = _demo(), 150, 64
     texts = demo.sentences(steps * rows, seed=1)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
@@ -198,13 +198,13 @@ def small_bert(page: Page) -> None:
 
 @setup
 def small_llama(page: Page) -> None:
-    """`meta-llama/Llama-3.2-1B`: two layers of random weights."""
+    """`meta-llama/Llama-3.2-1B`: two layers with random weights."""
     _random_llama(page, "meta-llama/Llama-3.2-1B")
 
 
 @setup
 def demo_model(page: Page) -> None:
-    """What `python recipes/gradiend_demo/train.py out/gradiend-demo` leaves, after a third of its steps."""
+    """The folder of `python recipes/gradiend_demo/train.py out/gradiend-demo`, after a third of its steps."""
     with mock.patch.object(_demo(), "STEPS", 100):
         _demo().train(page.folder / "out" / "gradiend-demo")
 
@@ -225,13 +225,13 @@ def biographies(page: Page) -> None:
 
 @setup
 def stories(page: Page) -> None:
-    """`stories.txt`, a paragraph a line: text that is about nothing in particular."""
+    """`stories.txt`, one paragraph in each line: text that is not about the concept."""
     (page.folder / "stories.txt").write_text("\n".join(_neutral(60)), encoding="utf-8")
 
 
 @setup
 def neutral(page: Page) -> None:
-    """`neutral.txt`, a sentence a line, without words of gender."""
+    """`neutral.txt`, one sentence in each line, without words of gender."""
     (page.folder / "neutral.txt").write_text("\n".join(_neutral(60)), encoding="utf-8")
 
 
@@ -241,7 +241,7 @@ def _neutral(count: int) -> list[str]:
 
 @setup
 def values(page: Page) -> None:
-    """`x` and `z`: rows in which a class can be read from several features, which are correlated."""
+    """`x` and `z`: rows whose class can be read from several correlated features."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randint(0, 2, (2000,), generator=generator)
     noise = torch.randn(2000, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
@@ -253,7 +253,7 @@ def values(page: Page) -> None:
 
 @setup
 def no_gender(page: Page) -> None:
-    """`no-gender/`: an erasure of the small BERT; `base`, `tokenizer` and `batches` with it."""
+    """`no-gender/`: an erasure of the small BERT; also `base`, `tokenizer` and `batches`."""
     model, tokenizer = (auto.from_pretrained(_bert(page) / "model") for auto in (hf.AutoModel, hf.AutoTokenizer))
     batches = concept_dataloader(_sentences(), tokenizer, label_column="gender", labels=LABELS)
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS), adapter_name="no_gender")
@@ -263,7 +263,7 @@ def no_gender(page: Page) -> None:
 
 @setup
 def erasing(page: Page) -> None:
-    """A model with nothing on it, and labelled batches to fit on and to measure on."""
+    """A model without an adapter, and labelled batches for fitting and for measuring."""
     path = _bert(page) / "model"
     tokenizer = hf.AutoTokenizer.from_pretrained(path)
     rows = _sentences()
@@ -279,7 +279,7 @@ def erasing(page: Page) -> None:
 
 @setup
 def training(page: Page) -> None:
-    """A classifier to be fine-tuned: model, arguments, rows; and batches labelled with the concept."""
+    """A classifier for fine-tuning: model, arguments and rows; and batches labelled with the concept."""
     erasing(page)
     path, rows = _bert(page) / "model", _sentences()
     tokenizer = page.namespace["tokenizer"]
@@ -302,7 +302,7 @@ def _arguments(page: Page) -> hf.TrainingArguments:
 
 @setup
 def fine_tuning_mlm(page: Page) -> None:
-    """Masked language modelling: arguments and texts for `Trainer`, which knows the tokenizer and what to mask."""
+    """Masked language modelling: arguments and texts for `Trainer`, with the tokenizer and a collator that masks."""
     tokenizer = hf.AutoTokenizer.from_pretrained(_bert(page) / "model")
     collator = hf.DataCollatorForLanguageModeling(tokenizer)
     page.namespace |= {
@@ -314,7 +314,7 @@ def fine_tuning_mlm(page: Page) -> None:
 
 @once_a_run
 def _gender(page: Page, folder: Path) -> Path:
-    """A feature of the small BERT, with its encoder, that stays on beside other adapters."""
+    """A feature of the small BERT, with its encoder, that remains active beside other adapters."""
     path, names = _bert(page) / "model", _demo().NAMES
     model, tokenizer = (a.from_pretrained(path) for a in (hf.AutoModelForMaskedLM, hf.AutoTokenizer))
     pairs, held_out = (
@@ -337,7 +337,7 @@ def _gender(page: Page, folder: Path) -> Path:
 
 @once_a_run
 def _classifier(page: Page, folder: Path) -> Path:
-    """Tells law from health, and has learned that the one is men's and the other women's; with an erasure of that."""
+    """A classifier of law and health, trained on rows in which law is mostly men's, health women's; with an erasure."""
     fields = ["health", "law"]
     tokenizer = hf.AutoTokenizer.from_pretrained(_bert(page) / "model")
     rows = occupation_sentences()["train"].filter(lambda row: row["field"] in fields).shuffle(seed=0)
@@ -380,7 +380,7 @@ def gender_feature(page: Page) -> None:
 
 @setup
 def forked_pythons(page: Page) -> None:
-    """`python -c PROGRAM` in a process that has imported transformers, and neither PEFT nor this package."""
+    """Run `python -c PROGRAM` in a process that has imported transformers, but not PEFT or this package."""
 
     def run(words: list[str], **_: Any) -> prepared.Ended:
         assert words[:2] == [sys.executable, "-c"] and len(words) == 3
@@ -394,7 +394,7 @@ def forked_pythons(page: Page) -> None:
 
 @setup
 def small_encoder(page: Page) -> None:
-    """The small BERT in the place of the demo's encoder, which takes half a minute for 2,500 sentences."""
+    """The small BERT in place of the demo's encoder, which would take half a minute for 2,500 sentences."""
     page.substitute("hf_erasure.recipes.embedded_model", lambda: str(_bert(page) / "model"))
 
 
@@ -409,14 +409,14 @@ def few_sentences(page: Page) -> None:
 
 @setup
 def readme_training(page: Page) -> None:
-    """As `training`, with the names that the block does not import."""
+    """Like `training`, with the names that the block does not import."""
     training(page)
     page.namespace |= {"LoraConfig": peft.LoraConfig, "ConceptErasureCallback": ConceptErasureCallback}
 
 
 @setup
 def readme_guard(page: Page) -> None:
-    """A causal model with a feature that stays on, texts for `SFTTrainer`, and the names that are not imported."""
+    """A causal model with an active feature, texts for `SFTTrainer`, and the names that the block does not import."""
     import trl
 
     from tests.ecosystem.test_trainer import sft_data, sft_tokenizer
@@ -455,5 +455,5 @@ def no_gender_model(page: Page) -> None:
 
 @setup
 def pushed(page: Page) -> None:
-    """`alice/bert-no-gender`: what was saved, where its reader will have downloaded it."""
+    """`alice/bert-no-gender`: the saved folder, in the place to which a reader will have downloaded it."""
     shutil.copytree(page.folder / "no-gender", page.folder / "alice" / "bert-no-gender")

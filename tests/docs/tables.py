@@ -1,8 +1,8 @@
 """python -m tests.docs.tables
 
-The tables of the documentation that repeat what the code says: fields, options, metrics. A page keeps a place for
-each, `<!-- table: NAME -->` to `<!-- end -->`; this command writes them, and a test fails where the code says
-something else.
+The tables of the documentation whose contents come from the code: fields, options, metrics. A page has a place for
+each, `<!-- table: NAME -->` to `<!-- end -->`. This command writes the tables, and a test fails if one differs from
+the code.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _default(entry: dataclasses.Field[Any]) -> str:
 
 
 def fields_of(owner: type, *, but: type | None = None) -> str:
-    """Every field of a dataclass that is documented; all but those of a base class have to be.
+    """A table of the documented fields of a dataclass; fields of the base class `but` need no documentation.
 
     Raises:
-        ValueError: A field of its own is not documented, or a documented one is not there.
+        ValueError: If a field of its own is not documented, or a documented one does not exist.
     """
     own = {entry.name: entry for entry in dataclasses.fields(owner)}
     foreign = {entry.name for entry in dataclasses.fields(but)} if but is not None else set()
@@ -61,7 +61,7 @@ def fields_of(owner: type, *, but: type | None = None) -> str:
 
 
 def arguments_of_training() -> str:
-    """What `GradiendTrainingArguments` adds, and the defaults of its own that it gives to others."""
+    """The fields that `GradiendTrainingArguments` adds, and those whose default it changes."""
     own = {entry.name: entry for entry in dataclasses.fields(GradiendTrainingArguments)}
     words = documented(GradiendTrainingArguments)
     changed = [n for n in inspect.get_annotations(GradiendTrainingArguments) if n not in words]
@@ -71,12 +71,12 @@ def arguments_of_training() -> str:
 
 
 def layout() -> str:
-    """What `hf-erasure evaluate` looks for."""
+    """The folders and files that `hf-erasure evaluate` looks for."""
     return rendered(("folder", "files"), ((f"`{name}/`", what) for name, what in LAYOUT.items()))
 
 
 def metrics() -> str:
-    """Every metric with what it says of itself, under a heading."""
+    """Every metric with its own description, under a heading."""
     return "\n".join(_metric(name, metric.facts, inspect.getdoc(sys.modules[metric.__module__]) or "")
                      for name, metric in METRICS.items())  # fmt: skip
 
@@ -107,7 +107,7 @@ def _describe(command: Any, path: str, found: list[str]) -> None:
         for name, child in command.commands.items():
             _describe(child, f"{path} {name}", found)
         return
-    # Python 3.13 takes the indentation of docstrings away, older ones leave it.
+    # Python 3.13 removes the indentation of docstrings, earlier versions keep it.
     paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(command.help or "").split("\n\n")]
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
@@ -156,12 +156,12 @@ def _peft() -> type:
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the code has them."""
+    """The text of a page with its tables as the code has them."""
     return PLACE.sub(lambda place: f"{place[1]}{TABLES[place['name']]()}{place[4]}", text)
 
 
 def pages() -> list[Path]:
-    """Those that keep a place for a table."""
+    """The pages that have a place for a table."""
     return [page for page in sorted(DOCS.rglob("*.md")) if PLACE.search(page.read_text(encoding="utf-8"))]
 
 

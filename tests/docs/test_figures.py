@@ -1,4 +1,4 @@
-"""Figures that pages take from the results of recipes are those of the results files."""
+"""Figures that pages take from the results of recipes are equal to those in the results files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def rows(study: str) -> list[list[str]]:
 
 
 def row(study: str, *begins: str, nth: int = 0) -> list[str]:
-    """The nth row that begins with these cells, without them."""
+    """The cells of the nth row that begins with `begins`, without these."""
     return [cells for cells in rows(study) if cells[: len(begins)] == list(begins)][nth][len(begins) :]
 
 
 def table_row(page: str, *begins: str) -> list[str]:
-    """The cells of a page's row that begins with these, without them."""
+    """The cells of the row of a page that begins with `begins`, without these."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return next(cells for cells in lines if cells[: len(begins)] == list(begins))[len(begins) :]
@@ -79,7 +79,7 @@ def test_gradiend_beside_the_paper(model: str, fit: str) -> None:
 
 
 def results_of(recipe: str) -> dict[str, Any]:
-    """What a recipe has written."""
+    """The results file of a recipe."""
     found: dict[str, Any] = json.loads((RECIPES / recipe / "results.json").read_text(encoding="utf-8"))
     return found
 
@@ -114,13 +114,13 @@ def test_what_the_tour_says_of_the_demo() -> None:
 
 
 def said(job: str) -> str:
-    """What the page on what it is for says under a heading, in one line."""
+    """The text under a heading of the page `what-for.md`, in one line."""
     text = (ROOT / "docs" / "what-for.md").read_text(encoding="utf-8")
     return " ".join(re.split(r"^## ", text.split(f"\n## {job}\n")[1], flags=re.MULTILINE)[0].split())
 
 
 def percent(figure: str | float) -> str:
-    """Without decimals."""
+    """The share as a percentage without decimals."""
     return f"{100 * float(figure):.0f} %"
 
 
@@ -190,7 +190,7 @@ CASES = {
 
 
 def of_cases(what: str, k: int) -> list[float]:
-    """Mean over the splits of a recall on court cases, and of both ends of its interval."""
+    """Means over the splits of a recall on court cases, and of both ends of its interval."""
     splits = json.loads((RECIPES / "two_sources" / "results.json").read_text(encoding="utf-8"))
     found = [split["recall"][what][f"recall@{k}"] for split in splits]
     return [sum(figures) / len(splits) for figures in zip(*found, strict=True)]

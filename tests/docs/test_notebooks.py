@@ -1,4 +1,4 @@
-"""The notebooks of the documentation run from top to bottom, and the outputs that are shown are from such a run."""
+"""The notebooks of the documentation run from top to bottom, and the outputs shown come from such a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.prepared import run
 
 
 def run_with_a_short_encoder(path: Path, folder: Path) -> None:
-    """Run the cells with two layers of the encoder: what they print is not looked at, only that they run."""
+    """Run the cells with two layers of the encoder, since only errors are looked at, not the outputs."""
     model = AutoModel.from_pretrained(recipes.embedded_model(), num_hidden_layers=2)
     model.save_pretrained(folder / "encoder")
     AutoTokenizer.from_pretrained(recipes.embedded_model()).save_pretrained(folder / "encoder")

@@ -1,4 +1,4 @@
-"""The build of the site stops where a page would fetch something from another host."""
+"""The build of the site fails if a page would fetch a file from another host."""
 
 from __future__ import annotations
 

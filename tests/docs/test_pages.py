@@ -1,4 +1,4 @@
-"""Every block of code in the README and in the documentation is run, or checked and says why it is not run."""
+"""Every code block in the README and the documentation is run, or it is checked and names the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the code says."""
+"""The tables of the documentation agree with the code."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_the_root_of_a_covariance_has_no_direction_that_is_rounding() -> None:
     sigma = spread.sigma.dense()
     scale = spread.variance.rsqrt()
     error = (root @ root.T - sigma) * scale * scale[:, None]
-    # Left out are directions that vary by less than 64 · 1e-6 of the largest; float32 products round by 6e-8 an entry.
+    # The root leaves out directions that vary by less than 64 · 1e-6 of the largest; float32 entries round by 6e-8.
     largest = torch.linalg.matrix_norm(sigma * scale * scale[:, None], 2)
     assert torch.linalg.matrix_norm(error, 2) <= 64e-6 * largest + 64 * 6e-8
     assert root.shape[1] <= 63

@@ -73,7 +73,7 @@ def test_maps_and_centre_are_those_of_optimal_transport(problem: tuple[Tensor, T
 
 
 def test_of_two_classes_it_is_that_of_concept_erasure() -> None:
-    # Both classes have as many rows: concept-erasure weighs class means equally, and divides by the rows less one.
+    # Both classes have equally many rows: concept-erasure weighs class means equally, and divides by the rows less one.
     x, z = shaped(600, 8, 2)
     theirs = QuadraticFitter.fit(x, z, shrinkage=False).eraser(x, z)
     # The barycentre has a closed form for two classes there, and is found by iteration here.

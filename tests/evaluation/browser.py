@@ -1,7 +1,7 @@
-"""A headless Chromium, driven by its own protocol over a pipe: no driver, no port, no network.
+"""A headless Chromium, controlled by its own protocol over a pipe: without a driver, a port or the network.
 
-`HF_ERASURE_CHROMIUM` names the binary, or one is on the path. The npm package `@sparticuz/chromium` carries one that
-needs no installation (unpack `bin/chromium.br`, and `bin/al2023.tar.br` beside it for its libraries).
+`HF_ERASURE_CHROMIUM` names the binary; otherwise one is taken from the path. The npm package `@sparticuz/chromium` has
+a binary without installation (unpack `bin/chromium.br`, and `bin/al2023.tar.br` beside it for its libraries).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
-# A browser that says nothing for so long hangs; on one busy core a page of this size takes a few seconds.
+# Seconds without a message after which a browser hangs; on one busy core a page of this size takes a few seconds.
 _PATIENCE = 90
 
 
 def chromium() -> str:
-    """The binary; skips the test where there is none."""
+    """The path of the binary; skips the test if none is found."""
     named = os.environ.get("HF_ERASURE_CHROMIUM")
     found = named or next(filter(None, map(shutil.which, _NAMES)), None)
     if not found:
@@ -36,7 +36,7 @@ class Browser:
     """One tab of a headless Chromium.
 
     Args:
-        folder: For its profile.
+        folder: The folder of the browser's profile.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol, and its result."""
+        """Send one command of the protocol, and return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -88,7 +88,7 @@ class Browser:
                 return answer["result"]
 
     def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of some size, in light or dark."""
+        """Show a file in a window of the given size, in light or dark."""
         self.requests.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
@@ -118,7 +118,7 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def _next(self) -> dict[str, Any]:
-        """The next message; requests of the page are kept."""
+        """The next message; requests that the page makes are recorded."""
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], _PATIENCE)
             part = os.read(self._read, 1 << 16) if ready else b""

@@ -9,7 +9,7 @@ from tests.evaluation.material import erasure_folder, gradiend_folder, small_dat
 
 @pytest.fixture(scope="session")
 def adapters(assets: Path, story: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of an erasure and of a feature that steers."""
+    """The folders of an erasure and of a GRADIEND adapter that is steered."""
     folder = tmp_path_factory.mktemp("adapters")
     return erasure_folder(assets, story, folder / "erasure"), gradiend_folder(story, folder / "steered")
 

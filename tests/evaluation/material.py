@@ -19,7 +19,7 @@ from hf_erasure.evaluation.results import Results
 from tests.adapters.gradiend.lifecycle import feature_of
 
 PAIR = ("female", "male")
-# Of a text in the small data: a masked model is asked for each of its words, in a forward pass of the whole text.
+# The length of a text in the small data, in characters. A masked model needs a forward pass for each word of it.
 _CHARACTERS = 60
 
 
@@ -38,7 +38,7 @@ def erasure_folder(assets: Path, story: str, folder: Path, pool: str = "mean") -
 
 
 def gradiend_folder(story: str, folder: Path, rate: float = 0.02) -> Path:
-    """A GRADIEND adapter for a model with a random feature, which acts and has an encoder."""
+    """A GRADIEND adapter for a model, with a random feature, a learning rate and an encoder."""
     model = AutoModelForMaskedLM.from_pretrained(story)
     config = GradiendConfig(feature="gender", classes=list(PAIR), density=0.01, keep_encoder=True)
     model.add_adapter(config, adapter_name="steering")
@@ -49,7 +49,7 @@ def gradiend_folder(story: str, folder: Path, rate: float = 0.02) -> Path:
 
 
 def small_data(assets: Path, folder: Path, parts: tuple[str, ...]) -> Path:
-    """A data folder that has only some parts, of which biographies and stories are cut short."""
+    """A data folder that has only some parts; its biographies and stories are cut short."""
     folder.mkdir()
     for part in parts:
         source = assets / "data" / part
@@ -77,7 +77,7 @@ def _cut_biographies(source: Path, target: Path) -> None:
 
 
 def run(*arguments: object) -> Result:
-    """`hf-erasure evaluate`."""
+    """Run `hf-erasure evaluate`."""
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--no-progress"])
 
 

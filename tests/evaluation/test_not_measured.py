@@ -1,4 +1,4 @@
-"""What a run cannot measure is said, and costs one cell."""
+"""A run reports what it cannot measure, and only one cell is missing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_encoder_without_a_head_says_what_it_cannot_do(assets: Path, tmp_path
     assert all(note["entry"] is None for note in results.not_measured)
     taken = {measure["key"] for measure in results.measures}
     assert taken == {"gender_linear", "gender_mlp", "gender_rbf", "gender_mdl", "tpr_gap", "profession"}
-    # Every measure is either taken or listed.
+    # Every measure is either taken, or listed as not measured.
     known = {m.key: m.title for m in measures_of("gender", DataFolder(data))}
     assert {known[key] for key in taken} | set(reasons) >= set(known.values())
 
@@ -78,7 +78,7 @@ def test_a_mistake_is_one_sentence(story: str, assets: Path, arguments: list[str
 
 
 def only(data: Path, *keys: str) -> Any:
-    """What stands for `measures_of`, and gives these measures of gender: the others take long."""
+    """A replacement of `measures_of` with only these measures of gender, since the others take long."""
     return lambda *_: [measure for measure in measures_of("gender", DataFolder(data)) if measure.key in keys]
 
 
@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_loaded_costs_its_own_column(
 
     def second_time(self: Loader, entry: Entry) -> Any:
         loads.append(entry.name)
-        if loads.count("erasure") == 2:  # the first time it is verified
+        if loads.count("erasure") == 2:  # the first load is for the verification
             raise torch.OutOfMemoryError("no room")
         return load(self, entry)
 
@@ -149,7 +149,7 @@ def test_a_killed_run_leaves_what_it_measured(
 def test_without_the_bases_states_nothing_is_relative_to_an_adapters(
     story: str, assets: Path, adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first entry that could be read was taken for the base, and had a distortion of 0."""
+    """An adapter, as the first entry that can be read, must not be taken for the base with a distortion of 0."""
     data = small_data(assets, tmp_path / "data", ("tinystories-sample", "winobias"))
     monkeypatch.setattr(running, "measures_of", only(data, "winobias", "distortion"))
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""The report is one file that anyone can read: nothing from elsewhere, in light and dark, wide and narrow, in words."""
+"""The report is one file for everyone: nothing is fetched; it is readable in light and dark, wide, narrow and aloud."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_erasure.evaluation.results import OTHER, Results
 from tests.evaluation.browser import Browser, chromium
 from tests.evaluation.material import made_up
 
-# Elements that have no end.
+# Elements without an end tag.
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-# WCAG 2.2, 1.4.3 for text; marks need 3 (1.4.11), and have this too.
+# WCAG 2.2, 1.4.3, asks for this of text. Marks need only 3 (1.4.11), but have it too.
 LEAST_CONTRAST = 4.5
 
 
 class Reader(HTMLParser):
-    """Checks that every element is closed, and keeps what tests look at."""
+    """Checks that every element is closed, and keeps elements and headings for the tests."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def page() -> str:
 def test_it_is_well_formed_and_loads_nothing(page: str) -> None:
     reader = Reader(page)
     assert page.startswith("<!doctype html>")
-    # Addresses may be read as text, never fetched; what refers to something refers to what is in the page.
+    # Addresses may appear as text but must not be fetched; references are to elements of the page.
     assert not reader.of("script") + reader.of("link") + reader.of("img") + reader.of("iframe")
     ids = {f"#{attributes['id']}" for _, attributes in reader.elements if "id" in attributes}
     for _, attributes in reader.elements:
@@ -88,7 +88,7 @@ def test_headings_tables_and_drawings_can_be_heard(page: str) -> None:
 
 def test_what_is_drawn_is_text_in_the_colours_of_the_page(page: str) -> None:
     words = set(re.findall(r"<text[^>]*>([^<]*)</text>", page))
-    # Values and names, and a unit of an axis.
+    # The words are values, names and the unit of an axis.
     assert {"0.400", "0.100", "base", "together", "female", "P(she) / (P(she) + P(he))"} <= words
     svg = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", svg)
@@ -158,9 +158,9 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 def test_better_and_worse_are_said_where_an_interval_leaves_the_bases_value_out() -> None:
     results = made_up(5)
     leak, crows, lms = results.measures
-    # 0.40 ± 0.05, then 0.25, 0.10, −0.05, −0.20: a probe below the majority reads nothing, which is not a harm.
+    # 0.40 ± 0.05, then 0.25, 0.10, −0.05, −0.20: a probe below the majority reads nothing, which does no harm.
     assert [results.verdict(name, leak) for name in results.names] == ["", *["better"] * 4]
-    # 60 ± 5, then 57, 54, 51, 48 with 50 for ideal.
+    # 60 ± 5, then 57, 54, 51, 48; the ideal is 50.
     assert [results.verdict(name, crows) for name in results.names] == ["", "", "better", "better", "better"]
     assert {results.verdict(name, lms) for name in results.names} == {""}  # no interval, no verdict
     results.values["together"]["crows"] = {"value": 70.0, "interval": [61.0, 79.0]}
@@ -189,7 +189,7 @@ def test_measures_of_another_concept_are_not_listed_as_bias() -> None:
     assert headings("race") == {OTHER: ["leak", "crows"]} | paid
     assert results.frontiers() == []
     assert headings("race", "stereotypes") == {"Bias: stereotypes": ["crows"], OTHER: ["leak"]} | paid
-    assert headings("race", None) == apart | paid  # another library's adapter does not say what it is about
+    assert headings("race", None) == apart | paid  # another library's adapter does not name its concept
 
 
 def test_many_entries_are_drawn_too() -> None:
@@ -214,13 +214,13 @@ def test_in_a_browser(browser: Browser, page: str, tmp_path: Path, width: int, d
     assert browser.requests == [path.resolve().as_uri()]
     assert browser.evaluate("innerWidth") == width
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    # Not a bar within the page either: nothing is wider than what holds it.
+    # Parts of the page do not scroll either: nothing is wider than the element around it.
     inner = "[...document.querySelectorAll('main *:not(svg *, thead, thead *)')].filter(e => e.clientWidth && "
     inner += "e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 99))"
     assert browser.evaluate(inner) == []
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 22, 27)" if dark else "rgb(255, 255, 255)")
-    # Words stay within their drawing, and large enough: a telephone shows a figure in 340 pixels.
+    # Words stay within their drawing, and are large enough: a telephone shows a figure in 340 pixels.
     outside = "[...document.querySelectorAll('svg text')].filter(t => {const a = t.getBoundingClientRect(), "
     outside += "b = t.ownerSVGElement.getBoundingClientRect(); return a.left < b.left - 1 || a.right > b.right + 1 || "
     outside += "a.top < b.top - 1 || a.bottom > b.bottom + 1}).map(t => t.textContent)"

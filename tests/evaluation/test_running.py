@@ -1,4 +1,4 @@
-"""One run measures the base, every adapter and all together, and says what it could not measure."""
+"""One run measures the base, every adapter and all adapters together, and reports what it could not measure."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run
 def whole(
     assets: Path, story: str, adapters: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Results, str, Path]:
-    """What the command prints and writes, with little data."""
+    """The results, the output and the folder of the command, with little data."""
     folder = tmp_path_factory.mktemp("whole")
     parts = ("bias-in-bios", "crows-pairs", "seat", "stereoset", "winobias", "tinystories-sample")
     data = small_data(assets, folder / "data", parts)
     out = folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "_NEURON_TEXTS", 6)  # of each class; their gradients are taken one by one
+        patch.setattr(pictures, "_NEURON_TEXTS", 6)  # for each class; their gradients are taken one by one
         result = run(story, *adapters, "--data", data, "--output", out, "--limit", 15, "--resamples", 10)
     assert result.exit_code == 0, result.output
     return Results.read(out), result.stdout, out
@@ -78,7 +78,7 @@ def test_every_entry_has_every_measure(whole: tuple[Results, str, Path]) -> None
         for key in keys:
             cell = results.values[name][key]
             if cell["interval"] is not None and key not in ("tpr_gap", "stereoset_ss_gender"):
-                # A root mean square and a mean over terms are biased in resamples; the others lie within.
+                # Resamples of a root mean square and of a mean over terms are biased; the other values lie within.
                 assert cell["interval"][0] <= cell["value"] + 1e-9 and cell["value"] - 1e-9 <= cell["interval"][1], key
 
 
@@ -89,7 +89,7 @@ def test_adapters_change_what_they_change(whole: tuple[Results, str, Path]) -> N
         assert values[name]["distortion"]["value"] > 0.01
         perplexity = "perplexity_tinystories-sample"
         assert values[name][perplexity]["value"] != values["base"][perplexity]["value"]
-    # All together is neither of the two alone.
+    # All adapters together differ from each alone.
     distortions = [values[name]["distortion"]["value"] for name in ("erasure", "steered", "together")]
     assert len({round(value, 6) for value in distortions}) == 3
 
@@ -177,7 +177,7 @@ def test_one_seed_gives_one_file(assets: Path, story: str, adapters: tuple[Path,
 
 @pytest.fixture
 def idle(story: str, tmp_path: Path) -> Path:
-    """A GRADIEND adapter that is never steered."""
+    """A GRADIEND adapter that is not steered."""
     return gradiend_folder(story, tmp_path / "idle", rate=0.0)
 
 
@@ -213,7 +213,7 @@ def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
         verify_entry(loader.load(entries[1]), entries[1])
     model = loader.load(entries[2])
     assert "'random' (LORA) changes the outputs" in verify_entry(model, entries[2])["random"]
-    assert list(model.active_adapters()) == ["random"]  # as it was before it was looked at
+    assert list(model.active_adapters()) == ["random"]  # as before the check
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_names_and_strengths(adapters: tuple[Path, Path], tmp_path: Path) -> Non
     assert names == ["base", "erasure", "steered", "steered ×0.5", "steered ×2", "together"]
     awkward = tmp_path / "gradiend"
     shutil.copytree(adapters[1], awkward)
-    assert read_adapters([str(awkward)])[0].name == "gradiend-adapter"  # PEFT's keys leave no room for the bare word
+    assert read_adapters([str(awkward)])[0].name == "gradiend-adapter"  # PEFT's keys do not allow the name `gradiend`
     with pytest.raises(ValueError, match="none here"):
         entries_of(found[:1], [2.0])
 
@@ -252,7 +252,7 @@ def test_an_adapter_of_another_model_type_is_refused_by_name(assets: Path, adapt
 def test_an_adapter_of_the_backbone_works_beside_one_of_the_whole_model(
     story: str, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """`hf-erasure fit` fits the bare encoder, `gradiend fit` the model with its head: both are measured with it."""
+    """`hf-erasure fit` uses the bare encoder, `gradiend fit` the model with its head; here both act in the latter."""
     backbone = AutoModel.from_pretrained(story)
     backbone.add_adapter(ConceptErasureConfig(concept="gender", labels=list(PAIR)), adapter_name="bare")
     generator = torch.Generator().manual_seed(0)
@@ -287,14 +287,14 @@ def test_part_of_speech_suite(story: str, assets: Path, tmp_path: Path) -> None:
     data = small_data(assets, tmp_path / "data", ("ud-ewt", "bias-in-bios"))
     results = evaluate(Evaluation(story, data, suite="pos", limit=40, resamples=10))
     found = results.values["base"]["pos_linear"]
-    # Half of all words are told by their letters alone; a probe that saw no labels would stay below 0.1.
+    # The letters of a word give away half of all words; a probe without labels would stay below 0.1.
     assert found["value"] > 0.15
     assert found["details"]["rows"] > 300 and "SYM" in found["details"]["rare"]
     assert [row["layer"] for row in results.depth["pos"]["base"]][-1] == FINAL
     assert "profession" in results.values["base"]
 
 
-_NO_RUN: Any = None, None  # the plan and the data, which states of texts do not ask for
+_NO_RUN: Any = None, None  # the plan and the data, which the states of texts do not need
 
 
 def test_states_are_the_models_own(story: str) -> None:
@@ -305,7 +305,7 @@ def test_states_are_the_models_own(story: str) -> None:
     for number, text in enumerate(texts):
         with torch.no_grad():
             alone = model.bert(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
-        # Padding changes sums by rounding only.
+        # Padding changes the sums only by rounding.
         torch.testing.assert_close(final[number], alone.last_hidden_state[0], rtol=0, atol=1e-5)
         for layer in range(2):
             expected = alone.hidden_states[layer][0].mean(0)
@@ -322,7 +322,7 @@ def test_of_an_encoder_decoder_the_encoder_is_read(story: str) -> None:
     for number, text in enumerate(texts):
         with torch.no_grad():
             alone = model.encoder(**_ids_and_mask(tokenizer(text, return_tensors="pt")), output_hidden_states=True)
-        # Padding changes sums by rounding only.
+        # Padding changes the sums only by rounding.
         torch.testing.assert_close(pooled["layer 1"][number], alone.hidden_states[1][0].mean(0), rtol=0, atol=1e-5)
         torch.testing.assert_close(pooled[FINAL][number], alone.last_hidden_state[0].mean(0), rtol=0, atol=1e-5)
 
@@ -429,7 +429,7 @@ def test_a_task_that_is_not_there(assets: Path) -> None:
 
 
 def test_what_is_handed_to_the_harness(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The boundary, without the package: the model as it is, adapters and all, goes over, with seed and limit."""
+    """Tested without the package: the harness gets the model as it is, with its adapters, the seed and the limit."""
     seen: dict[str, Any] = {}
 
     def simple_evaluate(**given: Any) -> dict[str, Any]:
@@ -467,7 +467,7 @@ def test_without_the_harness_there_is_a_sentence(story: str, assets: Path, monke
 
 
 def test_without_matplotlib_the_report_has_its_tables_and_names_the_extra(tmp_path: Path) -> None:
-    # As if neither had ever been imported, nor what imports them.
+    # As if these modules and those that import them had never been imported.
     code = "import sys\nown = 'hf_erasure.evaluation', 'hf_erasure.metrics'\n"
     code += "for name in list(sys.modules):\n    if name.startswith((*own, 'matplotlib', 'mpl_toolkits', 'sklearn')):\n"
     code += "        del sys.modules[name]\nfor name in ('matplotlib', 'sklearn'): sys.modules[name] = None\n"

@@ -23,7 +23,7 @@ from tests.hub.clients import OWNER, report
 from tests.hub.plan import BASE, BRANCH, FIRST, KINDS, NAME, NOTE, PROPOSED, SECOND, base, logits
 from tests.small_models import small_batch, small_model
 
-# An eraser without a mean merges into this model exactly, and becomes a LoRA at its linear layers.
+# A linear eraser at the norms merges into this model exactly, and becomes a LoRA at its linear layers.
 CELL = erasures.Cell("llama", "all-linear", "output", affine=False)
 
 

@@ -1,4 +1,4 @@
-"""The trained small models that metrics are run with."""
+"""The small trained models on which the metrics are tested."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FOLDERS = {"masked": ("story-mlm", AutoModelForMaskedLM), "causal": ("stories26
 
 @functools.cache
 def trained(assets: Path, task: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, shared by tests that leave both as they are."""
+    """A model and its tokenizer, shared by tests that do not change them."""
     return fresh(assets, task)
 
 
 def fresh(assets: Path, task: str) -> tuple[Any, Any]:
-    """A model and its tokenizer of one's own."""
+    """A model and its tokenizer, for one test alone."""
     name, kind = _FOLDERS[task]
     folder = assets / "models" / name
     return kind.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

@@ -49,7 +49,7 @@ def masked_log_p(model, tokenizer, ids: list[int], at: int) -> float:
 
 
 def test_a_causal_model_scores_stereoset_by_either_convention(short_assets: Path):
-    """The authors feed the sentence without a start token, and predict only its first token from one."""
+    """The authors score the sentence without a start token, except for its first token, which needs one."""
     model, tokenizer = trained(short_assets, "causal")
     path = short_assets / "data/stereoset/dev.json"
     scorer, item = LanguageScorer(model, tokenizer), read_stereoset(path)[0]
@@ -72,7 +72,7 @@ def test_a_causal_model_scores_stereoset_by_either_convention(short_assets: Path
 
 @TASKS
 def test_an_empty_sentence_wins_nothing(task: str, short_assets: Path, tmp_path: Path):
-    """A sum over no tokens is 0, and was likelier than any sentence for a causal model."""
+    """A sum over no tokens is 0, which is more likely than any sentence for a causal model."""
     model, tokenizer = trained(short_assets, task)
     path = tmp_path / "crows.csv"
     rows = ["a dog ran.,a cat ran.", "a dog ran.,", ",a dog ran.", " ,a dog ran.", "the dog sat.,the cat sat."]
@@ -138,12 +138,12 @@ def test_crows_pairs_is_the_authors_procedure(task: str, short_assets: Path):
                 [i for step in steps if step[0] == "equal" for i in range(step[1 + 2 * side], step[2 + 2 * side])]
                 for side in (0, 1)
             ]
-            # The first and the last shared token are [CLS] and [SEP].
+            # The first and the last of the shared tokens are [CLS] and [SEP].
             scores = [
                 sum(masked_log_p(model, tokenizer, ids, at) for at in own[1:-1])
                 for ids, own in zip(both, shared, strict=True)
             ]
-        # Sums of float32 over the sentence in batches of another order.
+        # float32 sums over the sentence, in batches of another order.
         assert scorer.sums(crows_queries(scorer, pair)) == pytest.approx(scores, abs=1e-3)
         wins.append(scores[0] > scores[1])
     assert found["score"] == pytest.approx(100 * np.mean(wins)) and found["items"] == 6
@@ -179,7 +179,7 @@ def test_winobias_by_hand(task: str, short_assets: Path):
 
 @TASKS
 def test_a_model_that_overflows_has_no_perplexity(task: str, short_assets: Path):
-    """A loss that is not a number was taken for 0: a broken adapter had the best perplexity there is."""
+    """A loss that is not a number must not count as 0, which would give a broken adapter the best perplexity."""
     model, tokenizer = fresh(short_assets, task)
     with torch.no_grad():
         model.get_output_embeddings().weight[0] = float("nan")
@@ -197,7 +197,7 @@ def test_perplexity_on_real_text(task: str, assets: Path):
         for text in (story, news)
     )
     assert known["bytes"] == len(story.encode()) and known["pseudo"] == (task == "masked")
-    # Both models were made for stories.
+    # Both models were trained on stories.
     assert known["bits_per_byte"] < strange["bits_per_byte"]
     assert known["intervals"]["bits_per_byte"][1] < strange["intervals"]["bits_per_byte"][0]
 
@@ -221,7 +221,7 @@ def test_seat_on_a_sentence_encoder(short_assets: Path):
     folder = Path(package.__file__).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     found = benchmarks.seat(model, tokenizer, short_assets / "data/seat", tests=["weat1", "weat6"], **QUICK)
-    # Flowers are pleasant, and men's names go with careers: two associations that any encoder of English has.
+    # Any encoder of English associates flowers with pleasant words, and men's names with careers.
     assert found["tests"]["weat1"]["effect_size"] > 0.8 and found["tests"]["weat1"]["p_value"] < 0.01
     assert found["tests"]["weat6"]["effect_size"] > 0.5
     sets = json.loads((short_assets / "data/seat/weat6.jsonl").read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def test_stereoset_says_what_it_left_out(short_assets: Path, tmp_path: Path):
     found = benchmarks.stereoset(model, tokenizer, path, **QUICK)
     assert found["left_out"] == {UNKNOWN: 1, NO_BLANK: 1, TOO_LONG: 1}
     assert (found["items"], found["asked"], found["coverage"]) == (3, 6, 0.5)
-    assert found["by_bias_type"]["race"] is None  # of one term, so there is nothing to draw from
+    assert found["by_bias_type"]["race"] is None  # it has one term, so that resampling is impossible
     assert found["by_bias_type"]["gender"]["items"] == 2
     with pytest.raises(ValueError, match="the file has no 'religion'; write some of gender, race"):
         benchmarks.stereoset(model, tokenizer, path, bias_types=["religion"])

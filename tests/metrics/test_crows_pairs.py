@@ -1,4 +1,4 @@
-"""CrowS-Pairs' score against counting, its p value against scipy."""
+"""CrowS-Pairs' score against counting, its p value against scipy's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fresh probes read, by group and by row, and what is expected of them."""
+"""The accuracy of fresh probes, by group and by row, and the accuracy that is expected of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_erasure.metrics import fresh_probes
 
 
 def grouped(seed: int, own_way: float, concept: float) -> tuple[np.ndarray, list[str], list[int]]:
-    """Rows of 20 groups that lie apart, in which the label shows along a direction of the group's own, and of all."""
+    """Rows of 20 distant groups; the label shows in a direction of each group (`own_way`) and in a common one."""
     draw = np.random.default_rng(seed)
     groups = np.repeat(np.arange(20), 40)
     labels = draw.integers(0, 2, len(groups))
@@ -26,7 +26,7 @@ def test_what_a_probe_reads_of_groups_it_knows_is_told_apart() -> None:
     x, labels, groups = grouped(0, own_way=3.0, concept=0.0)
     found = fresh_probes.score(x, labels, groups, resamples=50)
     assert found["groups"] == 20
-    # Half of the groups' directions are seen in a split by rows, and nothing is common to all of them.
+    # A split by rows shows the groups' own directions to the probe; a common direction does not exist.
     assert found["by_row"]["linear"]["accuracy"] > 0.8
     assert found["control"] > 0.8
     assert abs(found["by_group"]["linear"]["accuracy"] - 0.5) < 0.15
@@ -56,7 +56,7 @@ def test_control_labels_are_exchanged_in_half_of_the_groups() -> None:
 
 @pytest.mark.parametrize(("width", "fitted", "distance"), [(32, 200, 2.0), (64, 100, 4.0), (64, 400, 3.0)])
 def test_the_expected_accuracy_is_what_the_best_probe_reaches(width: int, fitted: int, distance: float) -> None:
-    """The best linear probe of two Gaussians after an erasure that was fitted on other rows of theirs."""
+    """The best linear probe of two Gaussians, after an erasure that was fitted on other rows of them."""
     draw = torch.Generator().manual_seed(0)
     mean = torch.zeros(width, dtype=torch.float64)
     mean[0] = distance / 2
@@ -66,7 +66,7 @@ def test_the_expected_accuracy_is_what_the_best_probe_reaches(width: int, fitted
         z = torch.arange(fitted) % 2
         x = torch.randn(fitted, width, generator=draw, dtype=torch.float64) + (2 * z[:, None] - 1) * mean
         eraser = ConceptMoments(width, 2).update(x, z).eraser(shrinkage=1.0)
-        # Of erased rows the classes are Gaussians still, so that the best probe is known.
+        # The classes of erased rows are still Gaussians, so that the best probe is known.
         erase = eraser.matrix
         apart, spread = erase @ (2 * mean), erase @ erase.T
         reached.append(float(normal.cdf(torch.sqrt(apart @ torch.linalg.pinv(spread) @ apart) / 2)))

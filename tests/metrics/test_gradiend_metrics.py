@@ -129,7 +129,7 @@ def test_encoder_direction_and_limits():
 def test_interval_is_near_fishers():
     values, labels = encoded(400, neutral=False)
     found = encoder_correlation.score(values, labels, resamples=1000)
-    # Labels are of two values, so Fisher's interval, meant for normal ones, is only near: twice as wide holds it.
+    # Fisher's interval is for normal values, and labels have two: it is only near, but twice its width is enough.
     z, half = np.arctanh(found["cor"]), 1.96 / np.sqrt(397)
     low, high = found["intervals"]["cor"]
     assert np.tanh(z - 2 * half) < low < found["cor"] < high < np.tanh(z + 2 * half)

@@ -1,4 +1,4 @@
-"""Every metric says what it is, and loads as a class and as a script of `evaluate`, without a network."""
+"""Every metric describes itself, and loads as a class and as a script of `evaluate`, without a network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What all metrics compute when `evaluate.load` reads their files, offline and with an empty cache."""
+    """The results of all metrics when `evaluate.load` reads their files, offline and with an empty cache."""
     home = tmp_path_factory.mktemp("hf")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(home)}
     done = run(run_code, LOAD_ALL, folder=home, kind=LIBRARIES, environment=environment)
@@ -52,7 +52,7 @@ def test_script_class_and_function_agree(name: str, loaded: dict):
     metric = metrics.METRICS[name]()
     direct = metric.compute(**inputs(name), **QUICK)
     assert loaded[name] == json.loads(json.dumps(direct))
-    if name != "weat":  # its function takes the four sets apart
+    if name != "weat":  # its function has an argument for each of the four sets
         function = getattr(metrics, name).score
         assert function(*inputs(name).values(), **QUICK) == direct
 

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte by hand, and for a code whose length is known."""
+"""Perplexity and bits per byte, computed by hand and for a code of known length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_figures_by_hand():
 
 
 def test_uniform_bytes_cost_eight_bits():
-    # A model of bytes that knows nothing: ln 256 nats a byte, whatever the segments.
+    # A model of bytes that has learned nothing: ln 256 nats for each byte, whatever the segments.
     found = perplexity.score([math.log(256) * n for n in (3, 10, 7)], [3, 10, 7], [3, 10, 7])
     assert found["bits_per_byte"] == pytest.approx(8.0) and found["perplexity"] == pytest.approx(256.0)
     assert np.allclose(found["intervals"]["bits_per_byte"], 8.0)
@@ -36,7 +36,7 @@ def test_a_sure_model_is_at_the_limit():
 
 
 def test_interval_covers_a_ratio():
-    # Segments of different lengths, 2 nats a byte on average.
+    # The segments have different lengths, and 2 nats for each byte on average.
     hits = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Linear leakage and description length against scikit-learn, scipy and what is known of synthetic data."""
+"""Linear leakage and description length against scikit-learn, scipy and known values of synthetic data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data(rows: int = 150, width: int = 5, classes: int = 3, distance: float = 1.
 
 def test_leakage_is_that_of_a_cross_validated_probe():
     x, y = data(distance=1.5)
-    x = x * np.array([1e-4, 1e-3, 1e-2, 1.0, 100.0])  # a penalty sees nothing of small features, unless standardised
+    x = x * np.array([1e-4, 1e-3, 1e-2, 1.0, 100.0])  # a penalty hides small features, unless standardised
     groups = np.arange(len(y)) // 3
     right = 0
     for fitted, held in StratifiedGroupKFold(4, shuffle=True, random_state=7).split(x, y, groups):
@@ -42,7 +42,7 @@ def test_leakage_is_that_of_a_cross_validated_probe():
 
 
 def test_a_probe_that_knows_the_group_does_not_count():
-    # Every group has a place of its own and a label of its own: rows give away the group, but groups say nothing.
+    # Every group has a place and a label of its own: a row shows its group, but a new group does not show its label.
     rng = np.random.default_rng(2)
     groups = np.repeat(np.arange(60), 10)
     x, y = rng.normal(size=(60, 80))[groups] + 0.01 * rng.normal(size=(600, 80)), (np.arange(60) % 2)[groups]
@@ -87,7 +87,7 @@ def test_constant_features_do_no_harm():
 
 
 def bits_by_hand(x: np.ndarray, y: np.ndarray, ends: list[int], classes: int) -> float:
-    """The online code with scipy's minimiser: one softmax row a class, two classes through one logit."""
+    """The online code with scipy's minimiser: one softmax row for each class; for two classes one logit."""
     z = np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
     rows = 1 if classes == 2 else classes
 
@@ -112,7 +112,7 @@ def test_codelength_is_that_of_scipy(classes: int):
     found = minimum_description_length.score(x, y.tolist(), portions=(5, 20, 50, 100), shuffle=False, l2=1)
     assert found["portions"] == [3, 12, 30, 60]
     assert len(set(y[:3])) < classes or classes == 2  # a class that the first probe has not seen
-    # scipy takes its gradients by finite differences, good to about 1e-5 in theta.
+    # scipy computes gradients by finite differences, exact to about 1e-5 in theta.
     assert found["codelength_bits"] == pytest.approx(bits_by_hand(x, y, [3, 12, 30, 60], classes), rel=1e-4)
     assert found["uniform_bits"] == pytest.approx(60 * np.log2(classes))
     assert found["compression"] == pytest.approx(found["uniform_bits"] / found["codelength_bits"])
@@ -149,7 +149,7 @@ def test_the_penalty_that_was_best_codes_the_next_portion():
     penalties = (0.1, 10.0, 1000.0)
     alone = np.array([minimum_description_length.score(x, y, l2=l2, resamples=2)["portion_bits"] for l2 in penalties])
     found = minimum_description_length.score(x, y, l2=penalties, resamples=2)
-    chosen = [0, 2, *alone.argmin(0)[1:-1]]  # the uniform code, the greatest penalty, and then what was best before
+    chosen = [0, 2, *alone.argmin(0)[1:-1]]  # the uniform code, the greatest penalty, then the best one so far
     assert len(set(chosen)) > 1
     assert found["portion_bits"] == pytest.approx([alone[k, i] for i, k in enumerate(chosen)])
     assert found["codelength_bits"] == pytest.approx(sum(found["portion_bits"]))
@@ -159,7 +159,7 @@ def test_many_features_of_noise_cost_hardly_more_than_the_uniform_code():
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=(300, 200)), rng.integers(2, size=300)
     assert minimum_description_length.score(x, y)["compression"] > 0.93
-    # The probe of one weak penalty is sure and wrong.
+    # With one weak penalty, the probe is confident and wrong.
     assert minimum_description_length.score(x, y, l2=1.0)["compression"] < 0.6
 
 

@@ -1,4 +1,4 @@
-"""The pronoun gap against counting, on models that are easy to understand."""
+"""The pronoun gap against counting, for made-up scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_gap_is_a_difference_of_shares():
     assert found["gap"] == pytest.approx((odds[male] > 0).mean() - (odds[~male] > 0).mean())
     assert found["log_odds_gap"] == pytest.approx((scores[:, 0] - scores[:, 1]).mean())  # genders are balanced
     assert found["male"] == (odds[male] > 0).mean() and found["female"] == (odds[~male] < 0).mean()
-    # Accuracy on the pro- minus accuracy on the anti-stereotypical versions, as in the paper.
+    # Accuracy on the pro-stereotypical minus that on the anti-stereotypical versions, as in the paper.
     pro = (scores[:, 0] > scores[:, 1]).mean()
     assert found["gap"] == pytest.approx(pro - (1 - pro))
     assert found["p_value"] == 1 / 200

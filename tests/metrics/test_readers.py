@@ -1,4 +1,4 @@
-"""The benchmarks' files as they are, and files that are something else."""
+"""The benchmarks' files as published, and files with other contents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_blanks_that_do_not_fit():
     assert item.blank("the NURSE is kind.") == (13, 17)
     for sentence in ("The nurse was kind.", "The nurse is kind", "The nurse is ."):
         assert item.blank(sentence) is None
-    # Lower case may be longer than the text, and positions are those of the text.
+    # A text may get longer in lower case; the positions are those in the original text.
     assert StereoSetItem("city", "race", "İzmir is BLANK.", ("", "", "")).blank("İzmir is big.") == (9, 12)
 
 
@@ -135,7 +135,7 @@ CROWS = "n,sent_more,sent_less,stereo_antistereo,bias_type\n0,a b,a c,stereo,rac
 
 
 def test_a_byte_order_mark_windows_lines_and_a_comment_are_taken(tmp_path: Path, assets: Path):
-    """What Excel and editors of other systems write is the same file."""
+    """Excel and editors of other systems save the same file in this way."""
     path = tmp_path / "crows.csv"
     path.write_bytes(BOM + (CROWS + "\n\n# from the authors' page\n").replace("\n", "\r\n").encode())
     assert [(pair.more, pair.less) for pair in read_crows_pairs(path)] == [("a b", "a c")]

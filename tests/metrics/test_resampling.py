@@ -1,4 +1,4 @@
-"""Intervals cover what they should, and p values are those of brute force and of scipy."""
+"""The coverage of intervals, and p values against brute force and scipy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def covered(draw, truth: float, **options) -> float:
     return hits / TRIALS
 
 
-# A 95 % interval in 200 trials misses in 10 ± 3; percentile intervals of 60 items are known to be a little narrow.
+# Of 200 intervals of 95 %, 10 ± 3 miss the truth; percentile intervals of 60 items are known to be a little narrow.
 def test_interval_of_a_mean_covers_it():
     share = covered(lambda rng: (rng.normal(0.3, 1, 60), None), 0.3)
     assert 0.90 <= share <= 0.985
@@ -80,7 +80,7 @@ def test_wrong_arguments_are_refused(options: dict, words: str):
 def test_exact_p_is_brute_force():
     values = np.array([0.3, 1.2, -0.5, 0.9, 0.1, -0.2, 0.9])
     observed = values[:3].sum()
-    # Equal sums of other numbers count: 0.9 is there twice.
+    # Other subsets with an equal sum count too: 0.9 occurs twice.
     brute = [sum(values[list(chosen)]) >= observed - 1e-12 for chosen in combinations(range(7), 3)]
     found, sums = subset_sums(values, 3)
     assert found["exact"] and found["permutations"] == len(brute) == 35

@@ -11,7 +11,7 @@ from hf_erasure.metrics import stereoset
 
 
 def authors(scores: np.ndarray, terms: list[str]) -> dict[str, float]:
-    """The counting of the authors' evaluation script, term by term."""
+    """The counts of the authors' evaluation script, term by term."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for (pro, anti, unrelated), term in zip(scores, terms, strict=True):
         counts[term]["pro" if pro > anti else "anti"] += 1

@@ -1,4 +1,4 @@
-"""TPR gaps against a count by hand and scikit-learn's recall."""
+"""TPR gaps against counts by hand and scikit-learn's recall."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_erasure.metrics import resampling, tpr_gap
 
 
 def sample(rows: int = 900, seed: int = 0, gap: float = 0.2):
-    """Predictions whose rate for women is higher in the class with most of them, lower in the one with fewest."""
+    """Predictions with a higher rate for women in the class with most women, and a lower one in that with fewest."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(3, size=rows)
     women = rng.random(rows) < np.array([0.8, 0.5, 0.2])[truth]
@@ -45,7 +45,7 @@ def test_the_other_group_first_turns_the_sign():
     one, other = (tpr_gap.score(*data, positive=g, resamples=5, permutations=5) for g in ("f", "m"))
     assert one["gaps"] == pytest.approx({name: -gap for name, gap in other["gaps"].items()})
     assert one["rms"] == pytest.approx(other["rms"])
-    assert one["correlation"] == pytest.approx(other["correlation"])  # gaps and shares both turn
+    assert one["correlation"] == pytest.approx(other["correlation"])  # gaps and shares both change sign
 
 
 def test_direction_and_limits():
@@ -59,7 +59,7 @@ def test_direction_and_limits():
 def test_p_tells_a_gap_from_none():
     assert tpr_gap.score(*sample(gap=0.4), resamples=5, permutations=199)["p_value"] == 1 / 200
     ps = [tpr_gap.score(*sample(300, seed, 0.0), resamples=2, permutations=39)["p_value"] for seed in range(40)]
-    # About 2 of 40 below 0.05; 8 or more would be a chance of 1 in 1,000.
+    # About 2 of 40 are below 0.05; 8 or more have a probability of 1 in 1,000.
     assert sum(p <= 0.05 for p in ps) < 8
 
 
@@ -73,7 +73,7 @@ def test_interval_of_a_class_covers_its_gap():
 
 
 def test_resamples_and_shuffles_are_distributed_like_those_of_rows():
-    """The oracle draws and shuffles rows, one resample after the other."""
+    """They are compared with draws and shuffles of rows, one resample after the other."""
     predicted, truth, groups = map(np.array, sample(400, gap=0.1))
     names, women = sorted(set(truth)), groups == "f"
     hit = predicted == truth
@@ -91,7 +91,7 @@ def test_resamples_and_shuffles_are_distributed_like_those_of_rows():
     rng = np.random.default_rng(0)
 
     def shuffled() -> float:
-        """The figure with the groups shuffled within each class."""
+        """The figure after a shuffle of the groups within each class."""
         index = every.copy()
         for name in names:
             index[truth == name] = rng.permutation(every[truth == name])

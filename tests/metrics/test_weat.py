@@ -1,4 +1,4 @@
-"""WEAT against the definition written out, and its p value against every split."""
+"""WEAT against the definition written out, and its p value against all splits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sets(x: int = 5, y: int = 5, a: int = 4, b: int = 3, shift: float = 0.7, see
 
 
 def by_hand(x, y, a, b) -> tuple[float, float]:
-    """Caliskan et al. 2017, with scipy's cosine and every split in a loop."""
+    """The formulas of Caliskan et al. 2017, with scipy's cosine and all splits in a loop."""
 
     def s(w) -> float:
         return np.mean([1 - cosine(w, v) for v in a]) - np.mean([1 - cosine(w, v) for v in b])
@@ -67,7 +67,7 @@ def test_effect_is_below_two_and_nearly_reaches_it():
     b = np.array([[0.0, 1.0]])
     x, y = np.tile([1.0, 0.0], (40, 1)), np.tile([0.0, 1.0], (40, 1))
     found = weat.score(x, y, a, b, resamples=20, permutations=500)
-    # 2 · sqrt((n − 1)/n) with the deviation of n − 1.
+    # The value is 2 · sqrt((n − 1)/n), for a deviation with n − 1 in its denominator.
     assert found["effect_size"] == pytest.approx(2 * np.sqrt(79 / 80))
     assert not found["exact"] and found["p_value"] == 1 / 501
 
@@ -79,11 +79,11 @@ def test_mean_over_tests_is_that_of_the_effects_and_its_interval_knows_of_shared
     turned = {**one, "X": one["Y"], "Y": one["X"]}
     single = weat.mean_absolute_effect([one], vectors)
     assert single["mean_absolute_effect_size"] == pytest.approx(abs(by_hand(x, y, a, b)[0]), rel=1e-12)
-    # A test and its mirror image have the same items: they tell as much as one of them, to the last resample.
+    # A test and its mirror image have the same items, so that both have the information of one, in every resample.
     twice = weat.mean_absolute_effect([one, turned], vectors)
     assert twice["mean_absolute_effect_size"] == pytest.approx(single["mean_absolute_effect_size"])
     assert twice["intervals"] == single["intervals"]
-    # Two tests without a common item tell more: their interval is narrower.
+    # Two tests without a common item have more information: their interval is narrower.
     low, high = single["intervals"]["mean_absolute_effect_size"]
     other = {name: [row + len(vectors) for row in rows] for name, rows in one.items()}
     apart = weat.mean_absolute_effect([one, other], np.concatenate([vectors, vectors]))

@@ -1,4 +1,4 @@
-"""The study of amnesic probing: its parts, a small run, and the form of the page in its folder."""
+"""The study of amnesic probing: its parts, a small run, and the form of its page."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_block_is_erased_and_the_model_left_as_it_was(settings: study.Settin
     assert found.bits["erased"] != before
     assert found.bits["random"] != found.bits["erased"]
     chance = study.majority(data.tags[1])
-    # 300 tokens: an accuracy has a deviation of 0.03.
+    # On 300 tokens, an accuracy has a standard deviation of 0.03.
     assert found.probe["after"] < chance + 0.09
     assert found.probe["before"] > found.probe["after"]
 

@@ -1,4 +1,4 @@
-"""The study of biographies: its parts, a small run with a small encoder, and the form of the page in its folder."""
+"""The study of biographies: its parts, a small run with a small encoder, and the form of its page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(settings: study.Settings) -> dict[str, list[study.Biography]]:
 
 @pytest.fixture(scope="module")
 def small(settings: study.Settings, short_assets: Path) -> study.Settings:
-    """The study with a small BERT and the beginnings of biographies."""
+    """The study with a small BERT and only the beginnings of biographies."""
     return replace(
         settings, model=str(short_assets / "models" / "story-mlm"), last="encoder.layer.1.output.LayerNorm",
         max_length=24, train_rows=0.25, test_rows=0.25, shuffles=5, seeds=[0, 1],
@@ -91,7 +91,7 @@ def test_chance_is_what_answers_without_a_gap_give(settings: study.Settings) -> 
     answers = [p if draw.random() < 0.8 else "c" for p in professions]
     small = replace(settings, positive="f", shuffles=100)
     found = study.chance(answers, professions, genders, small, 0)
-    # Gaps of two rates of 100 rows each have a deviation of sqrt(2 · 0.16 / 100) = 0.057, which is their RMS.
+    # Gaps of two rates of 100 rows each have a standard deviation of sqrt(2 · 0.16 / 100) = 0.057, which is their RMS.
     assert found == pytest.approx(0.057, abs=0.015)
 
 
@@ -99,7 +99,7 @@ def test_what_was_fitted_on_is_guarded_and_classifiers_trained_on_it_learn_the_m
     for outcome in outcomes:
         for erasure in ("last norm", "every norm"):
             assert outcome.figures[erasure]["refitted"]["gender"] == pytest.approx(0.5, abs=0.02)
-        assert outcome.figures["none"]["same"]["gender"] > 0.7  # there was something to erase
+        assert outcome.figures["none"]["same"]["gender"] > 0.7  # there was a concept to erase
 
 
 def test_the_page_has_a_line_for_every_way(outcomes: list, small: study.Settings, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The study of what carries over to texts that nobody labelled: its parts, a short run, and what its page claims."""
+"""The study of how an erasure carries over to unlabelled texts: its parts, a short run, and its page's claims."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_no_biography_is_fitted_on_and_measured(settings: study.Settings) -> Non
 
 
 def fewer_sentences(seed: int) -> dict[str, Dataset]:
-    """Every template and occupation of those that are measured on, in a quarter of the sentences."""
+    """All templates and occupations of the test split, in a quarter of its sentences."""
     data = occupation_sentences(seed)
     return {"train": data["train"], "test": data["test"].shuffle(seed=0).select(range(len(data["test"]) // 4))}
 
@@ -81,7 +81,7 @@ def test_the_page_says_what_was_found() -> None:
         own = [o for o in outcomes if (o.part, o.encoder, o.fitted) == ("biographies", encoder, fitted)]
         return sum(study.values(own, way, key)) / len(own)
 
-    # What 60 and 180 labelled biographies leave, and what their counterfactuals do.
+    # How much 60 and 180 labelled biographies leave, and how much their counterfactuals leave.
     for fitted, most in ((60, 0.66), (180, 0.62)):
         assert mean("embedded", fitted, "LEACE", "linear") > mean("embedded", fitted, "counterfactuals", "linear")
         assert mean("embedded", fitted, "counterfactuals", "linear") <= most

@@ -1,4 +1,4 @@
-"""A recipe of an erasure is read before anything is loaded, and what the run could not use is named then."""
+"""A recipe of an erasure is checked before anything is loaded, and a message names what the run cannot use."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Pat
 
 
 def test_what_is_not_installed_is_said_before_the_model_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run was over, and its adapter written, when matplotlib was found to be missing."""
+    """Without this check, a run would find only after its fit that matplotlib is missing."""
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs matplotlib and sklearn: pip install 'hf-erasure\[plot,metrics\]'"):
         run_recipe(read_recipe(path))
@@ -92,7 +92,7 @@ def test_data_files_may_begin_with_a_byte_order_mark(tmp_path: Path, name: str, 
 def test_held_out_rows_are_read_once_and_short_texts_together(
     tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the fit saw of them without the erasure and with it is what a pass over them gives, in their order."""
+    """The vectors that the fit kept, with and without the erasure, are those of a pass over the rows, in order."""
     rows = occupation_sentences()["test"].shuffle(seed=0).select(range(80))
     rows.map(lambda row: {"template": row["template"] / 2}).to_csv(tmp_path / "people.csv")  # numbers with a point
     content = CONTENT | {
@@ -110,13 +110,13 @@ def test_held_out_rows_are_read_once_and_short_texts_together(
     monkeypatch.setattr(erasure, "pooled_states", reading)
     found = run_recipe(recipe, progress=False)
     assert found is not None and found[0].eval_environments == 10  # of the twenty templates
-    assert len(passes) == 2  # the rows fitted on, without the erasure and with it
+    assert len(passes) == 2  # the fitted rows, with and without the erasure
     lengths = [len(row["text"]) for row in passes[0].dataset]
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
-    again, _ = check_output(tmp_path / "out", progress=False)  # reads them anew
+    again, _ = check_output(tmp_path / "out", progress=False)  # reads the rows again
     assert len(passes) == 6
     pd.testing.assert_frame_equal(again, found[1])
-    assert found[1]["gender before"].max() > 0.7  # labels and vectors are of the same rows
+    assert found[1]["gender before"].max() > 0.7  # labels and vectors belong to the same rows
 
 
 @pytest.mark.parametrize("count", [7, 8, 9])

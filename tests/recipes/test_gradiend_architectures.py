@@ -1,4 +1,4 @@
-"""The models that the architecture study trains, a small run of it, and the recipes for models of the Hub."""
+"""The models that the architecture study trains, a small run of it, and the recipes for models on the Hub."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_labels_of_a_lesson_are_what_was_taken_out(short_assets: Path) -> None:
         taken = batch["labels"][row][batch["labels"][row] != study.IGNORED]
         back[row, torch.isin(back[row], torch.tensor(holes))] = taken
     assert torch.equal(back, rows)
-    # The label at a position is the token that comes next in the decoder's input.
+    # The label at a position is the next token of the decoder's input.
     shifted, labels = batch["decoder_input_ids"][:, 1:], batch["labels"][:, :-1]
     labelled = labels != study.IGNORED
     assert labelled.sum() > 4
@@ -109,7 +109,7 @@ def test_the_hub_recipes_differ_in_the_model_alone() -> None:
         assert {key for key in first | other if first.get(key) != other.get(key)} <= {"models", "output", "dtype"}
 
 
-# One of each kind and of each precision: what is read of the others is the same, as the test above says.
+# One recipe for each kind and each precision; the others have the same settings, as the test above checks.
 @pytest.mark.filterwarnings("ignore:None of")
 @pytest.mark.parametrize("path", [path for path in HUB if path.stem in RUN], ids=lambda path: path.stem)
 def test_a_hub_recipe_runs_on_a_stand_in(path: Path, short_assets: Path, stories: Path, tmp_path: Path) -> None:

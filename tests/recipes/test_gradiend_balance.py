@@ -1,4 +1,4 @@
-"""The study of a model made biased on purpose: its split, a very short run, and what its page may claim."""
+"""The study of a model that was made biased: its split, a very short run, and the possible claims of its page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = Path(study.__file__).parent
 
 @pytest.fixture(scope="module")
 def settings(assets: Path) -> study.Settings:
-    """Of the file, with models and stories of the assets."""
+    """The settings of the file, with a model and stories of the test material."""
     settings = studies.read_settings(study.Settings, FOLDER / "study.yaml", [], "model")
     settings.model = str(assets / "models" / "stories260k")
     settings.stories = str(assets / "data" / "tinystories-sample" / "tinystories.txt")
@@ -42,7 +42,7 @@ def test_a_short_run_writes_tables_and_figure(
     run_seed, made = study.run_seed, []
 
     def run(given: study.Settings, skew: str, seed: int) -> study.Outcome:
-        """An interval takes two seeds: the first one's outcome stands for the second, too."""
+        """An interval takes two seeds, so the first seed's outcome is used for the second, too."""
         made.extend([] if made else [run_seed(given, skew, seed)])
         return dataclasses.replace(made[0], seed=seed)
 

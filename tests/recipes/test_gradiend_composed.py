@@ -1,4 +1,4 @@
-"""The study of GRADIEND with an erasure: its parts, a small run, and the form of the page in its folder."""
+"""The study of GRADIEND with an erasure: its parts, a small run, and the form of its page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings(short_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 def few_sentences(short_assets: Path, folder: Path) -> Path:
-    """SEAT's gender tests with a few sentences in each set: the study's own are hundreds, six times over."""
+    """SEAT's gender tests with a few sentences in each set; those of the study have hundreds, and are run six times."""
     for name in study.GENDER_TESTS:
         test = json.loads((short_assets / "data" / "seat" / f"{name}.jsonl").read_text(encoding="utf-8"))
         short = {key: {**part, "examples": part["examples"][:6]} for key, part in test.items()}
@@ -42,7 +42,7 @@ def few_sentences(short_assets: Path, folder: Path) -> Path:
 
 
 def few_items(short_assets: Path, folder: Path) -> Path:
-    """The first of StereoSet's items about gender."""
+    """StereoSet's first items about gender."""
     whole = json.loads((short_assets / "data" / "stereoset" / "dev.json").read_text(encoding="utf-8"))
     items = [item for item in whole if item["bias_type"] == "gender"]
     (folder / "dev.json").write_text(json.dumps(items[:12]), encoding="utf-8")
@@ -88,7 +88,7 @@ def test_both_adapters_act_together(settings: study.Settings) -> None:
     assert list(found.figures) == list(study.WAYS)
     assert found.active["GRADIEND + LEACE"] == [study.GRADIEND, study.ERASURE]
     losses = [found.figures[way]["loss"] for way in study.WAYS]
-    # The edit may be refused by the budget; erasures always act, and each in its own way.
+    # The budget may refuse the edit; erasures always act, and each differently.
     assert len({round(loss, 6) for loss in losses}) >= 3
     if found.chosen["learning_rate"]:
         assert len({round(loss, 6) for loss in losses}) == len(study.WAYS)

@@ -1,4 +1,4 @@
-"""The recipes for features of three groups, run as they stand on a small model with words and sentences of a user."""
+"""The recipes for features of three groups, unchanged, on a small model with words and sentences of a user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TUPLES = {
     "race": [["black", "caucasian", "asian"], ["black", "white", "asian"], ["africa", "europe", "asia"]],
     "religion": [["jewish", "christian", "muslim"], ["torah", "bible", "quran"], ["synagogue", "church", "mosque"]],
 }
-# Two tokens in the small vocabulary: pairs with it do not fit a masked model.
+# These words have two tokens in the small vocabulary: a masked model cannot take pairs with them.
 LONG = {"race": "caucasian", "religion": "synagogue"}
 WORDS = ["people", "the", "city", "read", "about", "an", "old", "house", "and", "some", "of", "them", "were", "late",
          "today", "it", "was", "they"]  # fmt: skip
@@ -27,7 +27,7 @@ WORDS = ["people", "the", "city", "read", "about", "an", "old", "house", "and", 
 
 @pytest.fixture(params=sorted(TUPLES))
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, list[str]]:
-    """A feature, a folder with a model and the user's files, and the overrides that name them."""
+    """The feature, a folder with a model and the user's files, and the overrides that name these files."""
     feature: str = request.param
     tuples = TUPLES[feature]
     spoken = sorted({word for words in tuples for word in words} - {LONG[feature]})
@@ -69,9 +69,9 @@ def test_pairs_of_three_groups_are_learned_and_an_edit_is_chosen(case: tuple[str
     one, two, three = recipe.classes
     assert list(outcome.correlation) == [f"{one}/{two}", f"{one}/{three}", f"{two}/{three}"]
     assert list(outcome.edits.index) == [NO_EDIT, "balance", *recipe.classes]
-    # Its counterparts have one token, it has two: these rows are left out, in every set where there are some.
+    # The long word has two tokens, its counterparts one, so that these rows are left out of every set.
     assert outcome.counts["train left out"] > 0
-    # The factual word is in its own gradient: what other words of its class share with it is enough to tell it apart.
+    # A word's gradient contains the word itself; what it shares with others of its class is enough to read the class.
     assert outcome.encoding.loc["mean of pairs", "cor"] > 0.5
     assert {"results.json", "results.csv", "results.md", "grid.csv", "encoded.png", "surface.png"} <= {
         path.name for path in (folder / "out").iterdir()

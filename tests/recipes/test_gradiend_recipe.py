@@ -1,4 +1,4 @@
-"""GRADIEND recipes: what they read, what they refuse, and that sets which must not share a text do not."""
+"""GRADIEND recipes: what they read and refuse, and that no text is in two of the sets that must be disjoint."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ def test_a_text_in_two_sets_is_refused_and_named() -> None:
 def test_sentences_are_dealt_out_so_that_no_sentence_is_in_two_sets(tmp_path: Path) -> None:
     tuples = tmp_path / "words.json"
     tuples.write_text(json.dumps({"animal": [["dog", "cat", "bird"], ["dogs", "cats", "birds"]]}))
-    # Two words in a sentence make pairs with two texts; single=false keeps them, in one set.
-    # Without its words, a sentence is the same for all three: they stay together.
+    # Two words in a sentence make pairs with two texts. single=false keeps these pairs, in one set. Without its words,
+    # the sentence is the same for all three lines: they stay together.
     lines = [f"he saw {n} {a} and the {b}" for n in range(20)
              for a, b in (("dogs", "cat"), ("cats", "bird"), ("birds", "dog"))]  # fmt: skip
     (tmp_path / "lines.txt").write_text("\n".join([*lines, "", lines[0]]))
     whole = {"sentences": str(tmp_path / "lines.txt"), "words": str(tuples), "words_key": "animal", "single": False}
     recipe = read_data({"whole": whole, "shares": [0.5, 0.25, 0.25], "neutral": ["one", "two", "three", "four"]})
     loaded = load_materials(recipe, CLASSES, everything)
-    # Two occurrences, two counterparts each; a sentence that is given twice is used once.
+    # Each line has two words with two counterparts each; a sentence that occurs twice is used once.
     assert [loaded.counts()[name] for name in ("train", "choice", "test")] == [120, 60, 60]
     assert [len(rows) for rows in loaded.neutral.values()] == [2, 2]
     again = load_materials(recipe, CLASSES, everything)

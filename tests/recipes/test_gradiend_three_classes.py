@@ -1,4 +1,4 @@
-"""The three-class study: what its data must be, and, marked slow, what it must measure."""
+"""The three-class study: conditions on its data, and, marked slow, conditions on its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of skewed fine-tuning: its parts, a very short run, and the claims that its page makes."""
+"""The study of skewed fine-tuning: its parts, a very short run, and the claims of its page."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_short_run_writes_table_and_figure(settings: study.Settings, short_ass
     outcomes = study.run_seed(short, 0)
     figures = outcomes[0].figures
     assert list(figures) == ["before", *study.WAYS]
-    # Watching changes nothing, to the bit; guarding does.
+    # Monitoring changes nothing, to the bit; guarding does.
     assert figures["monitor"] == figures["no guard"]
     assert figures["guard"]["log-odds"] < figures["no guard"]["log-odds"]
     assert [step for step, _ in outcomes[0].neuron["monitor"]] == [2, 4]
@@ -92,7 +92,7 @@ def test_the_skew_arrives_and_less_of_it_with_the_guard(settings: study.Settings
 
 
 def check(outcomes: list[study.Outcome]) -> None:
-    """What the page of results says."""
+    """Check the claims of the page of results."""
     for outcome in outcomes:
         before, free, guarded = (outcome.figures[way] for way in ("before", "no guard", "guard"))
         assert outcome.figures["monitor"] == free
@@ -102,10 +102,10 @@ def check(outcomes: list[study.Outcome]) -> None:
         assert free["log-odds"] > guarded["log-odds"] > before["log-odds"]
         assert free["skew of strangers"] > guarded["skew of strangers"]
         assert all(share > 0.05 for share in study.kept_out(outcome, "guard", "no guard"))
-        # An erasure that is there meanwhile keeps out more than half, and costs some of the task.
+        # An erasure that is active during the training keeps out more than half, and costs a part of the task.
         assert all(share > 0.5 for share in study.kept_out(outcome, "LoRA, erased meanwhile", "LoRA"))
         lora, erased = (outcome.figures[way]["accuracy"] for way in ("LoRA", "LoRA, erased meanwhile"))
         assert before["accuracy"] + 0.4 < erased <= lora
-    # What the guard costs of the task, over seeds; one seed has 40 questions.
+    # The guard's cost in the task, as a mean over seeds, since one seed has only 40 questions.
     lost = [outcome.figures["no guard"]["accuracy"] - outcome.figures["guard"]["accuracy"] for outcome in outcomes]
     assert abs(sum(lost) / len(lost)) <= 0.1

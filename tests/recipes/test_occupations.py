@@ -96,7 +96,7 @@ def test_templates_differ_between_and_within_the_splits():
 
 
 def test_every_sentence_carries_a_cue_of_its_own_gender_only(sentences):
-    """The spouse is the one cue that names the other gender; leave it out and no sentence mixes the two."""
+    """The spouse is the only cue with the other gender; without it, a sentence does not mix the two."""
     spouses = {"husband", "wife"}
     cues = {gender: words_of(" ".join(words.values())) - spouses for gender, words in GENDERED.items()}
     for split in SPLITS:
@@ -179,7 +179,7 @@ def embeddings(split):
 
 @pytest.mark.slow
 def test_probes_on_unseen_occupations(sentences):
-    """Gender and field can be read off sentences whose occupation, template and names the probe never saw."""
+    """Probes read gender and field from sentences whose occupation, template and names they have not seen."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     train = sentences["train"].select(range(1000))
     test = sentences["test"].select(range(480))

@@ -107,7 +107,7 @@ def test_the_settings_start_with_the_command_that_runs_them() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_study_runs_on_a_model_of_the_hubs_kind(assets: Path, tmp_path: Path) -> None:
-    """Parallel residuals, norms with a bias, and a byte-level tokenizer that puts no token before a text."""
+    """The model has parallel residuals, norms with a bias, and a byte-level tokenizer without a start token."""
     other = tmp_path / "other.txt"
     other.write_text("Once upon a time.\n\nThe end.\n")
     common = {"model": str(tmp_path), "output": str(tmp_path), "max_tokens": 64, "probe_tokens": 300}

@@ -19,7 +19,7 @@ LINE = "# yaml-language-server: $schema="
 
 
 def schema_for(recipe: Path) -> dict[str, Any]:
-    """The schema that the second line of a recipe names; the first is the command that runs it."""
+    """The schema that the second line of a recipe names; the first line is the command that runs it."""
     named = recipe.read_text(encoding="utf-8").splitlines()[1]
     assert named.startswith(LINE)
     found: dict[str, Any] = json.loads((recipe.parent / named.removeprefix(LINE)).read_text(encoding="utf-8"))
@@ -30,7 +30,7 @@ def schema_for(recipe: Path) -> dict[str, Any]:
 def test_a_shipped_schema_is_what_the_command_prints(kind: str) -> None:
     printed = CliRunner().invoke(app, ["schema", kind])
     assert printed.exit_code == 0
-    # `hf-erasure schema KIND --output recipes/schemas/KIND.json` writes it anew.
+    # `hf-erasure schema KIND --output recipes/schemas/KIND.json` writes the file anew.
     assert printed.stdout == (RECIPES / "schemas" / f"{kind}.json").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Search across two sources: what is counted as found, the catalogue, and the run on a small model."""
+"""Search across two sources: how hits are counted, the catalogue, and a run on a small model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_places_and_recall(search: Any) -> None:
-    # The second pair's texts are nearer to those of the first than to each other.
+    # The second pair's texts are each nearer to those of the first pair than to each other.
     states = torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.0, 0.3], [0.0, 1.0]])
     pairs = ["a", "a", "b", "b"]
     assert search.found_at(states, pairs).tolist() == [1, 1, 3, 1]
@@ -58,7 +58,7 @@ def test_a_run_judges_pairs_that_were_not_fitted_on(
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_what_is_judged_is_the_adapter(search: Any, assets: Path, tmp_path: Path, rank: int) -> None:
-    """The eraser is found on what one pass over the texts has kept, and the adapter by a fit."""
+    """The eraser from the states that one pass has stored is the same as the fitted adapter's."""
     rows, base = Dataset.from_list(search.catalogue()[:160]), str(assets / "models" / "story-mlm")
     found = search.Search(rows, base, "encoder.layer.3.output.LayerNorm", tmp_path)
     found.write_adapter(rank)

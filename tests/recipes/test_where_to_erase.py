@@ -1,4 +1,4 @@
-"""The study of places: that each is erased, merged and told."""
+"""The study of places to erase: each is erased, merged and reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def settings(short_assets: Path, monkeypatch: pytest.MonkeyPatch) -> study.Setti
     read = stories.read_settings
 
     def few(path: str | Path) -> stories.Settings:
-        """The story teller's settings, cut to what takes a second."""
+        """The settings of the study of stories, cut so that a run takes a second."""
         whole = read(Path(stories.__file__).parent / "study.yaml")
         report = whole.materials["report"]
         cut = stories.Material(report.male[:6], report.female[:6], report.prompts[:4])
@@ -35,7 +35,7 @@ def settings(short_assets: Path, monkeypatch: pytest.MonkeyPatch) -> study.Setti
 def test_readers_do_what_norms_do_and_merge(settings: study.Settings) -> None:
     found = study.gender_in_stories(settings, 0, "last")
     assert list(found) == ["none", "norms", "readers", "blocks"]
-    # Of this model every norm feeds readers and nothing else; the maps differ by what keeps the mean.
+    # In this model all norms feed readers and nothing else; the maps differ only in how they keep the mean.
     assert found["readers"]["gap P(she) fell"] == pytest.approx(found["norms"]["gap P(she) fell"], abs=0.05)
     assert [found[place]["merges"] for place in settings.places] == ["no", "untied", "no"]
     strengths = [strength for strength, *_ in found["readers"]["dial"]]

