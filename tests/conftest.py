@@ -1,4 +1,4 @@
-"""What every test shares: no network, few threads, the test material, and a count of the lifecycle matrix."""
+"""Settings and fixtures of all tests: no network, few threads, the test material, a count of the lifecycle matrix."""
 
 from __future__ import annotations
 

@@ -389,7 +389,7 @@ def forked_pythons(page: Page) -> None:
     page.substitute("subprocess.run", run)
 
 
-# ---- the README, whose blocks leave out what is around them ----------------------------------------------------------
+# ---- the README, whose blocks are parts of longer programs -----------------------------------------------------------
 
 
 @setup

@@ -158,7 +158,7 @@ def test_erasers_that_keep_one_mean_keep_it_together(problem: tuple[Tensor, Tens
     assert float(moved.abs().max()) < 1e-9 * float(joint.matrix.norm()) * float(x.mean(0).norm())
 
 
-# ---- rows, and numbers that are hard ---------------------------------------------------------------------------------
+# ---- methods on rows, and numbers that are hard to compute with ------------------------------------------------------
 
 
 @pytest.mark.parametrize("fit", [fit_inlp, lambda *args, **options: fit_rlace(*args, steps=20, **options)])
@@ -231,7 +231,7 @@ def test_features_that_never_vary(method: str) -> None:
         assert leak(eraser(x)[:, varies], z, x[:, varies]) < EXACT * 10
 
 
-# ---- where there is none ---------------------------------------------------------------------------------------------
+# ---- rows without such a map -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["leace", "orth", "mean_projection"])

@@ -126,7 +126,7 @@ def test_every_template_is_shipped_with_the_package() -> None:
     assert all(target == f"hf_erasure/{source}" for source, target in shipped.items())
 
 
-# ---- what they say ---------------------------------------------------------------------------------------------------
+# ---- what cards contain ----------------------------------------------------------------------------------------------
 
 
 def test_data_that_are_known_are_named() -> None:
@@ -372,7 +372,7 @@ def test_provenance_that_makes_no_sense_is_left_out() -> None:
             assert card.data.eval_results is None
 
 
-# ---- what others wrote -----------------------------------------------------------------------------------------------
+# ---- cards that others wrote -----------------------------------------------------------------------------------------
 
 
 def test_metadata_of_others_stays_and_paths_go() -> None:

@@ -372,7 +372,7 @@ def test_what_is_pushed_during_training_has_our_card(
     assert_ours(uploaded[0], "alice/adapter")
 
 
-# ---- what is none of ours --------------------------------------------------------------------------------------------
+# ---- models without an adapter of this package -----------------------------------------------------------------------
 
 
 def test_loras_and_plain_models_keep_the_cards_of_their_libraries(

@@ -159,7 +159,7 @@ def test_a_tied_weight_is_one_block_with_the_gradient_of_both_uses() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-# ---- what is left as it was ------------------------------------------------------------------------------------------
+# ---- what a reading does not change ----------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> list[object]:
