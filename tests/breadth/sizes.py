@@ -269,7 +269,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {
         "attn_layers": ["local", "lsh"], "axial_pos_embds": False, "local_attn_chunk_length": 4,
-        "lsh_attn_chunk_length": 4, "num_buckets": 2, "hash_seed": 0, "attention_head_size": 8, "is_decoder": False,
+        "lsh_attn_chunk_length": 4, "num_buckets": 2, "hash_seed": 0, "attention_head_size": 8, "is_decoder": True,
         "feed_forward_size": 64,
     },
     "regnet": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "groups_width": 8},

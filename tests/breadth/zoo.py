@@ -46,6 +46,8 @@ def build(model_type: str, auto: Any = AutoModel) -> PreTrainedModel:
         if model_type in _NEED_THEIR_CLASS and auto is AutoModel:
             name = modeling_auto.MODEL_MAPPING_NAMES[model_type]
             config.architectures = [name if isinstance(name, str) else name[0]]
+        if auto is hf.AutoModelForMaskedLM and hasattr(config, "is_decoder"):
+            config.is_decoder = False  # the same configuration has a causal head
         count = 0
         with suppress(Exception), torch.device("meta"):  # some models cannot be made on the meta device
             count = auto.from_config(config).num_parameters()
