@@ -1,4 +1,4 @@
-"""Harm that can be done to the files of an adapter, and what loading them must leave as it was."""
+"""Ways to damage the files of an adapter, and a check that loading them changes nothing."""
 
 from __future__ import annotations
 

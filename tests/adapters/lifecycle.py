@@ -1,4 +1,4 @@
-"""Fitted adapters for the tests of their lifecycle, made once, and what a call must leave as it was."""
+"""Fitted adapters for the tests of their lifecycle, made once, and the state that a failed call must not change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MERGE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 @dataclass(frozen=True)
 class Cell:
-    """Where an erasure sits in one test: an architecture, the modules, and the side of them."""
+    """The place of an erasure in one test: an architecture, the modules, and their input or output."""
 
     architecture: str
     target: str
@@ -64,12 +64,12 @@ class Cell:
 
     @property
     def merge_refusal(self) -> str | None:
-        """Words of the message that refuses to merge; None where merging is exact."""
+        """A pattern for the message that refuses a merge; None where merging is exact."""
         needs_bias = self.parts.bias_free and self.affine
         if self.target == "all-linear":
             return "would need a bias" if needs_bias else None
         if (self.target, self.site) == ("norms", "output"):
-            # The head has no bias in any of the decoders.
+            # No decoder has a bias in its head.
             return _NORM_REFUSALS[self.architecture] or ("would need a bias" if self.affine else None)
         if (self.target, self.site) == ("attention", "input"):
             if self.architecture in ("bert", "roberta"):  # their attention has its residual connection inside
@@ -113,7 +113,7 @@ def _cell(architecture: str, target: str, site: str) -> Cell:
 
 
 def _pairwise() -> list[Cell]:
-    """Each architecture with each target, sites in turn: every pair of the three occurs."""
+    """Each architecture with each target, and the sites in turn: every pair of two of the three occurs."""
     return [
         _cell(architecture, target, SITES[(row + column) % 2])
         for row, architecture in enumerate(ARCHITECTURES)
@@ -122,7 +122,7 @@ def _pairwise() -> list[Cell]:
 
 
 def _every_place() -> list[Cell]:
-    """Each architecture with two targets at either site: every target with either site occurs."""
+    """Each architecture with two targets, one at each site: every pair of target and site occurs."""
     return [
         _cell(architecture, TARGETS[(row + 2 * at) % len(TARGETS)], SITES[(row // len(TARGETS) + at) % 2])
         for row, architecture in enumerate(ARCHITECTURES)
@@ -196,12 +196,12 @@ def fit(model: nn.Module, architecture: str, name: str = NAME, seed: int = 100) 
 
 
 class State:
-    """What can be seen of a model from outside, to compare before and after a call that must change nothing."""
+    """The visible state of a model, to compare before and after a call that must not change it."""
 
     def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
         self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # parts of the model may be in training mode, and drop values
+            torch.manual_seed(0)  # parts of the model may be in training mode, with dropout
             self.outputs = outputs_of(model, batch)
         self.flags = {
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
@@ -224,7 +224,7 @@ class State:
         }
 
     def assert_same(self, other: State) -> None:
-        """Fail with the first thing that differs."""
+        """Fail with the first difference."""
         for what, value in self.flags.items():
             assert other.flags[what] == value, what
         assert list(other.values) == list(self.values)

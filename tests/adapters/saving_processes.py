@@ -1,4 +1,4 @@
-"""Processes that save adapters and are killed in the middle of it, for `test_saving`.
+"""Processes that are killed while they save adapters, for `test_saving`.
 
 `find_all` runs in a process of its own, in an empty folder, and prints what it found as JSON. The processes that are
 killed are forks of it.
@@ -43,7 +43,7 @@ def adapted(which: str, name: str = "default") -> PreTrainedModel:
 
 
 def wrapped(which: str) -> peft.PeftModel:
-    """A `PeftModel` with two adapters, one of which is saved in the folder itself and one below it."""
+    """A `PeftModel` with two adapters; a save puts one into the folder itself and the other below it."""
     config = ConceptErasureConfig(concept=which, labels=LABELS, target_modules=SITES[which])
     model = peft.get_peft_model(copy.deepcopy(small_model("bert")), copy.copy(config))
     model.add_adapter("other", config)

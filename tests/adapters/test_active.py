@@ -109,7 +109,7 @@ def test_nothing_is_said_where_nothing_goes_off(kind: str, tmp_path):
 
 @pytest.mark.parametrize("kind", ["erasure", "GRADIEND"])
 def test_switching_to_one_that_was_injected_is_no_addition(kind: str):
-    """`add_adapter` calls `set_adapter`; only then were others switched off unasked, by an adapter that is new."""
+    """`add_adapter` ends in `set_adapter`; only that call warns, since the user did not ask to switch others off."""
     model = base("bert")
     model.add_adapter(OF[kind].config(target_modules=["query"]), "ours")
     assert (

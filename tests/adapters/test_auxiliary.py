@@ -70,7 +70,7 @@ def load_lora(model: Any, folder: Path) -> None:
 
 
 def head_that_acts(model: Any) -> str:
-    """Whose head gives the logits: that of an adapter, or the one of the base model."""
+    """The name of the adapter whose head computes the logits, or "base"."""
     inputs = inputs_of(BATCH)
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     with torch.no_grad():

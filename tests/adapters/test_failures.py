@@ -29,7 +29,7 @@ every_start = pytest.mark.parametrize("start", STARTS)
 
 
 def starting(start: str, lifecycle: Lifecycle) -> nn.Module:
-    """A BERT in training mode, some of its weights trainable, so that a reset to eval or frozen shows."""
+    """A BERT in training mode with some trainable weights, so that a change to eval mode or frozen weights shows."""
     model = lifecycle.base("bert")
     if start == "erasure":
         model.load_adapter(lifecycle.folder(ALL_LINEAR), adapter_name="present")
@@ -41,7 +41,7 @@ def starting(start: str, lifecycle: Lifecycle) -> nn.Module:
 
 
 def loads(model: nn.Module, lifecycle: Lifecycle, name: str = NAME) -> None:
-    """The retry: a good adapter loads and acts."""
+    """Check that a good adapter loads and acts after the failure."""
     model.load_adapter(lifecycle.folder(CELL), adapter_name=name)
     assert set(erasure_layers(model, name)) == set(CELL.parts.norms)
     assert not model.training
@@ -125,7 +125,7 @@ def test_a_name_that_is_taken_keeps_its_adapter(verb: str, lifecycle: Lifecycle)
 
 
 def damaged(folder: Path, damage: str, target: Path) -> str:
-    """A copy of an adapter folder with something wrong."""
+    """Copy an adapter folder to `target`, damage the copy, and return its path."""
     shutil.copytree(folder, target)
     weights, config = target / "adapter_model.safetensors", target / "adapter_config.json"
     tensors = load_file(weights)
@@ -195,9 +195,9 @@ def test_peft_model_from_a_damaged_folder(damage: str, lifecycle: Lifecycle, tmp
 @pytest.mark.parametrize("name", ["default", "newcomer"])
 @every_damage
 def test_load_adapter_of_a_peft_model(damage: str, name: str, lifecycle: Lifecycle, tmp_path: Path):
-    """Loading over an adapter that is there overwrites it; a failure leaves the old values."""
+    """A load over an adapter of the same name overwrites it; a failed load leaves the old values."""
     folder = damaged(lifecycle.folder(CELL, seed=200), damage, tmp_path / "bad")
-    if name == "default" and damage == "no sites":  # the config is not read again for a known name
+    if name == "default" and damage == "no sites":  # the configuration is not read again for a loaded name
         damage, folder = "NaN", damaged(lifecycle.folder(CELL, seed=200), "NaN", tmp_path / "worse")
     model = peft.PeftModel.from_pretrained(lifecycle.base("bert"), lifecycle.folder(CELL))
     before = state_of(model, "bert")
@@ -343,7 +343,7 @@ def test_low_memory_loading(way: str, lifecycle: Lifecycle):
 
 
 def test_saving_over_the_folder_that_was_loaded(lifecycle: Lifecycle, tmp_path: Path):
-    """Loaded tensors are not views into the file, which is about to change."""
+    """Loaded tensors are not views into the file that the save replaces."""
     folder = tmp_path / "adapter"
     shutil.copytree(lifecycle.folder(CELL), folder)
     model = lifecycle.base("bert")
@@ -356,7 +356,7 @@ def test_saving_over_the_folder_that_was_loaded(lifecycle: Lifecycle, tmp_path: 
 
 
 def test_one_config_for_two_models(lifecycle: Lifecycle):
-    """Fitting writes into the config; what belongs to one adapter must not show up in another."""
+    """Fitting writes into the configuration, and its values for one adapter must not get into the other's."""
     config, first, second = config_of(CELL), lifecycle.base("bert"), lifecycle.base("bert")
     first.add_adapter(config, adapter_name=NAME)
     second.add_adapter(config, adapter_name=NAME)

@@ -65,7 +65,7 @@ def saved(model: PreTrainedModel, kind: str, folder: Path, **fields: Any) -> Pat
 
 
 def llama(seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """The small Llama with other weights."""
+    """The small Llama; another `seed` gives other weights."""
     model = copy.deepcopy(small_model("llama"))
     return model if not seed else roughen(model, torch.Generator().manual_seed(seed)).eval()
 
@@ -259,7 +259,7 @@ def test_a_gradiend_that_changes_rows_of_added_tokens_is_refused(tmp_path: Path,
     of_all = saved(resized(72), "gradiend", tmp_path / "all", density=1.0, target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match=r"changes rows of added tokens: .* from row \d+ .* Save the resized model"):
         resized(72, seed=1).load_adapter(str(of_all))
-    assert said(lambda: resized(72).load_adapter(str(of_all))) == []  # the same run
+    assert said(lambda: resized(72).load_adapter(str(of_all))) == []  # the same seed, as in the run that made the rows
     monkeypatch.setenv(fingerprint.ANY_BASE, "1")
     (told,) = said(lambda: resized(72, seed=1).load_adapter(str(of_all)))
     assert "changes rows of added tokens" in told and "loaded anyway" in told

@@ -1,4 +1,4 @@
-"""Adapters that somebody has made to do harm: nothing runs, nothing is written, and the model stays as it was."""
+"""Malicious adapters: their code is not run, nothing is written, and the model stays as it was."""
 
 from __future__ import annotations
 

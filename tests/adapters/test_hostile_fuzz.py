@@ -1,4 +1,4 @@
-"""A saved adapter, changed at random: it loads and can be taken off again, or one sentence says why it does not."""
+"""A randomly changed adapter folder loads and can be deleted again, or one sentence says why it does not load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-# Values of the kinds that configurations have, so that not all examples end at the check of types.
+# Values of the types that configurations have, so that not all examples fail at the check of types.
 LIKELY = st.sampled_from(
     [-1, 0, 1, 2, 33, 10**9, 0.5, 1e300, "", "..", "x", "input", "query", ".*", "(", [], {}, [1], ["x"]]
 )
@@ -54,7 +54,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One model for all examples: each must leave it as it was."""
+    """Models that all examples share, so each example must leave them as they were."""
     root = tmp_path_factory.mktemp("bases")
     return {
         "erasure": Lifecycle(root / "lifecycle").base("bert"),
@@ -134,7 +134,7 @@ CHANGES = {"config": change_config, "tensors": change_tensors, "bytes": change_b
 
 
 def decides(folder: Path, kind: str) -> Any:
-    """All that the outputs depend on, for comparison."""
+    """All fields and tensors in the folder that the outputs depend on."""
     content = json.loads((folder / CONFIG).read_text())
     tensors = load_file(folder / WEIGHTS)
     return {key: content.get(key) for key in DECIDES[kind]}, {k: v.tolist() for k, v in tensors.items()}

@@ -91,7 +91,7 @@ def test_the_changed_weight_does_what_the_erasers_do(kind: str, side: str, affin
         erasers = edits(count, side, parameter, axis, affine)
         takes = WIDTH if side == "input" else OTHER
         x = torch.randn(3, takes, 4, 4) if kind == "convolution" else torch.randn(3, 4, takes)
-        # The eraser next to the weight comes first: at an input it is the last to act.
+        # The erasers are listed from the weight outwards, so at an input the first one acts last.
         expected = module(apply(erasers[::-1], x, along)) if side == "input" else apply(erasers, module(x), along)
         values = merged_parameters(module, dict(module.named_parameters()), erasers)
         found = torch.func.functional_call(module, values, x)
@@ -109,7 +109,7 @@ def test_the_rows_of_a_table_are_erased_one_by_one(kind: type[nn.Embedding], aff
     values = merged_parameters(table, dict(table.named_parameters()), erasers)
     torch.testing.assert_close(
         torch.func.functional_call(table, values, ids), apply(erasers, table(ids), -1), rtol=1e-5, atol=1e-5
-    )  # the erasers here are of float32
+    )  # float32 erasers
 
 
 @pytest.mark.parametrize("padding", [0, 1])

@@ -108,7 +108,7 @@ AUTO = {
 
 
 def turn(cell: Cell) -> int:
-    """A number that differs by one between neighbours in architecture and target, and by two between the sites."""
+    """A number to alternate by: it differs by 1 between neighbouring architectures or targets, by 2 between sites."""
     return [*ARCHITECTURES].index(cell.architecture) + TARGETS.index(cell.target) + 2 * SITES.index(cell.site)
 
 

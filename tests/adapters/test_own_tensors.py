@@ -89,7 +89,7 @@ def test_a_part_of_an_adapter_is_not_saved(kind: str, way: str, tmp_path: Path, 
 
 def test_an_adapter_whose_copy_of_a_module_was_replaced_is_not_saved(tmp_path: Path):
     model = OF["erasure"].wrapped("bert", "default", modules_to_save=["pooler", "classifier"])
-    model.save_pretrained(tmp_path)  # this model has no classifier
+    model.save_pretrained(tmp_path)  # works although this model has no classifier
     model.get_base_model().pooler = model.get_base_model().pooler.original_module
     refused(lambda: model.save_pretrained(tmp_path), tmp_path, "'pooler' is one of its modules_to_save")
 

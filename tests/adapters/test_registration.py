@@ -1,4 +1,4 @@
-"""The new member of PEFT's closed enum behaves like one that was always there."""
+"""The member that is added to PEFT's closed enum behaves like the original members."""
 
 from __future__ import annotations
 
@@ -250,5 +250,5 @@ def test_a_transformers_that_demands_a_newer_peft_is_named_at_import():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_versions("0.1")
-        check_versions(None)  # a release that says nothing
+        check_versions(None)  # a release without a demand
         check_versions()  # the pair that is installed

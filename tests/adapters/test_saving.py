@@ -32,7 +32,7 @@ NEW_WHILE_LOADED = "was saved anew while it was being loaded"
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the processes of `saving_processes` found."""
+    """The results of the processes of `saving_processes`."""
     ran = run(saving_processes.find_all, folder=tmp_path_factory.mktemp("killed"))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])

@@ -318,7 +318,7 @@ def test_injection_by_a_state_dict() -> None:
 
 
 def test_from_the_bare_model_to_one_with_a_head(tmp_path: Any) -> None:
-    """The names of all modules of a group change, and the group stays one."""
+    """All modules of a group get other names, and the group stays together."""
     bare = copy.deepcopy(small_model("llama")).model
     bare.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules="readers"), adapter_name=NAME)
     fit_concept_erasure(bare, small_batches("llama"), NAME, pool="tokens", progress=False)

@@ -1,4 +1,4 @@
-"""Which modules an adapter without `target_modules` erases at: the norms of the blocks and the final norm."""
+"""An adapter without `target_modules` erases at the norms of the blocks and at the final norm."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def eraser_values(model: nn.Module, name: str = NAME) -> dict[str, tuple[Tensor,
 
 
 def erased(hidden: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-    """The formula of the paper, written out."""
+    """The erased activation by the paper's formula."""
     left, right, mean = (part.to(hidden.dtype) for part in state)
     if hidden.shape[-1] != len(mean):  # an image's features are its channels, in axis 1
         return erased(hidden.movedim(1, -1), state).movedim(-1, 1)
@@ -44,7 +44,7 @@ def erased(hidden: Tensor, state: tuple[Tensor, ...]) -> Tensor:
 
 
 def left_over(hidden: Tensor, state: tuple[Tensor, ...]) -> float:
-    """How much of what the eraser reads is left, relative to the activation."""
+    """The part of the activation that the eraser still reads, relative to the activation."""
     _, right, mean = (part.to(hidden.dtype) for part in state)
     centred = (hidden if hidden.shape[-1] == len(mean) else hidden.movedim(1, -1)) - mean
     return float((centred @ right.T).abs().max() / (centred.norm(dim=-1).max() * right.norm()))
@@ -107,7 +107,7 @@ def test_two_adapters_act_in_the_order_of_the_active_list(cell: Cell, lifecycle:
         model.set_adapter(order)
         assert model.active_adapters() == order
         seen[tuple(order)] = activations(model, cell.site, batch)
-        # Nothing has been erased upstream of the site that is reached first.
+        # The site that is reached first gets the activation of the plain model.
         path = next(iter(activations(base, cell.site, batch, list(first))))
         plain = activations(base, cell.site, batch, list(first))[path]
         torch.testing.assert_close(seen[tuple(order)][path], expected(path, plain), rtol=1e-5, atol=1e-5)
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_changes_no_gradient(cell: Cell, lifecycle: Lifec
     assert model.is_gradient_checkpointing
     expected, found = gradients(lifecycle.fitted(cell)), gradients(model)
     assert expected and expected.keys() == found.keys()
-    # A tied weight sums the gradients of its two places in the order in which they come, which checkpointing changes.
+    # Checkpointing changes the order in which a tied weight sums the gradients of its two uses.
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if cell.parts.tied else {"rtol": 0, "atol": 0}
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, **tolerance, msg=name)
@@ -248,7 +248,7 @@ def test_double_precision_carries_the_erasers_along(cell: Cell, lifecycle: Lifec
     model, batch = lifecycle.fitted(cell).double(), small_batch(cell.architecture, seed=5)
     assert all(part.dtype == torch.float64 for state in eraser_values(model).values() for part in state)
     reached = activations(model, cell.site, batch)
-    # The erasers were rounded to float32: R L = 1 holds to 1e-7, and the rest is left over.
+    # The erasers were rounded to float32, so R L = 1 holds only to 1e-7.
     assert max(left_over(hidden, eraser_values(model)[path]) for path, hidden in reached.items()) < 1e-6
     loaded = lifecycle.base(cell.architecture).double()
     loaded.load_adapter(lifecycle.folder(cell))

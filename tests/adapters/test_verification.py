@@ -1,4 +1,4 @@
-"""`verify_adapter` says whether an adapter acts, and if not, why; other adapters beside an erasure."""
+"""`verify_adapter` says whether an adapter acts, and why if it does not; erasures beside other adapters."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_both_orders_with_add_adapter(order: tuple[str, str], lifecycle: Lifecyc
     fit(model, "bert", "erasure")
     model.set_adapter(["erasure", "lora"])
     assert verify_adapter(model, "erasure")
-    # Fitted beside an active LoRA, the erasure erases what the LoRA writes too.
+    # The erasure is fitted beside an active LoRA, and erases the LoRA's output too.
     layers = erasure_layers(model, "erasure")
     assert all(isinstance(layer.host, peft.tuners.lora.LoraLayer) for layer in layers.values())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

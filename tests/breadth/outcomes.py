@@ -71,7 +71,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def tensors(output: object, path: str = "") -> dict[str, Tensor]:
-    """The floating tensors of an output by their path."""
+    """Path → floating-point tensor, for all tensors in an output."""
     if isinstance(output, Tensor):
         return {path: output} if output.is_floating_point() else {}
     if isinstance(output, (ModelOutput, dict)):

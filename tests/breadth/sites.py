@@ -76,7 +76,7 @@ def _of_sides_with(sites: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _final(model: nn.Module, batch: Batch, given: dict[str, Tensor]) -> list[str]:
-    """The modules whose output is what the model returns as its last hidden state."""
+    """The modules whose output equals the model's last hidden state."""
     last = [value for path, value in tensors(call(model, batch)).items() if "last_hidden_state" in path]
     return [
         name

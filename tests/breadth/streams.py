@@ -109,7 +109,7 @@ def _axis(module: nn.Module, tensor: Tensor, width: int) -> int:
 
 
 def _erased(module: nn.Module, eraser: Tensor, tree: Any) -> Any:
-    """The tree with its first floating tensor erased."""
+    """The tree of inputs or outputs, with its first floating-point tensor erased."""
     leaves, form = tree_flatten(tree)
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

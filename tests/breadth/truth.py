@@ -79,7 +79,7 @@ def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, in
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is called a norm, and has no parts that mix features."""
+    """Whether a module's class is named a norm, and no part of it mixes features."""
     return "norm" in type(module).__name__.lower() and all(value.dim() < 2 for value in module.parameters())
 
 

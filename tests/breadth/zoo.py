@@ -36,7 +36,7 @@ class TooLongError(BaseException):
 
 
 def build(model_type: str, auto: Any = AutoModel) -> PreTrainedModel:
-    """A small model, with weights that are far from zero and one everywhere.
+    """A small model, whose weights are all away from 0 and 1.
 
     Raises:
         NotBuiltError: If the configuration or the model does not accept these sizes.

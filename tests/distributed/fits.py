@@ -28,7 +28,7 @@ from tests.small_models import (
 
 NAME = "no_gender"
 BATCHES = 5
-# How many of the batches go to each of two processes.
+# Share → how many of the batches go to each of the two processes.
 SHARES = {"ragged": (4, 1), "empty": (5, 0), "first empty": (0, 5)}
 
 

@@ -37,7 +37,7 @@ def together(
     ran: dict[tuple[str, tuple[int, ...]], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The folder in which two processes wrote these fits: the same for all tests of one way of sharing."""
+    """The folder that two processes wrote these fits to; all tests of one way of sharing use the same folder."""
     if (shares, numbers) not in ran:
         folder = tmp_path_factory.mktemp("fits")
         status, printed = run_together(2, fits.main, folder, shares, numbers, folder=folder)

@@ -83,7 +83,7 @@ ORDERS = ("before", "after")
 
 
 class Kind:
-    """A kind of adapter: plain models, the same models with a fitted adapter, and its folder.
+    """A kind of adapter: plain models, the same models with a fitted adapter, and the adapter's folder.
 
     Args:
         root: Where models and adapters are saved.

@@ -73,7 +73,7 @@ class Bases:
         self.root = root
 
     def folder(self, architecture: str, seed: int = 0) -> Path:
-        """A folder with a float model; another `seed` gives another one of the same shapes."""
+        """A folder with a float model; another `seed` gives other weights of the same shapes."""
         folder = self.root / f"{architecture}-{seed}"
         if not folder.exists():
             _float_model(architecture, seed).save_pretrained(folder)

@@ -233,7 +233,7 @@ def test_steering_compiles_nothing_more(adapter: Adapter, matrix: Enter):
     matrix(TABLE, "`steer` after compiling", adapter.column, "same, no recompilation")
 
 
-# The slow `test_switching_with_inductor` does the same and more for all of them.
+# The slow `test_switching_with_inductor` checks this and more for all adapters.
 @pytest.mark.parametrize("adapter", [pytest.param(NORMS, marks=pytest.mark.slow), SPARSE], ids=str)
 def test_inductor_computes_what_eager_does(adapter: Adapter):
     need_inductor()

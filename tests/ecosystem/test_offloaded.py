@@ -428,7 +428,7 @@ def test_dispatched_over_two_cuda_devices(kind, order, kinds, tmp_path):
     if order == "after":
         model.load_adapter(case.kind.folder("llama"), adapter_name=NAME)
     found = {key: value.cpu() for key, value in outputs(model, "llama").items()}
-    # Another device sums in another order.
+    # Another device adds in another order.
     assert distance(found, case.wanted) < 1e-4
     assert distance(found, case.plain) > 1e-2
     assert {child.state_of(NAME)[0].device.index for child in adapter_children(model)} == {0, 1}

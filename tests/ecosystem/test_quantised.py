@@ -1,4 +1,4 @@
-"""Both kinds of adapter, and a LoRA beside them, on bases that a quantiser has packed."""
+"""Both kinds of adapter, and a LoRA to compare with, on bases that a quantiser has packed."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_gradiend_is_refused_at_quantised_weights(kind: str, bases: Bases, matri
 
 
 def neuron_of(model: PreTrainedModel, folder: Path) -> tuple[GradiendTrainer, float]:
-    """Fit the adapter to gradients of the model, and say how well it tells the classes of texts apart."""
+    """Fit the adapter to gradients of the model; return the trainer, and the correlation with the classes of texts."""
     settings = {"disable_tqdm": True, "per_device_train_batch_size": 1, "save_strategy": "no"}
     trainer = GradiendTrainer(
         model,

@@ -91,7 +91,7 @@ def assert_acts(kind: str, trainer: Any, before: dict[str, torch.Tensor], tolera
         fit_concept_erasure(trainer.model, labelled_batches(), NAME, progress=False)
         torch.testing.assert_close(erasers(trainer.model), kept)
     else:
-        # Every sentence ends in "she", the class at +1.
+        # Every sentence ends in "she", the class that is encoded as +1.
         assert all(0 < found[f"{NAME}_encoded"] <= 1 for found in rows)
     if kind == "guard":
         assert any(abs(found[f"{NAME}_guarded"]) > 1e-3 for found in rows)
@@ -282,7 +282,7 @@ def test_push(kind: str, way: str, tmp_path: Path, matrix: Enter, monkeypatch: p
     options = {"push_to_hub": True, "hub_model_id": "someone/model", "save_strategy": "steps", "save_steps": 6}
     trainer = trainer_for(kind, way, tmp_path / "out", **options)
     trainer.train()
-    assert len(pushed) == 1  # at the checkpoint
+    assert len(pushed) == 1  # the checkpoint
     trainer.push_to_hub()
     assert len(pushed) == 2
     for folder in pushed:

@@ -147,8 +147,8 @@ def test_a_lora_on_the_same_linear_in_either_order(
 @every_architecture
 @both_kinds
 def test_a_lora_inside_a_block(kind: str, architecture: str, others: Others, matrix: Callable):
-    """An erasure of the block's output sees what the LoRA did inside; a feature that changes all weights of the block
-    takes the ones that the LoRA has wrapped too."""
+    """An erasure of the block's output erases the LoRA's effect inside too; a feature on all weights of the block
+    changes the weights that the LoRA has wrapped too."""
     batch = small_batch(architecture, seed=5)
     inside = BLOCK[architecture].replace(".", r"\.")
     target = inside if kind == "erasure" else rf"{inside}\..*"
@@ -382,7 +382,7 @@ def with_lora_around(model: PreTrainedModel, architecture: str) -> PeftModel:
 
 
 def beside_a_peft_model(others: Others, architecture: str, kind: str, order: str) -> tuple[PreTrainedModel, PeftModel]:
-    """A base model that has an adapter of ours, and the PeftModel of a LoRA around it, whichever came first."""
+    """A base model with an adapter of ours, attached before or after the PeftModel of a LoRA is put around it."""
     model = others.with_adapters(architecture, (kind,) if order == "before" else ())
     wrapped = with_lora_around(model, architecture)
     if order == "after":

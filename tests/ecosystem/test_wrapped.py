@@ -1,4 +1,4 @@
-"""Adapters on models that several processes wrap or shard: DDP and FSDP2, by hand and by accelerate.
+"""Adapters on models that several processes wrap or shard: DDP and FSDP2, directly and through accelerate.
 
 Two processes run on the CPU (`wrapped_processes.py`) and write their results to files, which the tests check.
 """

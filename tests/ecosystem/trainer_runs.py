@@ -67,7 +67,7 @@ def fitted(kind: str, *, sticky: bool) -> Any:
 
 
 def model_for(kind: str, way: str) -> nn.Module:
-    """The model ready to be trained; the same at every call."""
+    """The model ready for training, with the same values at every call."""
     model = fitted(kind, sticky=way in ("LoRA beside a sticky adapter", "LoRA by get_peft_model"))
     torch.manual_seed(0)  # for the LoRA; only the first, cached fit draws random numbers
     if way == "full fine-tuning of a PeftModel":

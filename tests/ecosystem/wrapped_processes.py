@@ -35,7 +35,7 @@ RATE = 0.1
 
 
 class Process:
-    """One process.
+    """The checks of one process.
 
     Args:
         way: How the model is wrapped.

@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 class MLP(nn.Module):
-    """Returns `(rows, classes)`; its layers are read from a list by name."""
+    """Returns `(rows, classes)`; some of its layers are in a list or a dictionary of modules."""
 
     def __init__(self, classes: int = 2) -> None:
         super().__init__()

@@ -222,7 +222,7 @@ def test_a_save_that_would_lose_the_adapter_of_a_part_says_how_to_keep_it(tmp_pa
     ):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    # What it says, step by step.
+    # The steps that the message advises.
     model.bert.save_pretrained(tmp_path / "adapter")
     model.bert.delete_adapter(NAME)
     model.save_pretrained(tmp_path / "model")
@@ -289,7 +289,7 @@ def test_a_model_where_the_adapter_of_a_part_is_on_says_what_is_to_be_switched(k
     ):
         model.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
-    # What it says, step by step.
+    # The steps that the message advises.
     model.bert.save_pretrained(tmp_path / "part")
     model.set_adapter(["whole"])
     with pytest.warns(UserWarning, match="leaves out the .* 'part', on model.bert"):

@@ -21,7 +21,7 @@ from tests.small_models import ARCHITECTURES, outputs_of, roughen, same, small_b
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_injected_from_a_state_dict(architecture: str, kind: str, matrix):
-    """The keys say where the adapter goes, whatever the configuration's targets say."""
+    """The keys decide where the adapter goes, whatever targets the configuration has."""
     model = OF[kind].added(architecture, "a")
     config, state = model.peft_config["a"], peft.get_peft_model_state_dict(model, adapter_name="a")
     again = base(architecture)
@@ -163,7 +163,7 @@ def test_what_is_renamed_in_old_checkpoints_is_not_renamed_in_an_adapter(
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_model_type_whose_keys_are_renamed_takes_its_adapters(kind: str, tmp_path):
-    """The patterns for DINOv3 match the name that its layer scale gives a parameter, and its blocks' names."""
+    """DINOv3's patterns match the name of the parameter in its layer scale, and the names of its blocks."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     plain = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**sizes, image_size=16, patch_size=4))
     plain = roughen(plain, torch.Generator().manual_seed(0)).eval()

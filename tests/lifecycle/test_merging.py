@@ -110,7 +110,7 @@ def test_safe_merge_refuses_what_is_not_finite(kind: str, verb: str, broken: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_disabled_while_merged(kind: str, matrix):
-    """The output is the base model's; enabled again, the adapter acts."""
+    """The output is the base model's; after it is enabled again, the adapter acts."""
     model = OF[kind].wrapped("bert", "a")
     active = outputs(model, "bert")
     model.merge_adapter()

@@ -73,7 +73,7 @@ def test_a_sticky_erasure_acts_on_every_row():
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generating_with_beams(beams: int, architecture: str, kind: str):
-    """A row's beams have the row's adapter; the encoder of T5 sees each row once."""
+    """A row's beams have the row's adapter; T5's encoder runs each row only once."""
     model = OF[kind].wrapped(architecture, "a", "ab")
     batch = {k: v for k, v in batch_of(architecture).items() if not k.startswith("decoder")}
     batch = {k: v[:1].repeat(3, 1) for k, v in batch.items()}  # one text, and a row for each adapter; no padding

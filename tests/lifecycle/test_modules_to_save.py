@@ -86,7 +86,7 @@ def test_merged_for_good_with_the_trained_copy(kind: str):
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("start", ["bare", "PeftModel"])
 def test_a_module_with_an_adapter_is_not_copied(start: str, kind: str):
-    """PEFT would copy the adapter with the module, and save neither; for a LoRA it refuses too."""
+    """PEFT would copy the adapter with the module, and save neither; it refuses this for a LoRA too."""
     copying = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["output.dense"])
     if start == "bare":
         model = OF[kind].added("bert", "a")

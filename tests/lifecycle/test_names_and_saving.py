@@ -1,4 +1,4 @@
-"""Adapters whose names are parts of each other's, saved one by one, loaded and deleted one by one."""
+"""Adapters whose names are parts of each other's are saved, loaded and deleted one by one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, as_base, base, children
 from tests.small_models import ARCHITECTURES
 
-# A linear layer in every block, for a list of suffixes.
+# Architecture → the suffix of a linear layer in every block.
 LAYER = {"bert": "query", "gpt2": "c_attn", "llama": "q_proj", "t5": "q"}
 
 

@@ -10,7 +10,7 @@ from hf_erasure.models.flow import NormFinder
 
 
 class Attention(nn.Module):
-    """Mixes the positions, with a norm of the queries that is as wide as the hidden state."""
+    """Mixes the positions; its norm of the queries is as wide as the hidden state."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ def test_masked_windows_score_every_token_once(assets: Path):
     parts = losses(model, tokenizer, TEXTS[2], max_length=12, stride=5, batch_size=32)
     assert len(parts) > 3 and sum(part.tokens for part in parts) == whole[0].tokens
     assert sum(part.bytes for part in parts) == whole[0].bytes == len(TEXTS[2].encode())
-    # By hand: the second window sees tokens 5 … 14 of the text and scores 10 … 14.
+    # The oracle: the second window sees tokens 5 … 14 of the text and scores 10 … 14.
     ids = tokenizer(TEXTS[2])["input_ids"]
     row = [ids[0], *ids[6:16], ids[-1]]
     loss = 0.0
@@ -176,7 +176,7 @@ def test_bytes_are_those_of_the_text_in_utf8(assets: Path):
 
 def test_white_space_at_the_end_counts(assets: Path):
     model, tokenizer = trained(assets, "masked")
-    text = "Tom  was sad. \n"  # word pieces hold no white space
+    text = "Tom  was sad. \n"  # word pieces do not include white space
     for options in ({}, {"max_length": 4, "stride": 2}):
         assert sum(window.bytes for window in losses(model, tokenizer, text, **options)) == len(text)
 
@@ -281,5 +281,5 @@ def test_of_an_encoder_decoder_the_encoder_is_read_and_nothing_is_predicted(asse
     for text, vector in zip(TEXTS, found, strict=True):
         with torch.no_grad():
             alone = model.encoder(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state
-        # Padding changes sums by rounding only.
+        # Padding changes sums only by rounding.
         torch.testing.assert_close(vector, alone[0].mean(0), rtol=0, atol=1e-6)

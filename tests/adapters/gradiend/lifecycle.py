@@ -20,8 +20,8 @@ from tests.small_models import ARCHITECTURES, outputs_of, roughen, same, small_b
 NAME = "gender"
 CLASSES = ["female", "male"]
 PAIR = ("female", "male")
-# Llama with a head of its own and with one tied to the embedding, GPT-2 with Conv1D and a tied head, an encoder, an
-# encoder-decoder with four owners of one weight, and a model without tokens.
+# Llama with its own head and with a head tied to the embedding, GPT-2 with Conv1D and a tied head, an encoder, an
+# encoder-decoder in which four modules own one weight, and a model without tokens.
 MODELS = ("llama", "tied_llama", "gpt2", "bert", "t5", "vit")
 DENSITIES = (1.0, 1e-2, 1e-6)
 # Large enough to move outputs by several per cent with features of unit variance.
@@ -147,12 +147,12 @@ def lora(**fields: Any) -> peft.LoraConfig:
 
 
 class State:
-    """What can be seen of a model from outside, to compare before and after a call that must change nothing."""
+    """The visible state of a model, to compare before and after a call that must not change it."""
 
     def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
         self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # parts of the model may be in training mode, and drop values
+            torch.manual_seed(0)  # parts of the model may be in training mode, with dropout
             self.outputs = outputs_of(model, batch)
         self.flags = {
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
@@ -176,7 +176,7 @@ class State:
         }
 
     def assert_same(self, other: State) -> None:
-        """Fail with the first thing that differs."""
+        """Fail with the first difference."""
         for what, value in self.flags.items():
             assert other.flags[what] == value, what
         assert list(other.values) == list(self.values)

@@ -45,7 +45,7 @@ every_start = pytest.mark.parametrize("start", STARTS)
 
 
 def starting(start: str, gradiends: Gradiends) -> nn.Module:
-    """A BERT in training mode, some of its weights trainable, so that a reset to eval or frozen shows."""
+    """A BERT in training mode with some trainable weights, so that a change to eval mode or frozen weights shows."""
     model = gradiends.base("bert")
     if start == "gradiend":
         model.load_adapter(gradiends.folder("bert", seed=1), adapter_name="present")
@@ -57,7 +57,7 @@ def starting(start: str, gradiends: Gradiends) -> nn.Module:
 
 
 def loads(model: nn.Module, gradiends: Gradiends) -> None:
-    """The retry: a good adapter loads and acts."""
+    """Check that a good adapter loads and acts after the failure."""
     model.load_adapter(gradiends.folder("bert"), adapter_name=NAME)
     model.set_adapter(NAME)
     model.eval()
@@ -131,7 +131,7 @@ def test_a_name_that_is_taken_keeps_its_adapter(gradiends: Gradiends):
 
 
 def damaged(folder: Path, damage: str, target: Path) -> str:
-    """A copy of an adapter folder with something wrong."""
+    """Copy an adapter folder to `target`, damage the copy, and return its path."""
     shutil.copytree(folder, target)
     weights, config = target / "adapter_model.safetensors", target / "adapter_config.json"
     tensors = load_file(weights)
@@ -202,7 +202,7 @@ def test_peft_model_from_a_damaged_folder(damage: str, gradiends: Gradiends, tmp
     loads(model, gradiends)
 
 
-# PEFT does not read the configuration of a name it knows.
+# PEFT does not read the configuration again for the name of an adapter that is loaded.
 LOADED_OVER = [(d, n) for d in DAMAGES for n in ("default", "newcomer") if (d, n) != ("no parameters", "default")]
 
 
@@ -296,7 +296,7 @@ def _pruned(module: nn.Module) -> None:
     ids=["parametrized", "pruned"],
 )
 def test_a_weight_that_is_no_parameter_any_more_is_not_passed_over(replaced, kept, gradiends: Gradiends):
-    """Without an error the model would run with the change of all other weights."""
+    """Without an error the model would run with the changes of all other weights."""
     model = gradiends.base("bert")
     model.load_adapter(gradiends.folder("bert"), adapter_name=NAME)
     query = model.encoder.layer[0].attention.self.query
@@ -374,7 +374,7 @@ def test_a_base_that_was_trained_further_warns(gradiends: Gradiends):
 
 
 def test_saving_over_the_folder_that_was_loaded(gradiends: Gradiends, tmp_path: Path):
-    """Loaded tensors are not views into the file, which is about to change."""
+    """Loaded tensors are not views into the file that the save replaces."""
     folder = tmp_path / "adapter"
     shutil.copytree(gradiends.folder("bert"), folder)
     model = gradiends.base("bert")

@@ -1,4 +1,4 @@
-"""GRADIEND adapters that somebody has made to do harm; see `tests/adapters/test_hostile.py`."""
+"""Malicious GRADIEND adapters; see `tests/adapters/test_hostile.py`."""
 
 from __future__ import annotations
 

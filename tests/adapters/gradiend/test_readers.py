@@ -58,7 +58,7 @@ def _wavlm() -> nn.Module:
     return hf.WavLMModel(hf.WavLMConfig(**small, **sizes, apply_spec_augment=False))
 
 
-# A model for each way in which a weight is read, with such a weight.
+# Way in which a weight is read → a model, and a weight of it that is read in this way.
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a method of the reader": (_deberta, "deberta.encoder.rel_embeddings.weight"),
     "the reader's forward": (_mamba, "backbone.layers.0.mixer.dt_proj.weight"),
@@ -92,7 +92,7 @@ def _attach(model: nn.Module, targets: Any = r".*") -> nn.Module:
 
 
 def _hidden(model: nn.Module) -> list[str]:
-    """Parameters that an attribute of their module hides."""
+    """The parameters that are hidden by an instance attribute of the same name."""
     return [f"{n}.{p}" for n, m in model.named_modules() for p in m._parameters if p in m.__dict__]
 
 

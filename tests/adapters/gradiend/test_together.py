@@ -1,4 +1,4 @@
-"""A GRADIEND adapter among others: another one, a LoRA, an erasure."""
+"""A GRADIEND adapter together with another GRADIEND adapter, a LoRA or an erasure."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_two_adapters_merge_as_they_act(name: str, dtype: torch.dtype, gradiends
 
 
 def test_owners_of_one_weight_may_be_targeted_by_different_adapters(gradiends: Gradiends):
-    """The head of GPT-2 is its embedding: an adapter on either changes both."""
+    """GPT-2's head is tied to its embedding, so an adapter on either changes both."""
     model, batch = gradiends.base("gpt2"), batch_of("gpt2")
     for seed, (adapter, target) in enumerate((("one", "wte"), ("two", "lm_head"))):
         model.add_adapter(config_of(1.0, target_modules=[target]), adapter_name=adapter)

@@ -157,7 +157,7 @@ def test_a_small_edit_vanishes_in_bfloat16_and_merging_warns(gradiends: Gradiend
     model = peft.PeftModel.from_pretrained(gradiends.base("bert").to(torch.bfloat16), gradiends.folder("bert", 1.0))
     assert kept_share(model, "default") > 0.99
     assert kept_share(model, "default", learning_rate=1e-4) < 0.75
-    # The definition, from the weights themselves.
+    # The share by its definition, from the weights.
     wanted = product = 0.0
     before = {n: p.clone().double() for n, p in targeted_parameters(model, "default").items()}
     feature = feature_of(targeted_parameters(model, "default"))
@@ -297,7 +297,7 @@ def test_threads_that_wait_inside_one_module_see_the_edit_whoever_leaves_first(o
     original.requires_grad_(True)
 
     def run(number: int) -> None:
-        # The first and the last keep a graph, the one between them does not.
+        # Runs 0 and 2 record gradients, run 1 does not.
         with torch.set_grad_enabled(number != 1):
             results[number] = model.gate(torch.full((4,), float(number + 1)), doors[number])
 
