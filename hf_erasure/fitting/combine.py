@@ -36,6 +36,8 @@ from .sites import SiteFit, known_readings, solve_site, task_for
 
 # The folder of the checkpoint of a fit, in the adapter's folder.
 FIT_FOLDER = "fit"
+# Stands for what identifies the batches of a fit, in moments that were added up.
+_MERGED = "merged"
 
 
 def combine_adapters(
@@ -305,14 +307,16 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     Args:
         one: An adapter folder with its moments in `fit/`, as `hf-erasure fit … fit.sequential=false
             fit.checkpoint=true` writes it.
-        other: Another such folder, fitted on other data with the same base model and configuration.
+        other: Another such folder, fitted on other data with the same base model and configuration. A background that
+            both fits have read counts once.
         output: The adapter folder to write. The moments are written too, so that a third fit can be added.
 
     Returns:
         The configuration of the new adapter.
 
     Raises:
-        ValueError: If a folder has no moments, or the two fits are not of the same adapter and base.
+        ValueError: If a folder has no moments, or the two fits are not of the same adapter and base, or are of the same
+            batches.
     """
     config, other_config = _fitted_in_one_pass(one), _fitted_in_one_pass(other)
     _check_same(config, other_config)
@@ -351,8 +355,9 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         if fit.readings is not None:
             known = fit.readings[rows].to(weights[left])
             weights[f"{left.removesuffix('left')}readings"] = known.contiguous()
-    for count in ("examples", "tokens"):
-        config.provenance[count] += other_config.provenance[count]
+    for count in ("examples", "tokens", "counterfactuals"):
+        if seen := config.provenance.get(count, 0) + other_config.provenance.get(count, 0):
+            config.provenance[count] = seen
     # The figures of the first fit alone are not figures of the sum.
     examples = config.provenance["examples"]
     config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": rows_in_words(examples, examples)}
@@ -398,16 +403,20 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
 
 def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:
     """The sum of the moments that the first two checkpoints hold of a source; it is also written to the third."""
-    batches, parts = 0, [source, SiteStatistics(source.z_dim, concept=source.concept)]
+    batches, data, parts = 0, list[str](), [source, SiteStatistics(source.z_dim, concept=source.concept)]
     for checkpoint, part in zip(checkpoints, parts, strict=False):
         facts = checkpoint.load_moments(source.key, part)
+        data.append(facts.get("data", _MERGED))
         batches += facts.get("batches", 0)
         source.examples += facts.get("examples", 0)
         source.tokens += facts.get("tokens", 0)
+    is_same = data[0] == data[1] != _MERGED
+    if is_same and source.concept:
+        raise ValueError("Both fits are of the same batches, which would count twice: give fits on different data.")
     if source.moments.keys() != parts[1].moments.keys():
         raise ValueError(f"Only one of the two fits has {source.key} moments: fit both with the same kind of data.")
-    for site, moments in parts[1].moments.items():
+    for site, moments in parts[1].moments.items() if not is_same else ():  # the same background counts once
         source.moments[site].merge(moments)
     if source.moments:
-        checkpoints[-1].save_moments(source.key, source, batches, "merged")
+        checkpoints[-1].save_moments(source.key, source, batches, data[0] if is_same else _MERGED)
     return source

@@ -32,11 +32,12 @@ def loaded(folder: Path) -> Any:
 def test_pairs_and_environments_add_up(tmp_path: Path) -> None:
     batches = paired_batches("bert", 4)
     options = {"pair_rank": 1, "environment_rank": 2}
-    config = {"environments": ["a", "b", "c"], "kept": ["x", "y"]}
-    whole = fitted(tmp_path / "whole", batches, config, **options)
-    fitted(tmp_path / "a", batches[:2], config, **options)
-    fitted(tmp_path / "b", batches[2:], config, **options)
-    merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    extras = {"environments": ["a", "b", "c"], "kept": ["x", "y"]}
+    whole = fitted(tmp_path / "whole", batches, extras, **options)
+    fitted(tmp_path / "a", batches[:2], extras, **options)
+    fitted(tmp_path / "b", batches[2:], extras, **options)
+    config = merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    assert config.provenance["counterfactuals"] == 4 * 16
     summed = loaded(tmp_path / "ab")
     for site, layer in erasure_layers(whole).items():
         (left, right, _), (other_left, other_right, _) = (
@@ -74,6 +75,23 @@ def test_two_halves_add_up_to_the_whole(background: bool, tmp_path: Path) -> Non
         # float64 sums in another order, then float32 erasers: a few times their rounding, 6e-8.
         torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(bias, other_bias, rtol=1e-5, atol=1e-6)
+
+
+def test_what_both_fits_have_read_counts_once(tmp_path: Path) -> None:
+    batches, other = small_batches("bert", 3), [inputs_of(b) for b in small_batches("bert", 2, seed=700)]
+    whole = fitted(tmp_path / "whole", batches, background=other)
+    for number, batch in enumerate(batches):
+        fitted(tmp_path / str(number), [batch], background=other)
+    merge_fits(tmp_path / "0", tmp_path / "1", tmp_path / "01")
+    merge_fits(tmp_path / "01", tmp_path / "2", tmp_path / "012")
+    summed = erasure_layers(loaded(tmp_path / "012"))
+    for site, layer in erasure_layers(whole).items():
+        (left, right, _), (other_left, other_right, _) = (
+            held.eraser_state("default") for held in (layer, summed[site])
+        )
+        torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="Both fits are of the same batches"):
+        merge_fits(tmp_path / "0", tmp_path / "0", tmp_path / "00")
 
 
 def test_fits_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
