@@ -225,6 +225,8 @@ class _Guard:
         self.direction = {w.name: decoder.weight[w.name].to(w.weight.device, torch.float32) for w in self.weights}
         self.norm = math.sqrt(sum(float(d.double().square().sum()) for d in self.direction.values()))
         self.recorded: dict[str, Tensor] = {}
+        # Parameter in half precision → what rounding has left out of its changes.
+        self.remainders: dict[nn.Parameter, Tensor] = {}
 
     def record_weights(self) -> None:
         """Keep a copy of the weights, at the entries of the direction."""
@@ -258,7 +260,7 @@ class _Guard:
         along = change.new_zeros(count).index_add_(0, rows, change * direction)
         squares = change.new_zeros(count).index_add_(0, rows, direction.square())
         share = along / squares.clamp_min(torch.finfo(torch.float32).tiny)
-        _add_change(weight.weight, -share[rows] * direction, index)
+        self._add_change(weight.weight, -share[rows] * direction, index)
 
     def _correct_lora(self, weight: TrainedWeight) -> None:
         """Move a LoRA's matrices in the steepest direction, until to first order no component is left."""
@@ -274,13 +276,20 @@ class _Guard:
         steps = [(parameter, step) for parameter, step in steps if parameter.requires_grad]
         total = sum(float(step.double().square().sum()) for _, step in steps)
         for parameter, step in steps if total > 0 else ():
-            _add_change(parameter, -along / total * step, None)
+            self._add_change(parameter, -along / total * step, None)
 
+    @torch.no_grad()
+    def _add_change(self, parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
+        """Add a change to a parameter, or to its entries at `index`.
 
-@torch.no_grad()
-def _add_change(parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
-    change = change.to(parameter.dtype)
-    if index is None:
-        parameter.data.add_(change.view_as(parameter))
-    else:
-        parameter.data.view(-1).index_add_(0, index, change)
+        In half precision most of a change may be below the spacing of the weights: what is rounded away is kept, and
+        added with the next change.
+        """
+        data = parameter.data if index is None else parameter.data.view(-1)
+        old = data if index is None else data[index]
+        wide = torch.promote_types(old.dtype, change.dtype)
+        change = change.view_as(old).to(wide) + self.remainders.get(parameter, 0.0)
+        new = (old.to(wide) + change).to(old.dtype)
+        if old.dtype != wide:
+            self.remainders[parameter] = change - (new.to(wide) - old.to(wide))
+        data[... if index is None else index] = new

@@ -149,6 +149,20 @@ def test_guard_takes_the_direction_out_of_every_step(way: str, accumulation: int
     assert max(c / change for c, change in zip(components, changes, strict=True)) < (1e-3 if way == "whole" else 3e-3)
 
 
+def test_guard_of_half_precision_keeps_what_rounding_leaves_out(tmp_path: Path):
+    left = {}
+    for mode in (None, "guard"):
+        model = with_feature().to(torch.bfloat16).requires_grad_(True)
+        before, decoder = effective(model), features_of(model, NAME)[0].decoder
+        callback = [] if mode is None else [GradiendCallback(NAME, mode=mode)]
+        fine_tune(model, tmp_path, callback, learning_rate=1e-3)
+        parts = {name: (effective(model)[name].double() - before[name].double()) for name in decoder.weight}
+        at = {name: slice(None) if index is None else index.long() for name, index in decoder.index.items()}
+        left[mode] = sum(float(part.view(-1)[at[name]] @ decoder.weight[name].double()) for name, part in parts.items())
+    # Only the spacing of the weights is left, however many steps follow.
+    assert abs(left["guard"]) < 0.05 * abs(left[None])
+
+
 def effective(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that a model computes with, including a LoRA's change, by their names without wrappers."""
     found = {}
