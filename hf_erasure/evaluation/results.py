@@ -31,6 +31,8 @@ LIMITS = (
     "leakage by depth.",
     "CrowS-Pairs and StereoSet hold noisy pairs, SEAT effect sizes have wide permutation intervals on small models, "
     "and a value near the ideal is not a proof that a model is unbiased.",
+    "A linear probe far below the majority was most likely measured on the very texts that the erasure was fitted on: "
+    "the figure says nothing about other texts.",
     "Intervals say how much a number would change with other items, for the same model and the same fitted adapter.",
 )
 
