@@ -370,6 +370,12 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "longcat_flash": {
         "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64,
     },
+    "seamless_m4t seamless_m4t_v2": {
+        "speech_encoder_layers": 2, "speech_encoder_intermediate_size": 64, "t2u_encoder_layers": 2,
+        "t2u_decoder_layers": 2, "t2u_encoder_ffn_dim": 64, "t2u_decoder_ffn_dim": 64, "t2u_vocab_size": 160,
+        "char_vocab_size": 160, "unit_hifi_gan_vocab_size": 160, "unit_embed_dim": 32, "lang_embed_dim": 16,
+        "spkr_embed_dim": 16, "upsample_initial_channel": 32, "variance_predictor_hidden_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
     "yolos": {"image_size": [16, 32], "num_detection_tokens": 5},
     "yoso": {"hidden_size": 32, "use_expectation": True},

@@ -52,7 +52,7 @@ def check_gradiend(model_type: str, enter: Enter, request: pytest.FixtureRequest
         with zoo.at_most(_MOST), tempfile.TemporaryDirectory() as folder:
             base = zoo.build(model_type, head or zoo.AutoModel)
             outcomes = Gradiend(base, Path(folder), head is not None, needs_sentinels).live()
-    except (zoo.NotBuiltError, zoo.TooLongError) as error:
+    except zoo.NotBuiltError as error:
         _leave_out(model_type, error, lambda *_: None, request)  # the reason is recorded for the model without a head
         return
     column = gradiend.COLUMN
@@ -65,7 +65,9 @@ def _leave_out(model_type: str, error: BaseException, enter: Enter, request: pyt
     if request.config.getoption("--matrix"):
         enter(NOT_BUILT, model_type, "reason", reason)
     else:
-        assert isinstance(error, zoo.NotBuiltError) and model_type not in known(), reason
+        # A row without these columns is of a type that is built with a head alone.
+        is_known = not known().get(model_type, {}).keys().isdisjoint(COLUMNS)
+        assert isinstance(error, zoo.NotBuiltError) and not is_known, reason
         pytest.skip(reason)
 
 
@@ -103,7 +105,7 @@ def write(cells: Iterable[Found]) -> None:
     """Write the page of the documentation and the list of default sites."""
     order = [*COLUMNS, gradiend.COLUMN]
     found = sorted(cells, key=lambda cell: (cell[1], order.index(cell[2]) if cell[2] in order else 0))
-    built = {row for table, row, *_ in found if table == TYPES}
+    built = {row for table, row, column, _ in found if table == TYPES and column in COLUMNS}
     sites.write({row: text.splitlines() for table, row, _, text in found if table == SITES})
     matrix.write(PAGE, [cell for cell in found if cell[0] != SITES and (cell[0] != NOT_BUILT or cell[1] not in built)])
 
