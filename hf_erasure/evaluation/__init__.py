@@ -8,5 +8,13 @@ from .running import evaluate
 from .subject import Evaluation
 
 __all__ = [
-    "LAYOUT", "LIMITS", "SUITES", "AdapterDoesNotAct", "DataFolder", "Evaluation", "MissingData", "Results", "evaluate",
-]  # fmt: skip
+    "LAYOUT",
+    "LIMITS",
+    "SUITES",
+    "AdapterDoesNotAct",
+    "DataFolder",
+    "Evaluation",
+    "MissingData",
+    "Results",
+    "evaluate",
+]

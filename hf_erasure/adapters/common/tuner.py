@@ -334,8 +334,8 @@ def inject_adapter(
     config: Any = tuner.peft_config[adapter_name]
     copied, tokens = (getattr(config, name, None) or () for name in ("modules_to_save", "trainable_token_indices"))
     if tokens and not isinstance(tokens, dict):  # a list is of the input embeddings
-        find: Any = getattr(model, "get_input_embeddings", lambda: None)
-        tokens = [name for name, module in model.named_modules() if module is find()]
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        tokens = [name for name, module in model.named_modules() if module is embeddings]
     try:
         acting.refuse_copies(model, adapter_name, [*copied, *tokens])
     except ValueError:
