@@ -8,13 +8,5 @@ from .running import evaluate
 from .subject import Evaluation
 
 __all__ = [
-    "LAYOUT",
-    "LIMITS",
-    "SUITES",
-    "AdapterDoesNotAct",
-    "DataFolder",
-    "Evaluation",
-    "MissingData",
-    "Results",
-    "evaluate",
-]
+    "LAYOUT", "LIMITS", "SUITES", "AdapterDoesNotAct", "DataFolder", "Evaluation", "MissingData", "Results", "evaluate",
+]  # fmt: skip

@@ -12,13 +12,6 @@ from .describing import describe, describe_folder
 from .pushing import PushError, push_adapter, push_model
 
 __all__ = [
-    "PushError",
-    "WrittenCard",
-    "describe",
-    "describe_folder",
-    "export_to_lora",
-    "push_adapter",
-    "push_model",
-    "write_card",
-    "write_merged_card",
-]
+    "PushError", "WrittenCard", "describe", "describe_folder", "export_to_lora", "push_adapter", "push_model",
+    "write_card", "write_merged_card",
+]  # fmt: skip

@@ -125,14 +125,10 @@ def fill_template(
     is_adapter = library == "peft"
     of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
     data = ModelCardData(
-        library_name=library,
-        base_model=facts.base_id,
-        pipeline_tag=None if head is None else head.pipeline_tag,
-        tags=[OURS, *tags, *of_base],
-        datasets=facts.datasets or None,
-        license=facts.license,
+        library_name=library, base_model=facts.base_id, pipeline_tag=None if head is None else head.pipeline_tag,
+        tags=[OURS, *tags, *of_base], datasets=facts.datasets or None, license=facts.license,
         language=facts.language or None,
-    )
+    )  # fmt: skip
     if facts.base_id is not None:
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"
     return Card(data, text)

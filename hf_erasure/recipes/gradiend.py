@@ -82,14 +82,9 @@ class GradiendRun:
     def new_trainer(self) -> GradiendTrainer:
         """A new trainer of the adapter in its present state."""
         return GradiendTrainer(
-            self.model,
-            self.args,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.choice,
-            neutral_dataset=self.data.neutral["choice"],
-            processing_class=self.tokenizer,
-            adapter_name=ADAPTER_NAME,
-        )
+            self.model, self.args, train_dataset=self.data.train, eval_dataset=self.data.choice,
+            neutral_dataset=self.data.neutral["choice"], processing_class=self.tokenizer, adapter_name=ADAPTER_NAME,
+        )  # fmt: skip
 
     def select(self, goals: Sequence[str], budget: float) -> None:
         """Choose an edit for every goal on the choice data, with one scan, and steer to the edit of the first goal."""
