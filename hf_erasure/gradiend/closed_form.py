@@ -27,7 +27,8 @@ class ClosedFormEstimator:
 
     A running mean (`mean += (x − mean) / k`) stays within float32's rounding of the mean over hundreds of thousands of
     batches; a running sum would drift. Sources and targets are added block by block, as a backward pass produces them,
-    and are not kept; the norm of a source is taken over all its blocks, so it must be known before.
+    and are not kept; the norm of a source is taken over all its blocks, so it must be known before. The mean of a block
+    is over the batches in which that block was added.
 
     Attributes:
         shapes: Name to shape of every block.
@@ -55,91 +56,49 @@ class ClosedFormEstimator:
             for part in PARTS
         }
         self.counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
-        # The blocks of the current batch that were already added, with their signs.
-        self._batch_signs: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
-    def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
-        """Add one block of the source gradient of the current batch, scaled to unit norm.
+    @torch.no_grad()
+    def add(self, kind: str, name: str, gradient: Tensor, sign: int, norm: float = 1.0) -> None:
+        """Add one block of a batch to its mean.
 
         Args:
+            kind: "source" or "target".
             name: The name of the block.
-            gradient: The source gradient in the block's shape, any floating-point dtype.
-            norm: The norm of the whole source gradient, over all blocks.
+            gradient: The gradient in the block's shape, any floating-point dtype.
             sign: +1 or −1, the class of the batch.
+            norm: The norm of the whole source gradient, over all blocks: a source is scaled to unit norm.
 
         Raises:
             TypeError: If the gradient is not a tensor of floating-point numbers.
-            ValueError: If the block is unknown or was already added, has another shape or is not finite, the norm is
-                not a positive number, or the sign is neither. Nothing is changed then.
+            ValueError: If the block is unknown, has another shape or is not finite, the norm is not a positive number,
+                or the sign is neither. Nothing is changed then.
         """
+        if sign not in SIGNS:
+            raise ValueError(
+                f"sign is {sign!r}: write 1 for a batch of the class that is read as +1, -1 for the other."
+            )
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"The source gradient has the norm {norm}, so it has no direction: leave this batch out.")
-        self._add_block("source", name, gradient, sign, 1.0 / norm)
-
-    def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-        """Add one block of the target of the current batch; the arguments and the errors are those of
-        `add_source`.
-        """
-        self._add_block("target", name, gradient, sign, 1.0)
-
-    @torch.no_grad()
-    def _add_block(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
-        """Check one block, and add it to the mean only if no check fails."""
-        _check_sign(sign)
-        if name in self._batch_signs[kind]:
-            raise ValueError(
-                f"Block {name!r} of the {kind} was already added in this batch: add a parameter's gradient when it is "
-                "complete, and call end_batch, or drop_batch, between batches."
-            )
         if name not in self.shapes:
-            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_listed(self.shapes)}.")
+            raise ValueError(f"There is no block {name!r}: the estimator was declared with {list(self.shapes)[:3]}, ….")
         block = flat_block(name, gradient, self.shapes[name], self.device)
         # The sum is not finite if an entry is not, or if it overflows: only then are the entries checked.
         quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
         if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
             require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
-        self._batch_signs[kind][name] = sign
         self.counts[kind, sign][name] += 1
         share = 1.0 / self.counts[kind, sign][name]
         for mean, piece in pieces(self._means[kind, sign][name], block):
             piece = piece.float()
-            mean.lerp_(piece if factor == 1.0 else piece * factor, share)
-
-    def end_batch(self, sign: int) -> None:
-        """Close the batch.
-
-        Args:
-            sign: +1 or −1, the class of the batch.
-
-        Raises:
-            ValueError: If the source or the target of a block was not added, or was added with the other sign.
-        """
-        _check_sign(sign)
-        lacking = {kind: [name for name in self.shapes if name not in held] for kind, held in self._batch_signs.items()}
-        if lacking["source"] or lacking["target"]:
-            what = "its source" if lacking["source"] else f"the target of {_listed(lacking['target'])}"
-            raise ValueError(f"The batch cannot be closed: {what} was not added. Add it, or call drop_batch.")
-        if {*self._batch_signs["source"].values(), *self._batch_signs["target"].values()} != {sign}:
-            raise ValueError(f"Not all of the batch was added with sign {sign:+d}: call drop_batch and fit anew.")
-        self.drop_batch()
-
-    def drop_batch(self) -> None:
-        """Close a batch after a failure inside it, without checks.
-
-        The blocks that were added stay in their means. The mean of each block is over the batches in which that block
-        was added, so the means remain means.
-        """
-        self._batch_signs = {"source": {}, "target": {}}
+            mean.lerp_(piece if norm == 1.0 else piece * (1.0 / norm), share)
 
     def pool(
         self, shares: Sequence[Mapping[tuple[str, int], Mapping[str, int]]], add: Callable[[Tensor], None]
     ) -> None:
         """Merge, in every process at once, the estimators of all processes; nothing is copied.
 
-        `shares` are the `counts` of all processes; `add` adds a tensor over all processes, in place. Raises a
-        `ValueError` if a batch is open.
+        `shares` are the `counts` of all processes; `add` adds a tensor over all processes, in place.
         """
-        self._require_closed("added to others")
         for part in PARTS:
             for name, mean in self._means[part].items():
                 total = sum(counts[part][name] for counts in shares)
@@ -148,17 +107,8 @@ class ClosedFormEstimator:
                     add(mean)
                     self.counts[part][name] = total
 
-    def _require_closed(self, verb: str) -> None:
-        if any(self._batch_signs.values()):
-            raise ValueError(f"A batch is open: call end_batch, or drop_batch, before the estimator is {verb}.")
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the means and counts: `source+/name`, `source-/name`, `target+/name`, `target-/name` and counts.
-
-        Raises:
-            ValueError: If a batch is open.
-        """
-        self._require_closed("saved")
+        """Copies of the means and counts: `source+/name`, `source-/name`, `target+/name`, `target-/name` and counts."""
         state = {}
         for part, prefix in PARTS.items():
             state[f"{prefix}count"] = torch.tensor(list(self.counts[part].values()))
@@ -178,7 +128,6 @@ class ClosedFormEstimator:
             self.counts[part] = dict(zip(self.shapes, state[f"{prefix}count"].tolist(), strict=True))
             for name, mean in self._means[part].items():
                 mean.copy_(state[f"{prefix}/{name}"])
-        self.drop_batch()
 
     @torch.no_grad()
     def feature(self, *, consume: bool = False) -> Feature:
@@ -221,13 +170,3 @@ class ClosedFormEstimator:
         reader = FeatureEncoder(source, everywhere, shapes, activation="identity")
         encoder = replace(reader.centred(high, low), activation="tanh", unit_norm=True)
         return Feature(encoder, FeatureDecoder(decoder, bias, everywhere, shapes))
-
-
-def _check_sign(sign: int) -> None:
-    if sign not in SIGNS:
-        raise ValueError(f"sign is {sign!r}: write 1 for a batch of the class that is read as +1, -1 for the other.")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -95,8 +95,7 @@ class GradientReader(SlotReader):
         `low_memory` they are not kept: one more backward pass finds the norm before the pass that gives the blocks. The
         target (the difference) comes from a second backward pass through the same graph, which adds and frees each
         block as soon as it is made. With the source ``difference`` one backward pass is enough for both. Blocks that
-        the loss does not reach are added as zeros, after the others. After an error the estimator drops the batch. The
-        errors are those of `gradients`.
+        the loss does not reach are added as zeros, after the others. The errors are those of `gradients`.
         """
         is_difference = source == "difference"
         blocks: Blocks = {}
@@ -108,28 +107,23 @@ class GradientReader(SlotReader):
                 blocks[name] = block
 
         def add_block(name: str, block: Tensor) -> None:
-            estimator.add_source(name, block, norm, sign)
+            estimator.add("source", name, block, sign, norm)
             if is_difference:
-                estimator.add_target(name, block, sign)
+                estimator.add("target", name, block, sign)
 
-        try:
-            with self._reading():
-                losses = self._losses(batch, (source,) if is_difference else (source, "difference"))
-                loss = losses.pop(source)
-                self._stream(loss, add_square, last=is_difference and not low_memory)
-                require_finite(squares, "source gradient")
-                norm = math.sqrt(sum(squares.values()))
-                if low_memory:
-                    self._stream(loss, add_block, last=is_difference)
-                for name in list(blocks):
-                    add_block(name, blocks.pop(name))
-                if not is_difference:
-                    del loss
-                    self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
-                estimator.end_batch(sign)
-        except BaseException:
-            estimator.drop_batch()
-            raise
+        with self._reading():
+            losses = self._losses(batch, (source,) if is_difference else (source, "difference"))
+            loss = losses.pop(source)
+            self._stream(loss, add_square, last=is_difference and not low_memory)
+            require_finite(squares, "source gradient")
+            norm = math.sqrt(sum(squares.values()))
+            if low_memory:
+                self._stream(loss, add_block, last=is_difference)
+            for name in list(blocks):
+                add_block(name, blocks.pop(name))
+            if not is_difference:
+                del loss
+                self._stream(losses.pop("difference"), lambda name, block: estimator.add("target", name, block, sign))
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""

@@ -191,21 +191,11 @@ class Recorder:
         if call == self.fail_at:
             raise RuntimeError("no")
 
-    def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
-        assert name not in self.source
-        self.source[name] = sign * gradient.clone()
-        self._note("source")
-
-    def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-        assert name not in self.target
-        self.target[name] = sign * gradient.clone()
-        self._note("target")
-
-    def end_batch(self, sign: int) -> None:
-        self._note("end")
-
-    def drop_batch(self) -> None:
-        self.calls.append("drop")
+    def add(self, kind: str, name: str, gradient: Tensor, sign: int, norm: float = 1.0) -> None:
+        held = self.source if kind == "source" else self.target
+        assert name not in held
+        held[name] = sign * gradient.clone()
+        self._note(kind)
 
 
 def test_flags_and_gradients_are_as_before() -> None:
@@ -220,17 +210,15 @@ def test_flags_and_gradients_are_as_before() -> None:
     assert all(bool((p.grad == 3).all()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("fail_at", ["source", "target", "end"])
+@pytest.mark.parametrize("fail_at", ["source", "target"])
 def test_flags_and_gradients_are_as_before_after_an_exception(fail_at: str) -> None:
     model = prepared()
     before = state_of(model)
     hooks = [len(m._forward_hooks) for m in model.modules()]
     batch = batches_of("bert", model)[0]
     reader = GradientReader(model, targets(model))
-    failing = Recorder(fail_at)
     with pytest.raises(RuntimeError, match="no"):
-        reader.accumulate(batch, "factual", failing, 1)
-    assert failing.calls[-1] == "drop"
+        reader.accumulate(batch, "factual", Recorder(fail_at), 1)
     assert state_of(model) == before
     broken = PairBatch(
         {"input_ids": torch.tensor([[10**6]])}, batch.rows, batch.positions, batch.factual, batch.factual
@@ -346,7 +334,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     recorder = Recorder()
     with pytest.raises(ValueError, match="loss is nan"):
         GradientReader(model, targets(model)).accumulate(batches_of("bert", model)[0], "factual", recorder, 1)
-    assert recorder.calls == ["drop"]
+    assert recorder.calls == []
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------
@@ -365,7 +353,7 @@ def test_streamed_blocks_are_the_whole_gradients(name: str, words: tuple[str, st
     reader.accumulate(batch, source, recorder, -1)
     handle.remove()
     assert len(runs) == (1 if batch.apart is None else 2)
-    assert recorder.calls[0] == "source" and recorder.calls[-1] == "end"
+    assert recorder.calls[0] == "source" and recorder.calls[-1] == "target"
     expected = reader.gradients(batch, (source, "difference"))
     assert off_by({n: -block for n, block in recorder.source.items()}, expected[source]) < TOLERANCE
     assert off_by({n: -block for n, block in recorder.target.items()}, expected["difference"]) < TOLERANCE
@@ -386,10 +374,9 @@ def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: tor
         gradients = reader.gradients(batch, (source, "difference"))
         norm = math.sqrt(sum(float(block.double().square().sum()) for block in gradients[source].values()))
         for name, block in gradients[source].items():
-            whole.add_source(name, block, norm, sign)
+            whole.add("source", name, block, sign, norm)
         for name, block in gradients["difference"].items():
-            whole.add_target(name, block, sign)
-        whole.end_batch(sign)
+            whole.add("target", name, block, sign)
     got, goal = streamed.feature(), whole.feature()
     assert off_by(got.decoder.weight, goal.decoder.weight) < TOLERANCE
     assert off_by(got.encoder.weight, goal.encoder.weight) < TOLERANCE
@@ -405,12 +392,12 @@ def test_streaming_never_holds_two_gradients() -> None:
             super().__init__()
             self.watched: list[weakref.ref[Tensor]] = []
 
-        def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
-            self.watched.append(weakref.ref(gradient))
-
-        def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-            alive = sum(block() is not None for block in self.watched)
-            held.append(alive + sum(p.grad is not None for p in model.parameters()))
+        def add(self, kind: str, name: str, gradient: Tensor, sign: int, norm: float = 1.0) -> None:
+            if kind == "source":
+                self.watched.append(weakref.ref(gradient))
+            else:
+                alive = sum(block() is not None for block in self.watched)
+                held.append(alive + sum(p.grad is not None for p in model.parameters()))
 
     GradientReader(model, targets(model)).accumulate(batches_of("llama", model)[0], "factual", Watching(), 1)
     assert len(held) == len(targets(model)) and max(held) == 0
@@ -421,15 +408,10 @@ def test_low_memory_holds_one_block_at_a_time() -> None:
     order: list[str] = []
 
     class Watching(ClosedFormEstimator):
-        def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
+        def add(self, kind: str, name: str, gradient: Tensor, sign: int, norm: float = 1.0) -> None:
             assert not any(p.grad is not None for p in model.parameters())
-            order.append("source")
-            super().add_source(name, gradient, norm, sign)
-
-        def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-            assert not any(p.grad is not None for p in model.parameters())
-            order.append("target")
-            super().add_target(name, gradient, sign)
+            order.append(kind)
+            super().add(kind, name, gradient, sign, norm)
 
     parameters = targets(model)
     estimator = Watching({name: parameter.shape for name, parameter in parameters.items()})
