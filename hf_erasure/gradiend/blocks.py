@@ -12,11 +12,6 @@ from torch import Tensor
 # large enough that starting an operation takes little of its time; on an accelerator it only bounds the temporaries.
 CPU_PIECE = 1 << 17
 DEVICE_PIECE = 1 << 24
-# The bins of a histogram, one for each value of 16 bits; and the upper 16 bits of infinity.
-BINS = 1 << 16
-FIRST_NON_FINITE = 0x7F80
-# Entries of a piece whose histogram is taken: many more than bins, so that the bins take little of the time.
-HISTOGRAM_PIECE = 1 << 20
 
 
 def piece_size(device: torch.device) -> int:
@@ -24,9 +19,9 @@ def piece_size(device: torch.device) -> int:
     return max(CPU_PIECE, (1 << 16) * torch.get_num_threads()) if device.type == "cpu" else DEVICE_PIECE
 
 
-def pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """Views of `(count,)` vectors of one length, `size` entries at a time (by default `piece_size` of the device)."""
-    size = size or piece_size(vectors[0].device)
+def pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of `(count,)` vectors of one length, `piece_size` entries at a time."""
+    size = piece_size(vectors[0].device)
     if vectors[0].numel() <= size:
         return iter((vectors,))
     return zip(*(vector.split(size) for vector in vectors), strict=True)
@@ -115,50 +110,27 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
             raise ValueError(f"{name!r} in the state is not finite: the file is damaged; fit anew.")
 
 
-# ---- the largest entries ---------------------------------------------------------------------------------------------
-# The bits of non-negative float32 numbers, read as integers, have the order of the numbers: two histograms of 16 bits
-# each give the exact threshold, without sorting or joining the blocks.
-
-
-def largest(score: Callable[[str], Tensor], names: list[str], wanted: int) -> dict[str, Tensor]:
+@torch.no_grad()
+def largest(score: Callable[[str], Tensor], sizes: Mapping[str, int], wanted: int) -> dict[str, Tensor]:
     """Name to bool `(count,)`: True at the `wanted` entries of largest `|score|`; of equal entries the first are taken.
 
-    `score` returns the scores `(count,)` of one block at a time, so that they need not be kept; they must be finite.
+    `score` returns the scores `(count,)` of one block at a time, by name; they must be finite. `sizes` has each count.
     """
-    high, above = _cutoff(score, names, wanted)
-    low, above_low = _cutoff(score, names, wanted - above, high)
-    threshold, ties = (high << 16) | low, wanted - above - above_low
+    scores = torch.empty(sum(sizes.values()), dtype=torch.float32, device="cpu")
+    for name, part in zip(sizes, scores.split(list(sizes.values())), strict=True):
+        if not bool(torch.isfinite(part.copy_(score(name)).abs_()).all()):
+            raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
+    ranked = scores.numpy()
+    ranked.partition(len(ranked) - wanted)
+    threshold = float(ranked[-wanted])
+    ties = int((ranked[-wanted:] == threshold).sum())
     keep = {}
-    for name in names:
-        bits = _bits(score(name))
-        equal = bits == threshold
-        found = int(equal.sum())
-        if found > ties:
+    for name in sizes:
+        found = score(name).float().abs()
+        equal = found == threshold
+        count = int(equal.sum())
+        if count > ties:
             equal &= torch.cumsum(equal, 0, dtype=torch.int32) <= ties
-        ties -= min(found, ties)
-        keep[name] = equal.logical_or_(bits > threshold)
+        ties -= min(count, ties)
+        keep[name] = equal.logical_or_(found > threshold)
     return keep
-
-
-def _bits(scores: Tensor) -> Tensor:
-    return scores.float().abs().view(torch.int32)
-
-
-def _cutoff(score: Callable[[str], Tensor], names: list[str], wanted: int, high: int | None = None) -> tuple[int, int]:
-    """The upper 16 bits of the `wanted`-th largest score, and the number of scores with larger upper bits.
-
-    With `high`, the same for the lower 16 bits, among the scores whose upper bits are `high`.
-    """
-    counts = torch.zeros(BINS, dtype=torch.int64)
-    for name in names:
-        for (piece,) in pieces(score(name), size=HISTOGRAM_PIECE):
-            bits = _bits(piece)
-            upper = bits >> 16
-            part = upper if high is None else (bits & 0xFFFF)[upper == high]
-            found = torch.bincount(part, minlength=1).cpu()
-            if high is None and found.numel() > FIRST_NON_FINITE:
-                raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
-            counts[: found.numel()] += found
-    from_above = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_above, wanted))
-    return BINS - 1 - place, int(from_above[place - 1]) if place else 0

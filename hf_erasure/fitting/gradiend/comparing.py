@@ -141,10 +141,10 @@ def _common_positions(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
     """Block → which of the weights that a decoder holds are among its largest."""
-    wanted, held = math.ceil(top * total(decoder.shapes)), sum(w.numel() for w in decoder.weight.values())
-    if wanted >= held:
+    wanted, held = math.ceil(top * total(decoder.shapes)), {name: len(w) for name, w in decoder.weight.items()}
+    if wanted >= sum(held.values()):
         return {name: torch.ones(len(w), dtype=torch.bool, device="cpu") for name, w in decoder.weight.items()}
-    found = largest(decoder.weight.__getitem__, list(decoder.shapes), wanted)
+    found = largest(decoder.weight.__getitem__, held, wanted)
     return {name: mask.cpu() for name, mask in found.items()}
 
 
