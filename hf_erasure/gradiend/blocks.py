@@ -22,8 +22,6 @@ def piece_size(device: torch.device) -> int:
 def pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of `(count,)` vectors of one length, `piece_size` entries at a time."""
     size = piece_size(vectors[0].device)
-    if vectors[0].numel() <= size:
-        return iter((vectors,))
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 

@@ -96,14 +96,12 @@ class GradiendTrainer:
         self.train_dataset, self.eval_dataset, self.neutral_dataset = train_dataset, eval_dataset, neutral_dataset
         _require_dataset("train_dataset", train_dataset)
         _require_dataset("neutral_dataset", neutral_dataset)
-        for name, dataset in self._eval_sets().items():
-            _require_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
         self.callbacks = [c() for c in get_reporting_integration_callbacks(self.args.report_to)] + (callbacks or [])
         self.task = task_of(model)
         if self.task == "causal":
             check_next_word(model)
         self.fitted: list[PairFit] = []
-        self.starts: list[dict[str, Any]] = []  # Pair, seed, best absolute correlation and steps of each start.
+        self.starts: list[dict[str, Any]] = []  # Pair, seed and best absolute correlation of each start.
         self.classes = self._classes()
         self._tokenised: dict[int, PairSet] = {}
         for dataset in [train_dataset, *self._eval_sets().values()]:
@@ -190,7 +188,6 @@ class GradiendTrainer:
         self,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         neutral_dataset: datasets.Dataset | None = None,
-        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure how well the feature neuron reads pairs that it was not trained on.
 
@@ -200,11 +197,11 @@ class GradiendTrainer:
         Args:
             eval_dataset: Replaces the `eval_dataset` of the trainer; each of several sets by name is measured.
             neutral_dataset: Replaces the `neutral_dataset` of the trainer.
-            metric_key_prefix: Every figure is also returned under its name after this prefix.
 
         Returns:
-            `cor` and `acc`, and with neutral texts `cor_enc` and `acc_enc`. For several pairs of classes these are
-            means, and `cor_a_b` is that of the pair (a, b). For several sets the keys begin with `prefix_set`.
+            `cor` and `acc`, and with neutral texts `cor_enc` and `acc_enc`; each also under `eval_cor` and so on. For
+            several pairs of classes these are means, and `cor_a_b` is that of the pair (a, b). For several sets there
+            are only keys such as `eval_set_cor`.
 
         Raises:
             ValueError: If an `eval_dataset` is missing, or the adapter is not fitted.
@@ -216,7 +213,7 @@ class GradiendTrainer:
         for name, dataset in sets.items():
             figures = joint_metrics(self.encode(dataset, neutral_dataset))
             self._measured_on(dataset)
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            prefix = f"eval_{name}" if name else "eval"
             results |= {f"{prefix}_{key}": value for key, value in figures.items()}
             if len(sets) == 1:
                 results |= figures
@@ -255,7 +252,7 @@ class GradiendTrainer:
         """Check and tokenise a data set, by default the first evaluation set; a `ValueError` without any."""
         dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
         if dataset is None:
-            raise ValueError("GradiendTrainer has no eval_dataset to read: give it, or encode(), a dataset of pairs.")
+            raise ValueError("GradiendTrainer has no eval_dataset to read: give it, or this call, a data set of pairs.")
         return self._pair_set(dataset)
 
     def summary(self) -> pandas.DataFrame:
@@ -335,7 +332,7 @@ class GradiendTrainer:
                 "or the base in float32, keeps more.",
                 stacklevel=2,
             )
-        measured_on = self._measured_on(next(iter(self._eval_sets(eval_dataset).values())))
+        measured_on = self._measured_on(self.pairs_to_read(eval_dataset).dataset)
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
 
@@ -359,13 +356,12 @@ class GradiendTrainer:
         self, eval_dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
     ) -> Scorer:
         """The scorer that `select` uses for edits: class probabilities at the slots, and language modelling."""
-        dataset = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()), None)
+        pairs = self.pairs_to_read(eval_dataset)
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
-        if dataset is None or neutral is None:
-            missing = "eval_dataset" if dataset is None else "neutral_dataset"
-            raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
+        if neutral is None:
+            raise ValueError("Scoring an edit needs eval_dataset and neutral_dataset; neutral_dataset is missing.")
         words, size, config = self._words(), self.args.per_device_eval_batch_size, bare_model(self.model).config
-        probabilities = class_probabilities(words, self._pair_set(dataset), self.processing_class, config, size)
+        probabilities = class_probabilities(words, pairs, self.processing_class, config, size)
         # A score is that of the model at the time of the call: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(

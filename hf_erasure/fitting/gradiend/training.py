@@ -60,7 +60,6 @@ class GradiendTrainingArguments(TrainingArguments):
             each neutral text, each time with other tokens masked. More draws make the cost of an edit less noisy.
         low_memory: Do not hold a whole gradient in the closed form. Four vectors of the size of the targeted weights
             are held instead of five, and each batch takes one more backward pass.
-        patience: Stop a start when this many evaluations in a row did not improve its correlation; never when `None`.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of one class in one gradient."})
@@ -75,7 +74,6 @@ class GradiendTrainingArguments(TrainingArguments):
     convergence: float = field(default=0.5, metadata={"help": "Correlation at which a start has converged."})
     low_memory: bool = field(default=False, metadata={"help": "Hold no whole gradient; run one more backward pass."})
     mask_draws: int = field(default=1, metadata={"help": "Draws of masked tokens in a neutral text."})
-    patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
 
     def __post_init__(self) -> None:
         if share_the_cpu():
@@ -90,8 +88,6 @@ class GradiendTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: at least one {what} is needed.")
         if not 0 <= self.convergence <= 1:
             raise ValueError(f"convergence={self.convergence} is a correlation: give a number between 0 and 1.")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience={self.patience}: give a positive number, or None to go on to the end.")
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class Training:
     # The losses of the latest steps; and the encoded values and signs of these steps.
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent_values: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    results: list[dict[str, Any]] = field(default_factory=list)  # Pair, seed, correlation and steps of each start.
+    results: list[dict[str, Any]] = field(default_factory=list)  # Pair, seed and correlation of each start.
     # The number and epoch of the start whose batches are drawn at present, and these batches.
     _epoch_batches: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
@@ -211,11 +207,7 @@ class Training:
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
         self.progress.keep(start.number, PairFit(start.pair, feature, correlation, start.steps, start.seed))
-        self._add_result(start, abs(correlation), start.steps)
-
-    def _add_result(self, start: Start, correlation: float, steps: int) -> None:
-        found = {"seed": start.seed, "correlation": correlation, "steps": steps}
-        self.results.append({"pair": "/".join(start.pair), **found})
+        self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": abs(correlation)})
 
     def _class_means(
         self, encoders: Sequence[FeatureEncoder], sides: Iterable[Iterable[PairBatch]]
@@ -240,8 +232,7 @@ class Training:
         )  # fmt: skip
         if state:
             neuron.load_state_dict(state)
-        # The best absolute correlation of this start so far, and the number of evaluations since then.
-        best = facts.get("best") or {"size": -1.0, "since": 0}
+        best = facts.get("best") or {"size": -1.0}  # the best absolute correlation of this start so far
         self.losses.clear()
         self.recent_values.clear()
         for step in range(facts["step"], start.steps):
@@ -254,9 +245,7 @@ class Training:
                 self._evaluate(start, neuron, best, done)
             if control.should_save and done < start.steps:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
-            if args.patience is not None and best["since"] >= args.patience:
-                break
-        self._add_result(start, best["size"], done)
+        self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": best["size"]})
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
         """This process's rows of the batch of a step, and its sign; the order of batches depends on seed and epoch."""
@@ -296,9 +285,8 @@ class Training:
         # An undefined correlation counts as 0. It is still above the initial -1, so that a first neuron is kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
         if size <= best["size"]:
-            best["since"] += 1
             return
-        best.update(size=size, since=0)
+        best["size"] = size
         if correlation < 0:  # class 0 must encode to +1
             neuron.flip()
         self.progress.keep(start.number, PairFit(start.pair, neuron.feature(), abs(correlation), step, start.seed))

@@ -487,7 +487,6 @@ def test_a_merged_adapter_is_not_trained_on(tmp_path: Path):
         ("activation", "relu", "activation='relu' is not known"),
         ("seeds", 0, "at least one start"),
         ("convergence", 2.0, "is a correlation"),
-        ("patience", 0, "positive number"),
     ],
 )
 def test_arguments_are_checked(field: str, value: Any, message: str, tmp_path: Path):
