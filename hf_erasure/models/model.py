@@ -185,9 +185,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
     """The axis of the features in the input and output of torch's own modules; None for other modules."""
-    # A layer of this package is a child of its module, and has no module inside: it is its own base layer.
-    while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
-        module = module.get_base_layer()
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     forward = getattr(type(module), "forward", None)
     if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
         return axes - 1

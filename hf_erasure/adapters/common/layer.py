@@ -316,9 +316,7 @@ def is_child(key: str) -> bool:
 
 def innermost(module: nn.Module) -> nn.Module:
     """The module inside the wrappers of other adapters; the module itself where it is not a wrapper."""
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def configs_of(model: Any) -> dict[str, PeftConfig]:

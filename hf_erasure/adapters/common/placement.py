@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
-from .layer import ordinary
+from .layer import innermost, ordinary
 
 # This text is given instead of a dtype where a quantiser has packed the numbers.
 QUANTISED = "quantised"
@@ -63,22 +63,18 @@ def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     cannot read all of them. The numbers of a quantised parameter are unpacked.
     """
     path, _, own = name.rpartition(".")
-    for place in (path, f"{path}.base_layer"):
-        try:
-            module = model.get_submodule(place)
-        except AttributeError:
-            continue
-        parameter = module._parameters.get(own)
-        if parameter is None:
-            continue
-        hook, is_elsewhere = _hook_of(module), parameter.device.type == "meta"
-        if is_quantised(parameter):
-            return None if is_elsewhere else dequantised(module, own), QUANTISED
-        if is_sharded(parameter) or (is_elsewhere and hook is None):
-            continue
-        values: Tensor = parameter if hook is None else hook.weights_map[own]
-        return values.detach(), str(parameter.dtype).removeprefix("torch.")
-    return None, ""
+    try:
+        module = innermost(model.get_submodule(path))
+        parameter = module.get_parameter(own)
+    except AttributeError:
+        return None, ""
+    hook, is_elsewhere = _hook_of(module), parameter.device.type == "meta"
+    if is_quantised(parameter):
+        return None if is_elsewhere else dequantised(module, own), QUANTISED
+    if is_sharded(parameter) or (is_elsewhere and hook is None):
+        return None, ""
+    values: Tensor = parameter if hook is None else hook.weights_map[own]
+    return values.detach(), str(parameter.dtype).removeprefix("torch.")
 
 
 def value_on_execution_device(module: nn.Module, name: str) -> Tensor | None:

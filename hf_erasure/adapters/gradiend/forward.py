@@ -135,14 +135,11 @@ def write_edits(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
     flat, index = _flat(parameter), None
     edits = [edit.to(flat.device) for edit in edits]
-    places = [edit.index.long() for edit in edits if edit.index is not None]
-    if len(places) < len(edits):
+    if len(edits) == 1 and edits[0].index is not None:  # only the entries that change are read and written
+        index = edits[0].index.long()
+        before, edits = flat.index_select(0, index), [WeightEdit(None, edits[0].values)]
+    else:
         before = flat.clone()
-    else:  # only the entries that change are read and written
-        index = places[0] if len(places) == 1 else torch.cat(places).unique()
-        before = flat.index_select(0, index)
-        positions = [torch.searchsorted(index, place).int() if len(places) > 1 else None for place in places]
-        edits = [WeightEdit(at, edit.values) for at, edit in zip(positions, edits, strict=True)]
     _overwrite(parameter, flat, index, edited_tensor(before, edits))
     return UndoRecord(parameter, index, before, edits)
 
