@@ -25,7 +25,7 @@ def test_add_weighted_adapter(kind: str, matrix):
 def test_convert_to_lora(kind: str, matrix):
     model = OF[kind].wrapped("bert", "a")
     before = outputs(model, "bert")
-    with pytest.warns(UserWarning, match="export_to_lora"), pytest.raises(TypeError, match="LoRA conversion"):
+    with pytest.raises(TypeError, match="LoRA conversion"):
         peft.convert_to_lora(model, rank=1)
     assert same(outputs(model, "bert"), before)
     matrix(TABLE, "`convert_to_lora`", kind, "refused")

@@ -7,7 +7,6 @@ as buffers, and hooks on the host let them act.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -292,15 +291,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             for module in model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.enable_adapters(True)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: PEFT's `convert_to_lora` would name its tensors after the children, not after their hosts."""
-        warnings.warn(
-            f"PEFT cannot convert the {self.noun} to a LoRA, but hf_erasure can: call "
-            f"hf_erasure.export_to_lora(model, {adapter_name!r}, folder).",
-            stacklevel=3,
-        )
-        return False
 
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:

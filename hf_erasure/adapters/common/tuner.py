@@ -217,6 +217,14 @@ class ChildTuner(BaseTuner):
         kinds = {acting.kind_of(configs[name]) for name in names if name in configs}
         copies.keep_former(names, lambda on: on in configs and acting.kind_of(configs[on]) not in kinds)
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Raise a `ValueError` that says what to do instead: a weighted sum of erasers erases none of the concepts."""
+        raise ValueError(
+            f"{adapters} cannot be added with weights. hf_erasure.combine_adapters(model, names, into) makes one "
+            f"erasure of several. GRADIEND adapters act together: model.base_model.set_adapter({adapters}), each with the "
+            "strength that GradiendAdapter.of(model, name).steer(…) sets."
+        )
+
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 

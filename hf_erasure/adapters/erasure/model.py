@@ -152,13 +152,6 @@ class ConceptErasureModel(ChildTuner):
                 f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
             )
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Raise a `ValueError`: a weighted sum of erasers erases none of the concepts."""
-        raise ValueError(
-            f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
-            "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
-        )
-
 
 def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
     """Change in place how far an erasure moves activations, without fitting it again.

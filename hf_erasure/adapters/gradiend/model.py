@@ -231,10 +231,3 @@ class GradiendModel(ChildTuner):
             f"adapter_names={[*rows.names]} cannot be followed: a GRADIEND adapter changes weights, which all rows of "
             "a batch share. Run the rows of each adapter as a batch of their own, with set_adapter(name)."
         )
-
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Raise a `ValueError`: `steer` sets the strength of each adapter instead."""
-        raise ValueError(
-            f"{adapters} cannot become one adapter. Use them together, model.base_model.set_adapter({adapters}): "
-            "their changes add up, each with the strength that GradiendAdapter.of(model, name).steer(…) sets."
-        )
