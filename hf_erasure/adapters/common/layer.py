@@ -325,13 +325,3 @@ def ordinary(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False), torch.no_grad():
         return tensor.clone()
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Leave inference mode inside the block; gradients stay off there."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -221,8 +221,8 @@ class ChildTuner(BaseTuner):
         """Raise a `ValueError` that says what to do instead: a weighted sum of erasers erases none of the concepts."""
         raise ValueError(
             f"{adapters} cannot be added with weights. hf_erasure.combine_adapters(model, names, into) makes one "
-            f"erasure of several. GRADIEND adapters act together: model.base_model.set_adapter({adapters}), each with the "
-            "strength that GradiendAdapter.of(model, name).steer(…) sets."
+            f"erasure of several. GRADIEND adapters act together: model.base_model.set_adapter({adapters}), each with "
+            "the strength that GradiendAdapter.of(model, name).steer(…) sets."
         )
 
     def _children(self) -> list[Any]:

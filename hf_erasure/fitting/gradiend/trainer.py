@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -19,7 +20,6 @@ from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
 from hf_erasure.adapters.common.acting import warn_of_inactive
 from hf_erasure.adapters.common.config import ACTIVE, CARD_FACTS, RECIPE
-from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.adapters.loading.fingerprint import other_acting_adapters
@@ -122,7 +122,8 @@ class GradiendTrainer:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode()
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Estimate the feature neuron of every pair, and fill the adapter.
 
@@ -183,7 +184,8 @@ class GradiendTrainer:
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode()
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def evaluate(
         self,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
@@ -219,7 +221,8 @@ class GradiendTrainer:
                 results |= figures
         return results
 
-    @outside_inference_mode()
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def encode(
         self, dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
     ) -> list[EncodedValues]:
