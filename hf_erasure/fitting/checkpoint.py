@@ -41,7 +41,7 @@ _OPTIONAL = ("pair_rank", "environment_rank", "environments", "kept")
 # Moments are written so rarely that writing takes at most this share of the time.
 WRITING_SHARE = 0.1
 # The figures of a site's line of the report that are kept: the name in the report → the name in the file.
-_FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled": "change"}
+_FIGURES = {"rows": "rows", "change_labelled": "change"}
 
 
 class FitCheckpoint:

@@ -59,8 +59,6 @@ class SiteReport:
             at a visit, as a share of `|x| |z|`. An eraser changes what arrives at later visits, so it is fitted again
             until only rounding is left. Where more is left, the guarantee does not hold.
         rows: The number of labelled rows that the eraser was fitted on.
-        correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
-            In-sample: close to 1 wherever rows are not many more than features.
         correlation_before: Leakage without the adapter: the correlation with the concept on `eval_batches`, a magnitude
             between 0 and 1, of what the fit guards: tokens, or with `pool="mean"` the mean over each sequence.
         correlation_after: The same with the adapter.
@@ -79,7 +77,6 @@ class SiteReport:
     visits: int = 1
     residual: float | None = None
     rows: int | None = None
-    correlation_fit: float | None = None
     correlation_before: float | None = None
     correlation_after: float | None = None
     interval_before: tuple[float, float] | None = None

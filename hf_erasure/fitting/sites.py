@@ -248,7 +248,6 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
     rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)
     # Both methods give the same map, and mean projection takes the class means of one visit only.
     method = "orth" if len(visits) > 1 and config.method == "mean_projection" else config.method
-    beside: list[tuple[Tensor, int | None]] = []
     try:
         moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
         spread = moments.spread()
@@ -269,18 +268,13 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
                 eraser = solving()
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
-    acts = eraser.rank > 0
-    # The readings of an affine LEACE eraser of these rows hold all that the correlations need.
-    is_own = method == "leace" and background is None and len(labelled) == 1 and eraser.bias is not None
-    is_own = is_own and not kept and not beside
     line = SiteReport(
         site,
         width=eraser.x_dim,
         rank=eraser.rank,
         visits=len(visits),
         rows=spread.rows,
-        correlation_fit=max(_correlation(part, eraser if is_own else None) for part in labelled) if acts else 0.0,
-        change_labelled=spread.change(eraser) if acts else 0.0,
+        change_labelled=spread.change(eraser) if eraser.rank else 0.0,
     )
     dtype = torch.float64 if sources[0].dtypes[site] == torch.float64 else torch.float32
     is_single = sum(bool(statistics.z_dim) for statistics in sources) == 1
@@ -303,17 +297,6 @@ def _extra_columns(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> 
             roots = [spread.root() for spread in spreads]
             columns += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
     return columns
-
-
-def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
-    """The largest canonical correlation; where an eraser is given, from its readings, without solving again.
-
-    The readings of LEACE are uncorrelated with variance 1, in the shrunk covariance that eraser and correlation take.
-    """
-    if eraser is None:
-        return float(part.canonical_correlations()[0])
-    whitened = eraser.right.to(part.mean_z) @ part.cross_covariance @ whiten_concept(part.covariance_z)
-    return min(1.0, float(torch.linalg.matrix_norm(whitened, 2)))
 
 
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:

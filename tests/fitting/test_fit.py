@@ -534,19 +534,8 @@ def test_every_site_is_solved_once(sequential: bool, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(PackedGram, "cholesky", count)
     model, batches = with_adapter(affine=True), small_batches("bert", 4)
-    report = fit_concept_erasure(model, batches, "no_gender", sequential=sequential, progress=False)
+    fit_concept_erasure(model, batches, "no_gender", sequential=sequential, progress=False)
     assert len(solved) == len(erasure_layers(model))
-    first = next(iter(erasure_layers(model)))
-    x, z = erased_rows_of(first, batches)
-    assert report[first].correlation_fit == pytest.approx(
-        float(ConceptMoments(32, 2).update(x, z).canonical_correlations()[0]), rel=1e-6
-    )
-
-
-def erased_rows_of(site: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Rows and labels at the real positions of a site, from the model without an adapter."""
-    x, z = erased_rows(copy.deepcopy(small_model("bert")), site, batches)
-    return x, z
 
 
 @pytest.mark.parametrize("sequential", [False, True])
