@@ -441,8 +441,6 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         return len(self._shared)
 
     def __getitem__(self, which: Any) -> Any:
-        if isinstance(which, slice):
-            return [self[index] for index in range(len(self))[which]]
         if not 0 <= which < len(self):
             raise IndexError(which)
         if self._last is None or self._last[0] != which:

@@ -235,36 +235,21 @@ class Scrubber:
 
     def _one_site_a_pass(self, shown: tqdm) -> None:
         """Fit each site with all sites before it erased: right by definition, in any order of the sites."""
-        task, processes = self.task, self.task.processes
-        order: dict[str, None] = {}
-
-        def note_site(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-            order.setdefault(site)
-            return hidden
-
-        with processes.fail_together("running over its first batch"):
-            task.run_over(self._batches[:1], note_site)
-        visited = max(processes.gathered([list(order)]), key=len)
-        is_revisited = False
+        task = self.task
+        # `widths` has the sites in the order in which a pass over a few rows reached them.
+        reached = list(dict.fromkeys(map(site_of, task.layouts.widths)))
+        visited = max(task.processes.gathered([reached]), key=len)
         for site in [*visited, *(site for site in task.layers if site not in visited)]:
             if site not in self.fits and site not in self._left_out:
-                is_revisited |= self._gather_moments(site)
+                self._gather_moments(site)
                 self._solve(site)
             shown.update()
-        if is_revisited or self._restored:
-            self._gather_moments(None)
+        self._gather_moments(None)
 
-    def _gather_moments(self, chosen: str | None) -> bool:
-        """Gather moments, with the erasers so far: at the first visit of a site, or with None at later visits of all.
-
-        Returns:
-            Whether a site was visited again.
-        """
-        is_revisited = False
+    def _gather_moments(self, chosen: str | None) -> None:
+        """Gather moments, with the erasers so far: at first visits of a site, or with None at later visits of all."""
 
         def add_activation(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-            nonlocal is_revisited
-            is_revisited |= visit > 1
             is_due = visit > 1 and site in self.fits if chosen is None else visit == 1 and site == chosen
             if labels is not None and is_due:
                 statistics = labels.source if visit == 1 else self._later[labels.source.key]
@@ -273,7 +258,6 @@ class Scrubber:
 
         with self.task.processes.fail_together(f"running over its batches to {chosen or 'the end'!r}"):
             self.task.run_over(self._batches, add_activation)
-        return any(self.task.processes.gathered([is_revisited]))
 
     # ---- one site ----------------------------------------------------------------------------------------------------
 
