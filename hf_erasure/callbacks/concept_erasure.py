@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState
 
-from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.fitting import fit_concept_erasure
-from hf_erasure.fitting.heldout import measured_leakage, shared_rows
-from hf_erasure.fitting.report import rows_in_words
+from hf_erasure.fitting.heldout import hashes_of, measured_leakage
 from hf_erasure.fitting.sites import adapter_to_fit
 from hf_erasure.models.model import forked_rng
 
@@ -76,6 +74,7 @@ class ConceptErasureCallback(LoggingCallback):
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
         self._options: dict[str, Any] = {"sequential": sequential, "background": background}
         self.pool, self.delete_at_end = pool, delete_at_end
+        self._fitted_on: set[int] = set()  # Hashes of the rows of `batches`; empty before the first measurement.
 
     @property
     def refits(self) -> int:
@@ -86,16 +85,6 @@ class ConceptErasureCallback(LoggingCallback):
         """Check how the model is trained, and fit an erasure that is not fitted yet."""
         super().on_train_begin(args, state, control, model=model)
         found, _ = adapter_to_fit(model, self.adapter_name)
-        if self.eval_batches is not None:
-            with forked_rng(model):
-                examples, fitted, environments = shared_rows(self.batches, self.eval_batches)
-            self.measured_on = rows_in_words(examples, fitted, environments)
-            if fitted:
-                warn_user(
-                    f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "
-                    "is fitted on: the leakage that is logged is on fitted rows, and says little about other rows. "
-                    "Give eval_batches other rows."
-                )
         if not found.config.fitted:
             self._refit(model, state)
 
@@ -128,7 +117,11 @@ class ConceptErasureCallback(LoggingCallback):
         """Leakage per site, and how often the erasure was refitted."""
         found: dict[str, float] = {"erasure_refits": self.refits}
         if self.eval_batches is not None:
-            leakage = measured_leakage(model, self.eval_batches, self.adapter_name, pool=self.pool)
+            if not self._fitted_on:
+                self._fitted_on.update(row for batch in self.batches for row in hashes_of(batch))
+            leakage, self.measured_on = measured_leakage(
+                model, self.eval_batches, self.adapter_name, pool=self.pool, fitted_on=self._fitted_on
+            )
             found |= {f"leakage/{site}": value for site, value in leakage.items()}
             found["leakage_max"] = max(leakage.values())
             self.memory["is_due"] = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage

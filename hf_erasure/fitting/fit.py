@@ -28,7 +28,7 @@ from hf_erasure.models.model import class_name, evaluating
 
 from .checkpoint import FitCheckpoint
 from .dataloader import ConceptCollator
-from .heldout import RowSet, measure
+from .heldout import measure, noting_rows
 from .labels import BatchLabels, Source, length_of
 from .layouts import site_of, visit_of
 from .report import ErasureReport
@@ -103,7 +103,7 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_inactive(model, adapter_name)
-    checkpoint, rows = None, None if eval_batches is None else RowSet()
+    checkpoint, rows = None, set[int]()
     with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
         if checkpoint_dir is not None:
             with task.processes.fail_together("opening checkpoint_dir"):
@@ -118,7 +118,8 @@ def fit_concept_erasure(
                     active=active,
                     samples=fingerprint(task.owner, list(task.layers)) | {x["name"]: x["sample"] for x in active},
                 )
-        source = Source(task.config, labelled if rows is None else rows.adding(labelled), original=batches)
+        read = labelled if eval_batches is None else noting_rows(labelled, rows)
+        source = Source(task.config, read, original=batches)
         fits = solve_sites(task, [source], background, sequential, resident_batches, checkpoint)
         left_out = [site for site in task.layers if site not in fits]
         report = finish_fit(task, [source], fits, eval_batches, rows)
@@ -284,7 +285,7 @@ def finish_fit(
     labelled: list[Source],
     fits: dict[str, SiteFit],
     eval_batches: Iterable[Any] | None = None,
-    fitted_rows: RowSet | None = None,
+    fitted_rows: set[int] | None = None,
 ) -> ErasureReport:
     """Measure the erasers on held-out batches, put them in place, and record the fit in the configuration.
 

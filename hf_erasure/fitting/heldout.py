@@ -8,24 +8,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.model import evaluating, inputs_of, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, length_of, mean_pooled
-from .layouts import observed, visit_of
+from .layouts import number_of, observed, site_of, visit_of
 from .pairs import without_counterfactuals
 from .processes import Processes
-from .report import SiteReport
+from .report import SiteReport, rows_in_words
 from .sites import FitTask, task_for
 
 # Environments are put into halves in pairs, one into each half. This many pairs have a random draw of their own.
@@ -56,7 +56,7 @@ def measure(
     batches: Iterable[Any],
     erase: Callable[[str, Tensor], Tensor],
     fit_lines: Iterable[SiteReport] = (),
-    fitted_on: RowSet | None = None,
+    fitted_on: set[int] | None = None,
 ) -> tuple[list[SiteReport], int, int, int | None]:
     """Measure leakage and movement on held-out batches, at every site and at the last hidden states.
 
@@ -74,12 +74,11 @@ def measure(
         One line for each site, and one for each visit of a site with several; the number of sequences; how many of
         these were fitted on; and the number of their environments, None where the batches name none.
     """
-    measurement, processes, measured_rows = _Measurement(task, erase), task.processes, RowSet()
+    measurement, processes = _Measurement(task, erase), task.processes
     if isinstance(batches, ObservedBatches):
         measurement.observer, batches = batches.observer, batches.batches
     source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
-    if fitted_on is not None:
-        fitted_on.pool(processes)
+    fitted_rows, measured_rows = set().union(*processes.gathered([fitted_on or set()])), set[int]()
     what = f"measuring {task.name}"
     with (
         processes.fail_together("measuring its batches"),
@@ -94,40 +93,49 @@ def measure(
             measurement.measure_batch(labels)
             shown.update()
             hashes = hashes_of(labels.batch)
-            hashes = hashes if labels.pairs is None else hashes[labels.pairs.is_text.numpy()]
-            measured_rows.add(hashes)
-            fitted += 0 if fitted_on is None else fitted_on.count(hashes)
+            if labels.pairs is not None:
+                hashes = list(itertools.compress(hashes, labels.pairs.is_text.tolist()))
+            measured_rows.update(hashes)
+            fitted += sum(row in fitted_rows for row in hashes)
     measurement.pool(processes)
     examples, fitted = (sum(processes.gathered([count])) for count in (source.examples, fitted))
     if not examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    measured_rows.pool(processes)
+    measured_rows = set().union(*processes.gathered([measured_rows]))
     if fitted:
-        warnings.warn(
+        warn_user(
             f"{fitted} of the {examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
-            "figures are on fitted rows, and say little about others. Give rows that are not in batches.",
-            stacklevel=4,
+            "figures are on fitted rows, and say little about others. Give rows that are not in batches."
         )
-    groups = measurement.environments or range(len(measured_rows.hashes) or examples)
+    groups = measurement.environments or range(len(measured_rows) or examples)
     return measurement.lines(fit_lines, len(groups), examples), examples, fitted, len(measurement.environments) or None
 
 
 def measured_leakage(
-    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
-) -> dict[str, float]:
-    """Name of a module, or of a last hidden state → the leakage of the erased activations there, a magnitude.
+    model: nn.Module,
+    batches: Iterable[Any],
+    adapter_name: str = "default",
+    *,
+    pool: str | None = None,
+    fitted_on: set[int] | None = None,
+) -> tuple[dict[str, float], str]:
+    """Measure the leakage of the erased activations at every module, and at the last hidden states.
 
     The model runs twice over the batches, which are held out. By default the pool is the one that the adapter was
-    fitted for, or else the one that the head reads.
+    fitted for, or else the one that the head reads. `fitted_on` has the hashes of the rows that it was fitted on.
+
+    Returns:
+        Name of a module, or of a last hidden state → the leakage there, a magnitude; and the rows in words.
     """
     task, read = task_for(model, adapter_name, batches, pool, as_fitted=True)
 
     def erase(site: str, hidden: Tensor) -> Tensor:
         return apply_erasure(hidden, *task.layers[site].parts_on(adapter_name, hidden.device))
 
-    lines, *_ = measure(task, read, erase)
+    lines, examples, fitted, environments = measure(task, read, erase, fitted_on=fitted_on)
     whole = (line for line in lines if line.visit is None)
-    return {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
+    leakage = {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
+    return leakage, rows_in_words(examples, fitted, environments)
 
 
 # ---- both runs of the model ------------------------------------------------------------------------------------------
@@ -136,16 +144,16 @@ def measured_leakage(
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
-    The figures of a site are kept by visit: calls of its module in one forward pass are counted from 1.
+    The figures of a site are kept by visit, under the keys that `visit_of` makes.
     """
 
     def __init__(self, task: FitTask, erase: Callable[[str, Tensor], Tensor]) -> None:
         self._task, self._erase, z_dim = task, erase, task.config.z_dim
-        # (erased, half, visit) → the moments of each site.
-        self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
-        # (site, visit, whether of labelled positions) → `(3 + width,)` float64, the sums over rows x, which were moved
-        # to x', of 1, |x' − x|², |x|² and the entries of x.
-        self._movements: dict[tuple[str, int, bool], Tensor] = {}
+        # (erased, half) → the moments at each visit.
+        self._halves = {(erased, half): SiteStatistics(z_dim) for erased in (False, True) for half in (0, 1)}
+        # (visit, whether of labelled positions) → `(3 + width,)` float64, the sums over rows x, which were moved to x',
+        # of 1, |x' − x|², |x|² and the entries of x.
+        self._movements: dict[tuple[str, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
         # For each pair of environments, which one is in the first half; the same in every process.
         self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
@@ -169,7 +177,9 @@ class _Measurement:
 
         def observe(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
-            where = runner.side_of(site) if site in finals else visit_of(site, called[erased, site])
+            # A forward pass has one last hidden state, so it is always the first visit.
+            visit = site if site in finals else visit_of(site, called[erased, site])
+            where = runner.side_of(site) if site in finals else visit
             before = None
             now, selection = labels.select(hidden, where)
             if site in finals and erased:
@@ -181,8 +191,7 @@ class _Measurement:
                 now, _ = labels.select(hidden, where)
             if self.observer is not None:
                 self.observer(erased, site, now, selection)
-            # A forward pass has one last hidden state, so it is always the first visit.
-            self._add_activation(site, 1 if site in finals else called[erased, site], half_of, selection, now, before)
+            self._add_activation(visit, half_of, selection, now, before)
             return hidden
 
         for erased in (False, True):
@@ -191,46 +200,42 @@ class _Measurement:
 
     @on_cpu()
     def _add_activation(
-        self, site: str, visit: int, half_of: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
+        self, visit: str, half_of: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
         """Add the activation of one visit, aligned with the labels; `before` is its value before an erasure."""
         guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
         for half in (0, 1):
             of_half = rows.counted & (half_of == half).unsqueeze(1).to(now.device)
-            statistics = self._halves[before is not None, half, visit]
-            statistics.update(site, guarded, dataclasses.replace(rows, counted=of_half))
+            statistics = self._halves[before is not None, half]
+            statistics.update(visit, guarded, dataclasses.replace(rows, counted=of_half))
         if before is not None:
             for labelled, chosen in ((True, selection.counted), (False, selection.real & ~selection.counted)):
                 old, new = (t[chosen].reshape(-1, t.shape[-1]).double() for t in (before, now))
                 figures = [float(len(old)), float((new - old).square().sum()), float(old.square().sum())]
                 moved = torch.cat([torch.tensor(figures, dtype=torch.float64), old.sum(0).cpu()])
-                key = site, visit, labelled
+                key = visit, labelled
                 self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
     def pool(self, processes: Processes) -> None:
         """Add what all processes have measured, in every one of them."""
-        if processes.count == 1:
-            return
-        own = self.environments, {key: half.share() for key, half in self._halves.items()}, self._movements
-        every = processes.gathered([own])
-        self.environments = set().union(*(environments for environments, _, _ in every))
-        for key in sorted({key for _, halves, _ in every for key in halves}):
-            self._halves[key].pool_shares([halves.get(key, {}) for _, halves, _ in every], processes)
-        self._movements = {}
-        for _, _, share in every:
+        for statistics in self._halves.values():
+            statistics.pool(processes)
+        self.environments = set().union(*processes.gathered([self.environments]))
+        shares, self._movements = processes.gathered([self._movements]), {}
+        for share in shares:
             for key, moved in share.items():
                 self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
     @on_cpu()
     def lines(self, fit_lines: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
         """The lines of all sites, measured on `groups` sequences or environments, the last hidden states at the end."""
-        visits: dict[str, set[int]] = {site: set() for site in self._task.layers}
-        for (_, _, visit), statistics in self._halves.items():
-            for site in statistics.moments:
-                visits.setdefault(site, set()).add(visit)
+        visits: dict[str, set[str]] = {site: set() for site in self._task.layers}
+        for statistics in self._halves.values():
+            for key in statistics.moments:
+                visits.setdefault(site_of(key), set()).add(key)
         lines, by_site = [], {line.site: line for line in fit_lines}
-        for site, numbers in visits.items():
-            line, calls = by_site.get(site) or SiteReport(site), sorted(numbers)
+        for site, keys in visits.items():
+            line, calls = by_site.get(site) or SiteReport(site), sorted(keys, key=number_of)
             if not calls:
                 lines.append(line)
                 continue
@@ -244,85 +249,53 @@ class _Measurement:
                 )
             lines.append(whole)
             for visit in calls if len(calls) > 1 else ():
-                of_visit = SiteReport(site, visit, width=line.width, rank=line.rank)
+                of_visit = SiteReport(site, number_of(visit), width=line.width, rank=line.rank)
                 lines.append(self._measured_line(of_visit, [visit], groups))
         return lines
 
-    def _measured_line(self, line: SiteReport, visits: list[int], groups: int) -> SiteReport:
+    def _measured_line(self, line: SiteReport, visits: list[str], groups: int) -> SiteReport:
         """The line with the figures of its site, over some of its visits together.
 
-        It has no leakage where one half of the sequences lacks a class.
+        It has no leakage where one half of the sequences lacks a class, and no change without rows.
         """
-        figures: dict[str, Any] = {}
+        figures: dict[str, Any] = {"change_labelled": None, "change_ignored": None}
         for erased, name in ((False, "before"), (True, "after")):
-            halves = [self._half_moments(erased, half, line.site, visits) for half in (0, 1)]
+            halves = [self._half_moments(erased, half, visits) for half in (0, 1)]
             if all(half.rows and bool(half.covariance_z.diagonal().max() > 0) for half in halves):
                 correlation = cross_validated_correlation(*halves)
                 figures[f"correlation_{name}"] = max(0.0, correlation)
                 figures[f"interval_{name}"] = correlation_interval(correlation, groups)
         for labelled, name in ((True, "change_labelled"), (False, "change_ignored")):
-            keys = ((line.site, visit, labelled) for visit in visits)
-            figures[name] = _relative_change([self._movements[key] for key in keys if key in self._movements])
+            keys = ((visit, labelled) for visit in visits)
+            if moved := [self._movements[key] for key in keys if key in self._movements]:
+                total = torch.stack(moved).sum(0)
+                rows, squared, squares = total[:3].tolist()
+                variance = squares / rows - float((total[3:] / rows).square().sum()) if rows else 0.0
+                figures[name] = (squared / rows / variance) ** 0.5 if variance > 0 else None
         return dataclasses.replace(line, **figures)
 
-    def _half_moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments:
+    def _half_moments(self, erased: bool, half: int, visits: list[str]) -> ConceptMoments:
         """The moments of one half of the sequences over some visits of a site."""
-        found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
-        there = [moments for moments in found if moments is not None]
+        moments_at = self._halves[erased, half].moments
+        there = [moments_at[visit] for visit in visits if visit in moments_at]
         together = ConceptMoments(there[0].x_dim if there else 1, self._task.config.z_dim)
         for moments in there:
             together.merge(moments)
         return together
 
 
-def _relative_change(moved: Sequence[Tensor]) -> float | None:
-    """The change `sqrt(E|x' − x|² / E|x − E x|²)` over all rows of such sums; None without rows."""
-    if not moved:
-        return None
-    total = torch.stack(list(moved)).sum(0)
-    rows, squared, squares = total[:3].tolist()
-    variance = squares / rows - float((total[3:] / rows).square().sum()) if rows else 0.0
-    return (squared / rows / variance) ** 0.5 if variance > 0 else None
-
-
 # ---- rows that are recognised ----------------------------------------------------------------------------------------
 
 
-class RowSet:
-    """A set of rows, regardless of their order, their padding and how often each was seen."""
-
-    def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-        self._known = np.empty(0, np.uint64)
-
-    def adding(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the same batches, and add the rows of each."""
-        for batch in batches:
-            self.add(hashes_of(batch))
-            yield batch
-
-    def add(self, hashes: np.ndarray) -> None:
-        """Add rows by their hashes."""
-        self._parts.append(hashes)
-
-    @property
-    def hashes(self) -> np.ndarray:
-        """`(rows,)` uint64, sorted and each once."""
-        if self._parts:
-            self._known, self._parts = np.unique(np.concatenate([self._known, *self._parts])), []
-        return self._known
-
-    def pool(self, processes: Processes) -> None:
-        """Make this the set of the rows of all processes, in every process."""
-        self._parts = processes.gathered([self.hashes])
-
-    def count(self, hashes: np.ndarray) -> int:
-        """How many rows with these hashes were seen."""
-        return int(np.isin(hashes, self.hashes).sum())
+def noting_rows(batches: Iterable[Any], rows: set[int]) -> Iterator[Any]:
+    """Yield the same batches, and add the hashes of the rows of each to `rows`."""
+    for batch in batches:
+        rows.update(hashes_of(batch))
+        yield batch
 
 
-def hashes_of(batch: Any) -> np.ndarray:
-    """One hash for each row, of its inputs without padding: `(rows,)` uint64; empty where `batch` is not a batch."""
+def hashes_of(batch: Any) -> list[int]:
+    """One hash for each row, of its inputs without padding; empty where `batch` is not a batch."""
     inputs = {
         name: value.detach().cpu()
         for name, value in (sorted(inputs_of(batch).items()) if isinstance(batch, Mapping) else ())
@@ -330,7 +303,7 @@ def hashes_of(batch: Any) -> np.ndarray:
         if not name.endswith("mask") and not name.startswith("decoder_")
     }
     if not inputs:
-        return np.empty(0, np.uint64)
+        return []
     inputs = {name: inputs[name] for name in _INPUTS if name in inputs} or inputs
     mask = batch.get("attention_mask")
     real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
@@ -346,27 +319,4 @@ def hashes_of(batch: Any) -> np.ndarray:
             part = part.float() if part.is_floating_point() else part.to(torch.int64)
             hashed.update(part.contiguous().numpy().tobytes())
         hashes.append(int.from_bytes(hashed.digest(), "little"))
-    return np.array(hashes, np.uint64)
-
-
-def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int, int | None]:
-    """Count the rows that figures of `others` are on, as `measure` does, in all processes together.
-
-    Returns:
-        How many texts `others` have, how many of these are also in `batches`, and the number of their environments,
-        None where the batches name none.
-    """
-    processes, seen, examples, shared, environments = Processes(), RowSet(), 0, 0, set[int]()
-    for batch in batches:
-        seen.add(hashes_of(batch))
-    seen.pool(processes)
-    for batch in others:
-        hashes = hashes_of(batch)
-        named = batch if isinstance(batch, Mapping) else {}
-        if "concept_pairs" in named:
-            hashes = hashes[(torch.as_tensor(named["concept_pairs"]) < 0).cpu().numpy()]
-        examples, shared = examples + len(hashes), shared + seen.count(hashes)
-        environments |= set(torch.as_tensor(named.get("concept_environments", ())).tolist())
-    every = processes.gathered([(examples, shared, environments)])
-    examples, shared = (sum(counts[place] for counts in every) for place in (0, 1))
-    return examples, shared, len(set().union(*(environments for _, _, environments in every))) or None
+    return hashes

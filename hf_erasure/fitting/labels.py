@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.moments import Strata
-from hf_erasure.erasers.statistics import IGNORED, Sums
+from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import inputs_of, on_cpu
@@ -28,9 +28,6 @@ from hf_erasure.models.model import inputs_of, on_cpu
 from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of
 from .pairs import Pairs, ids_in
 from .processes import Processes
-
-# What one process has seen at a site: the width and the dtype of the activation, and the sums over its rows.
-Share = tuple[int, torch.dtype, Sums | None]
 
 
 @dataclass(frozen=True)
@@ -116,22 +113,17 @@ class SiteStatistics:
 
     def pool(self, processes: Processes, keys: Collection[str] | None = None) -> None:
         """Add up the moments at these keys, or at all keys, over all processes, in every process."""
-        if processes.count > 1:
-            self.pool_shares(processes.gathered([self.share(keys)]), processes)
-
-    def share(self, keys: Collection[str] | None = None) -> dict[str, Share]:
-        """This process's argument of `pool_shares`, for all sites in one call."""
+        if processes.count == 1:
+            return
         chosen = {key: moments for key, moments in self.moments.items() if keys is None or key in keys}
-        return {key: (moments.x_dim, self.dtypes[key], moments.shared) for key, moments in chosen.items()}
-
-    def pool_shares(self, shares: Sequence[Mapping[str, Share]], processes: Processes) -> None:
-        """Do what `pool` does, if the shares of all processes are already gathered."""
-        for site in sorted({site for share in shares for site in share}):
-            there = [share.get(site) for share in shares]
+        own = {key: (moments.x_dim, self.dtypes[key], moments.shared) for key, moments in chosen.items()}
+        shares = processes.gathered([own])
+        for key in sorted({key for share in shares for key in share}):
+            there = [share.get(key) for share in shares]
             # Any one of them, since all have the same width: the last.
-            width, self.dtypes[site], _ = next(own for own in reversed(there) if own is not None)
-            sums = [None if own is None else own[2] for own in there]
-            self.moments_for(site, width).pool(sums, processes.add)
+            width, self.dtypes[key], _ = next(seen for seen in reversed(there) if seen is not None)
+            sums = [None if seen is None else seen[2] for seen in there]
+            self.moments_for(key, width).pool(sums, processes.add)
 
 
 class Source(SiteStatistics):

@@ -47,6 +47,11 @@ def site_of(key: str) -> str:
     return key.removesuffix(_PAIRS).partition(_VISIT)[0]
 
 
+def number_of(key: str) -> int:
+    """The number of the visit of a key that `visit_of` made."""
+    return int(key.partition(_VISIT)[2] or 1)
+
+
 def pairs_of(key: str) -> str:
     """The key of the differences within pairs at a visit of a site."""
     return f"{key}{_PAIRS}"

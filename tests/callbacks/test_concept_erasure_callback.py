@@ -90,7 +90,7 @@ def test_leakage_on_rows_that_are_fitted_on_is_called_that(tmp_path: Path):
     eval_batches = [*batches[:1], *small_batches("llama", 1, seed=900)]
     callback, model = ConceptErasureCallback(batches, NAME, eval_batches=eval_batches), adapted()
     model.requires_grad_(True)
-    with pytest.warns(UserWarning, match="16 of the 32 rows of eval_batches are rows of batches, which 'no_gender'"):
+    with pytest.warns(UserWarning, match="16 of the 32 rows of eval_batches are rows that 'no_gender' was fitted on"):
         fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=4)
     card = (tmp_path / "checkpoint-4" / NAME / "README.md").read_text()
     assert "On fitted rows (16 of 32), of every token, at step 4 of training" in card
@@ -127,7 +127,7 @@ def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
         fine_tune(model, tmp_path, callback, learning_rate=0.5)
         refits[threshold] = callback.refits
         if threshold != 0.999:
-            leakage[threshold] = max(measured_leakage(model, batches, NAME).values())
+            leakage[threshold] = max(measured_leakage(model, batches, NAME)[0].values())
     assert refits[None] == refits[0.999] == 0
     assert refits[0.05] >= 1
     assert leakage[0.05] < leakage[None]
