@@ -215,7 +215,7 @@ def test_a_dial_merges_at_norms_and_a_target_asks_for_a_bias_where_there_is_none
     moved = loaded("llama", saved(model, tmp_path / "moved", target="male"))
     with pytest.raises(
         ValueError,
-        match=r"moves activations to a target, for which .* would need a bias, and has none\. Remove",
+        match=r"moves it to a target, for which .* would need a bias, and has none\. If it has a target, remove it",
     ):
         moved.merge_adapter()
     set_target(moved, NAME, None)

@@ -335,22 +335,13 @@ def _refuse_lost_means(model: nn.Module, plan: MergePlan) -> None:
                 without_bias.setdefault(edit.path, target)
     if not without_bias:
         return
-    sites = list(without_bias)
-    layers = erasure_layers(model)
-    why = f"for which {without_bias[sites[0]]!r} would need a bias, and has none."
-    edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
-    holders = [layers[edit.path].erasures[edit.adapter].holder for edit in edits]
-    biases = [holder.concept_erasure_bias[edit.adapter] for holder, edit in zip(holders, edits, strict=True)]
-    if not any(bias.any() for bias in biases):  # they are linear maps
-        raise ValueError(
-            f"The erasure at {sites[0]!r} cannot be merged: it moves activations to a target, {why} Remove the target "
-            "first, hf_erasure.set_target(model, name, None), or use this adapter unmerged."
-        )
+    sites, layers = list(without_bias), erasure_layers(model)
     without = f"leave out the sites that need one, exclude_modules={sites}, " if len(sites) < len(plan.orders) else ""
     raise ValueError(
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
-        f"{why} Leave a target out, and fit it again with ConceptErasureConfig(affine=None), which takes the linear "
-        "map that keeps the mean where layers have no bias, or with affine=False, "
+        f"for which {without_bias[sites[0]]!r} would need a bias, and has none. If it has a target, remove it, "
+        "hf_erasure.set_target(model, name, None). Otherwise fit it again with ConceptErasureConfig(affine=None), "
+        "which takes the linear map that keeps the mean where layers have no bias, or with affine=False, "
         f"{without}or use this adapter unmerged. {advise_targets(model, [layers[site] for site in sites])}".rstrip()
     )
 
