@@ -152,9 +152,7 @@ def test_modules_that_are_in_the_head_alone_are_named(tmp_path: Path):
     with_head.save_pretrained(tmp_path / "classifier")
     parameters = {n: p.clone() for n, p in bare.named_parameters()}
     for road in ROADS:
-        with pytest.raises(
-            ValueError, match=r"0 of its 1 modules are here, \['classifier'\] is in the head of BertForSeq"
-        ):
+        with pytest.raises(ValueError, match="acts at 'classifier', which this BertModel does not have"):
             loaded(bare, tmp_path / "classifier", road)
     assert not hasattr(bare, "peft_config") and all(torch.equal(p, parameters[n]) for n, p in bare.named_parameters())
     bare.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules="all-linear"), adapter_name=NAME)
@@ -162,7 +160,7 @@ def test_modules_that_are_in_the_head_alone_are_named(tmp_path: Path):
     bare.save_pretrained(tmp_path / "linear")
     with pytest.raises(
         ValueError,
-        match=r"acts at 'pooler.dense', which this .* 12 of its 13 modules are here, \['pooler.dense'\] is not here",
+        match=r"BertModel and acts at 'pooler.dense', which this BertForMaskedLM .* targets that both models have",
     ):
         hf.BertForMaskedLM(bare.config).load_adapter(tmp_path / "linear")
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -339,27 +338,15 @@ def rename_modules(config: ChildConfig, rename: Rename) -> None:
 
 
 def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
-    """Raise a `ValueError` that names missing sites, and where they are: in another head, or below a child module."""
-    sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
-    base_class, prefix = Provenance.of(config).base_class, f"{prefix_of(model)}."
-    missing = [site for site in sites if site not in names]  # sites that only have another name here are left out
-    missing = [site for site in missing if not {prefix + site, site.removeprefix(prefix)} & names] or missing
+    """Raise a `ValueError` that names missing sites; sites that only have another name here are named last."""
+    sites, names, prefix = config.fitted_modules, {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
+    missing = [site for site in sites if not {site, prefix + site, site.removeprefix(prefix)} & names]
+    missing = missing or [site for site in sites if site not in names]
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
-    below = (child for child, _ in model.named_children() if all(f"{child}.{site}" in names for site in sites))
-    hint = "Load it into the model it was fitted on."
-    is_same_base = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
-    if is_same_base and not any(site.startswith(prefix) for site in missing):
-        place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
-        hint = (
-            f"{len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} {place}: load it into a {base_class}, or fit it again with "
-            "targets that both models have."
-        )
-    elif child := next(below, None):
-        hint = f"They exist below model.{child}: call model.{child}.load_adapter(…)."
     raise ValueError(
         f"The {config.described} was fitted on {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
-        f"{type(model).__name__} does not have. {hint}"
+        f"{type(model).__name__} does not have. Load it into the model it was fitted on, or into the part of this "
+        "model that has these modules, model.part.load_adapter(…), or fit it again with targets that both models have."
     )
 
 
