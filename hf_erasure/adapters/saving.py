@@ -432,21 +432,11 @@ def refuse_lost_adapters(model: Any, state_dict: Mapping[str, Any] | None = None
             f"Saving this {name} would lose {phrase}, which PEFT added to it. Save the PeftModel, peft_model."
             "save_pretrained(folder), or merge it first; or add adapters by model.add_adapter and model.load_adapter."
         )
-    part = as_attribute(first.path)
-    keep = f"{part}.save_pretrained(folder) saves it in a folder of its own"
-    own = list(getattr(model, "peft_config", None) or ())
-    if not own:
-        raise ValueError(
-            f"Saving this {name} would lose {phrase}: {keep}. After {part}.delete_adapter({first.name!r}) the model is "
-            "saved without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
-            "model.save_pretrained; it may come from the part's folder."
-        )
+    part, own = as_attribute(first.path), list(getattr(model, "peft_config", None) or ())
+    keep = f"{phrase}: {part}.save_pretrained(folder) saves it in a folder of its own"
     # transformers would look for the configuration of an acting adapter in this model, even if a part has it.
     acting = saved.active_adapters() if saved is model else []
-    foreign = [adapter for adapter in acting if adapter not in own]
-    if foreign:
-        raise ValueError(
-            f"This {name} cannot be saved: {foreign} is on, which is not an adapter of this model but of {part}, and "
-            f"{own} is off. {keep}. Call model.set_adapter({own}) before you save this model with its own adapters."
-        )
-    warn_user(f"Saving this {name} leaves out {phrase}: {keep}.")
+    if not own or not set(acting) <= set(own):
+        without = f"model.set_adapter({own})" if own else f"{part}.delete_adapter({first.name!r})"
+        raise ValueError(f"Saving this {name} would lose {keep}. Call {without} before you save the model without it.")
+    warn_user(f"Saving this {name} leaves out {keep}.")
