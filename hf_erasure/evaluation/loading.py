@@ -14,13 +14,13 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.acting import auxiliary_wrappers
 from hf_erasure.adapters.common.config import ChildConfig, Provenance
 from hf_erasure.adapters.loading.fingerprint import fingerprint, resample
-from hf_erasure.adapters.merging.export import model_class
+from hf_erasure.adapters.merging.export import class_for
 from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
@@ -56,21 +56,15 @@ class Adapter:
         return [name for name in kept.split("+") if name in POOLS]
 
     def host(self, model: Any) -> Any:
-        """The model that the adapter is loaded into: `model`, or its backbone if it was fitted on the backbone alone.
-
-        None if neither has the modules that the adapter was fitted on.
-        """
-        if not isinstance(self.config, ChildConfig):
-            return model
-        for host in (model, model.base_model):
-            if {name for name, _ in host.named_modules()}.issuperset(self.config.fitted_modules):
-                return host
-        return None
+        """The model that the adapter is loaded into: `model`, or its backbone if the adapter's names are of that."""
+        sites = self.config.fitted_modules if isinstance(self.config, ChildConfig) else ()
+        hosts = (h for h in (model, model.base_model) if {name for name, _ in h.named_modules()}.issuperset(sites))
+        return next(hosts, model)
 
     def acts(self, model: nn.Module) -> tuple[bool, str]:
         """Whether the adapter acts, in words too: by `verify_adapter`, or for other kinds by the outputs without it."""
         if isinstance(self.config, ChildConfig):
-            found = verify_adapter(self.host(model) or model, self.name)
+            found = verify_adapter(self.host(model), self.name)
             return found.ok, found.text
         switched: Any = model
         active = list(switched.active_adapters())
@@ -150,30 +144,18 @@ class Loader:
     def __init__(self, model: str, adapters: Sequence[Adapter]) -> None:
         self.path = embedded_model() if model == EMBEDDED else os.path.expandvars(model)
         with naming_the_model(self.path):
-            self._config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        own = next(
-            filter(None, (model_class(name, self._config) for name in self._config.architectures or [])), AutoModel
-        )
-        ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
-        others = filter(None, (model_class(Provenance.of(adapter.config).base_class, self._config) for adapter in ours))
         # The class in which the model is loaded.
-        self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._unfit_adapters(kind, ours)), own)
-        notes = []
-        if getattr(self._config, "is_encoder_decoder", False):
+        self.kind = class_for(config, [a.config for a in adapters if isinstance(a.config, ChildConfig)])
+        own, notes = class_for(config, []), []
+        if getattr(config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
         if self.kind is not own:
             notes.append(
-                f"loaded as {self.kind.__name__} and not as {own.__name__}, which lacks modules that "
-                f"{self._unfit_adapters(own, ours)[0]} was fitted on"
+                f"loaded as {self.kind.__name__} and not as {own.__name__}, which lacks modules of the adapters"
             )
         self.note = "; ".join(notes)
-
-    def _unfit_adapters(self, kind: Any, adapters: list[Adapter]) -> list[str]:
-        """The names of the adapters whose modules a model of a class does not have."""
-        with torch.device("meta"):
-            model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
-        return [adapter.name for adapter in adapters if adapter.host(model) is None]
 
     def load(self, entry: Entry) -> nn.Module:
         """The model with the adapters of an entry, all of them active, in evaluation mode.
@@ -186,7 +168,7 @@ class Loader:
             warnings.filterwarnings("ignore", message="(Adding .* switched |Other adapters act here)")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in entry.adapters:
-                (adapter.host(model) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
+                adapter.host(model).load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
         # A model and its backbone may both hold adapters, and `set_adapter` of one does not know those of the other.
         for layer in model.modules():
@@ -212,7 +194,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
         own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
         sample = Provenance.of(adapter.config).fingerprint
         if sample:
-            own["base"] = resample(adapter.host(model) or model, sample)
+            own["base"] = resample(adapter.host(model), sample)
     with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 

@@ -195,6 +195,17 @@ def test_the_command_that_merges_takes_the_model_with_its_head(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_the_commands_load_a_trained_head_into_the_class_that_has_it(kind: str, tmp_path: Path):
+    bare, with_head = both("bert")
+    bare.save_pretrained(tmp_path / "model")
+    OF[kind].add(with_head, "bert", NAME, modules_to_save=["classifier"])
+    with_head.save_pretrained(tmp_path / "adapter")
+    loaded_model: Any = load_with_erasure(str(tmp_path / "model"), tmp_path / "adapter").get_base_model()
+    assert type(loaded_model) is hf.BertForSequenceClassification
+    assert same(outputs_of(loaded_model, small_batch("bert")), outputs_of(with_head, small_batch("bert")))
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_the_commands_refuse_a_model_of_another_type_in_words(kind: str, tmp_path: Path):
     """The class that an adapter was fitted on cannot be built from the other model's configuration."""
     OF[kind].added("bert", NAME).save_pretrained(tmp_path / "adapter")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.models.dummy import dummy_batch
@@ -306,23 +307,14 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
 
 
 def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
-    """Load a model with an adapter: in the checkpoint's class, or the adapter's if only this class has its sites."""
+    """Load a model with an adapter, in the class that `class_for` finds."""
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
         raise ValueError(
             f"{str(adapter)!r} holds a {kind_of(config)} adapter, which is not one of hf_erasure: load and merge it "
             "with PEFT, PeftModel.from_pretrained(model, folder).merge_and_unload()."
         )
-    plain = AutoConfig.from_pretrained(model)
-    names = [*(plain.architectures or []), Provenance.of(config).base_class]
-    chosen: Any = AutoModel
-    # The names come from files, so only classes of models in transformers are allowed.
-    for candidate in filter(None, (model_class(name, plain) for name in names)):
-        with torch.device("meta"):
-            has_sites = find_renaming(candidate(plain), config.fitted_modules) is not None
-        if has_sites:
-            chosen = candidate
-            break
+    chosen = class_for(AutoConfig.from_pretrained(model), [config])
     wrapped: PeftModel = PeftModel.from_pretrained(chosen.from_pretrained(model), str(adapter), adapter_name=_ADAPTER)
     return wrapped
 
@@ -357,11 +349,27 @@ def save_merged(
     return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
 
 
-def model_class(name: str, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel] | None:
-    """The class of a model that transformers has under this name, if it takes such a configuration; None else."""
-    found = getattr(transformers, name, None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and isinstance(config, getattr(found, "config_class", None) or ()) else None
+def class_for(config: PretrainedConfig, adapters: Sequence[ChildConfig]) -> Any:
+    """The class in which to load a checkpoint: its own, or one of an adapter if its own lacks what adapters need."""
+    names = [*(config.architectures or []), *(Provenance.of(adapter).base_class for adapter in adapters)]
+    # The names come from files, so only classes of models in transformers are allowed, and only for this configuration.
+    found = [kind for kind in (getattr(transformers, name, None) for name in names) if isinstance(kind, type)]
+    known = [
+        kind for kind in found if issubclass(kind, PreTrainedModel) and isinstance(config, kind.config_class or ())
+    ]
+    for candidate in known:
+        with torch.device("meta"):
+            model = candidate(config)
+        if all(_has_modules(model, adapter) for adapter in adapters):
+            return candidate
+    return known[0] if known else AutoModel
+
+
+def _has_modules(model: nn.Module, adapter: ChildConfig) -> bool:
+    """Whether a model has the modules at which an adapter acts, and a module of those that were trained with it."""
+    trained = tuple(adapter.modules_to_save or ())
+    has_trained = not trained or any(name.endswith(trained) for name, _ in model.named_modules())
+    return has_trained and find_renaming(model, adapter.fitted_modules) is not None
 
 
 # ---- for sentence-transformers ---------------------------------------------------------------------------------------
