@@ -318,20 +318,16 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
         for key, (name, tensor) in kept.items():
             value = overrides.get(f"{root}{path}.{key}", overrides.get(f"{root}{place}.{key}", tensor))
             (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
-    if not own:
-        raise ValueError(
-            f"The {config.described} cannot be saved: no module of this {type(base).__name__} has adapter "
-            f"{adapter_name!r} any more, as after merge_and_unload() or unload(). Nothing was written. Save the "
-            "adapter before that, or load it again. To save a merged model, call save_pretrained of the model that "
-            "merge_and_unload() returned, with another folder."
-        )
     found = {name: (_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
-    fault = find_fault(found, config, f"in this {type(base).__name__}") if config.fitted else None
+    fault = find_fault(found, config, f"in this {type(base).__name__}") if config.fitted and own else None
+    if not own:
+        fault = f"no module of this {type(base).__name__} has adapter {adapter_name!r} any more"
     if fault is not None:
         raise ValueError(
             f"The {config.described} cannot be saved: {fault}. Nothing was written. Modules were taken out of the "
-            "model or moved in it, or fields that fitting writes were changed: save the adapter before that, or load "
-            "it into the model that it was fitted on."
+            "model or moved in it, as by merge_and_unload() or unload(), or fields that fitting writes were changed: "
+            "save the adapter before that, or load it into the model that it was fitted on. To save a merged model, "
+            "call save_pretrained of the model that merge_and_unload() returned, with another folder."
         )
     for end in config.modules_to_save or ():  # a name that matches no module is ignored
         named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
@@ -342,15 +338,11 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
                 "adapter again, with PeftModel.from_pretrained(model, folder)."
             )
     for name, tensor in (own | copies).items():
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or (tensor.is_floating_point() and not bool(tensor.isfinite().all())):
             raise ValueError(
-                f"The {config.described} cannot be saved: {name!r} is on the meta device and has no values. Load the "
-                "adapter again, into a model that has its weights."
-            )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"The {config.described} cannot be saved: {name!r} has values that are not finite, and could not be "
-                "loaded again. Nothing was written. Load the adapter again, or look at the state_dict that was given."
+                f"The {config.described} cannot be saved: {name!r} is on the meta device or has values that are not "
+                "finite, and could not be loaded again. Nothing was written. Load the adapter again, into a model that "
+                "has its weights, or look at the state_dict that was given."
             )
     return own | copies
 

@@ -48,7 +48,7 @@ def test_an_adapter_that_was_taken_off_is_not_saved_empty(kind: str, way: str, t
     model.save_pretrained(tmp_path / "kept")
     getattr(model.base_model, way)()
     for folder in (tmp_path / "kept", tmp_path / "new"):
-        words = r"no module of this BertModel has adapter 'default' any more, as after merge_and_unload"
+        words = r"no module of this BertModel has adapter 'default' any more\. .* as by merge_and_unload"
         refused(lambda f=folder: model.save_pretrained(f), folder, words)
         refused(
             lambda f=folder: model.save_pretrained(f, selected_adapters=["other"]), folder, "adapter 'other' any more"
@@ -116,7 +116,11 @@ def test_values_that_never_arrived_are_not_saved(tmp_path: Path):
 
 def test_a_model_without_values_has_none_to_save(tmp_path: Path):
     model = OF["erasure"].added("bert", "a").to("meta")
-    refused(lambda: model.save_pretrained(tmp_path / "a"), tmp_path / "a", "is on the meta device and has no values")
+    refused(
+        lambda: model.save_pretrained(tmp_path / "a"),
+        tmp_path / "a",
+        "is on the meta device or has values that are not",
+    )
 
 
 # ---- what PEFT leaves out --------------------------------------------------------------------------------------------
