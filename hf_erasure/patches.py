@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
 from .adapters import saving
 from .adapters.common import acting, tuner
-from .adapters.internals import Internal, check_internals, installed
+from .adapters.internals import Internal, check_internals
 from .adapters.loading import load
 from .callbacks import trainer
 from .hub import cards, pushing
@@ -176,7 +177,7 @@ def wrap(table: tuple[Patch, ...]) -> None:
         missing = patch.why_missing()
         if missing is not None:
             warnings.warn(
-                f"hf_erasure wraps {missing}, which {patch.package} {installed(patch.package)} does not have. "
+                f"hf_erasure wraps {missing}, which {patch.package} {version(patch.package)} does not have. "
                 f"What does not work here: {patch.without}. Everything else works.",
                 stacklevel=3,
             )

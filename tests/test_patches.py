@@ -30,8 +30,8 @@ def method_noted(original: Callable, owner: Any, *args: Any, **kwargs: Any) -> A
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A stand-in for another package, with two modules; one of them has a function of the other."""
-    module, again = types.ModuleType("theirs"), types.ModuleType("theirs_again")
+    """A stand-in for two modules of another package; one of them has a function of the other."""
+    module, again = types.ModuleType("peft.theirs"), types.ModuleType("peft.theirs_again")
 
     class Owner:
         def method(self, number: int) -> int:
@@ -45,21 +45,21 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         return number + 2
 
     module.Owner, module.function, again.function = Owner, function, function  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "theirs", module)
-    monkeypatch.setitem(sys.modules, "theirs_again", again)
+    monkeypatch.setitem(sys.modules, "peft.theirs", module)
+    monkeypatch.setitem(sys.modules, "peft.theirs_again", again)
     return module
 
 
 def patch(name: str, **options: Any) -> Patch:
     wrapper = options.pop("wrapper", noted)
-    return Patch(options.pop("module", "theirs"), name, wrapper=wrapper, **options)
+    return Patch(options.pop("module", "peft.theirs"), name, wrapper=wrapper, **options)
 
 
 def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
-    table = (patch("function", other_modules=("theirs_again",)), patch("Owner.method", wrapper=method_noted))
+    table = (patch("function", other_modules=("peft.theirs_again",)), patch("Owner.method", wrapper=method_noted))
     for _ in range(3):
         patches.wrap(table)
-    assert theirs.function(1) == ["noted", 3] and sys.modules["theirs_again"].function(1) == ["noted", 3]
+    assert theirs.function(1) == ["noted", 3] and sys.modules["peft.theirs_again"].function(1) == ["noted", 3]
     assert theirs.Owner().method(number=1) == ["Owner", 2]
     patches.wrap((patch("function", wrapper=lambda original, number: original(number) * 10),))
     assert theirs.function(1) == 30
@@ -74,21 +74,21 @@ def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.
     del theirs.function
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patches.wrap((patch("function", other_modules=("theirs_again", "theirs_never")),))
-        patches.wrap((patch("function", module="theirs_before", other_modules=("theirs_again",)),))
-    assert sys.modules["theirs_again"].function(1) == ["noted", 3]
+        patches.wrap((patch("function", other_modules=("peft.theirs_again", "peft.theirs_never")),))
+        patches.wrap((patch("function", module="peft.theirs_before", other_modules=("peft.theirs_again",)),))
+    assert sys.modules["peft.theirs_again"].function(1) == ["noted", 3]
 
 
 def test_what_cannot_be_done_without_is_named(theirs: types.ModuleType):
-    with pytest.raises(ImportError, match=r"relies on theirs\.Owner\.gone, which theirs .* does not have"):
+    with pytest.raises(ImportError, match=r"relies on peft\.theirs\.Owner\.gone, which peft \d.* does not have"):
         patches.wrap((patch("function"), patch("Owner.gone")))
     assert theirs.function(1) == 3, "nothing was wrapped"
-    with pytest.raises(ImportError, match=r"relies on the parameter .other. of theirs\.function"):
+    with pytest.raises(ImportError, match=r"relies on the parameter .other. of peft\.theirs\.function"):
         patches.wrap((patch("function", parameters=("other",)),))
 
 
 def test_what_can_be_done_without_is_warned_of(theirs: types.ModuleType):
-    with pytest.warns(UserWarning, match=r"theirs\.gone, which theirs .* does not have.*not work here: hats") as said:
+    with pytest.warns(UserWarning, match=r"theirs\.gone, which peft \d.* does not have.*not work here: hats") as said:
         patches.wrap((patch("gone", without="hats"), patch("function")))
     assert len(said) == 1 and theirs.function(1) == ["noted", 3]
 

@@ -106,7 +106,7 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
         missing = internal.why_missing()
         if missing is not None:
             raise ImportError(
-                f"hf_erasure relies on {missing}, which {internal.package} {installed(internal.package)} does not "
+                f"hf_erasure relies on {missing}, which {internal.package} {version(internal.package)} does not "
                 f"have. It supports {internal.package}{_supported(internal.package)}: pip install "
                 f"'{internal.package}{_supported(internal.package)}', or install a release of hf-erasure made for this "
                 f"{internal.package}."
@@ -115,24 +115,16 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
 
 def check_versions(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
     """Warn if transformers states a lowest PEFT release and the installed PEFT is older."""
-    if demanded is None or Version(installed("peft")) >= Version(demanded):
+    if demanded is None or Version(version("peft")) >= Version(demanded):
         return
-    transformers = installed("transformers")
+    transformers = version("transformers")
     warnings.warn(
-        f"transformers {transformers} demands peft>={demanded}, and peft {installed('peft')} is installed: "
+        f"transformers {transformers} demands peft>={demanded}, and peft {version('peft')} is installed: "
         "model.add_adapter and model.load_adapter will raise for every adapter, LoRA's too. Install releases that go "
         f"together: pip install 'peft>={demanded}', or, while that is not released, pip install "
         f"'transformers<{transformers}'.",
         stacklevel=2,
     )
-
-
-def installed(package: str) -> str:
-    """The installed release of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _supported(package: str) -> str:
@@ -151,7 +143,7 @@ def extend_peft_type(name: str) -> PeftType:
         return enum_type(name)
     if name in enum_type.__members__:
         raise ImportError(
-            f"peft {installed('peft')} already has a PeftType.{name}, which hf_erasure would add. Install a release of "
+            f"peft {version('peft')} already has a PeftType.{name}, which hf_erasure would add. Install a release of "
             "hf-erasure made for this peft, or an older peft."
         )
     member = str.__new__(enum_type, name)
@@ -167,7 +159,7 @@ def extend_peft_type(name: str) -> PeftType:
     type.__setattr__(enum_type, name, member)
     if enum_type(name) is not member or getattr(enum_type, name) is not member:
         raise ImportError(
-            f"PeftType of peft {installed('peft')} could not be extended by {name!r}: hf_erasure does not support this "
+            f"PeftType of peft {version('peft')} could not be extended by {name!r}: hf_erasure does not support this "
             "combination of Python and peft."
         )
     setattr(member, _MARK, True)

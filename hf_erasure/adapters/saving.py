@@ -116,8 +116,7 @@ def finish_save(folder: str | Path) -> None:
         except OSError as error:
             if not _is_concurrent_save(error):
                 raise OSError(
-                    f"A save into {str(folder)!r} was interrupted, and cannot be finished here ({error}): move the "
-                    f"files in {COMMIT!r} one folder up."
+                    f"Move the files in {str(commit)!r} one folder up: a save was killed ({error})."
                 ) from error
         _sync(folder)
 

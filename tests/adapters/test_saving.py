@@ -291,7 +291,7 @@ def test_a_committed_save_that_cannot_be_finished_says_so(
             raise PermissionError(13, "Permission denied")
 
         patch.setattr(saving.os, "replace", refuse)
-        with pytest.raises(OSError, match=r"was interrupted, and cannot be finished here .* one folder up"):
+        with pytest.raises(OSError, match=r"Move .* one folder up: a save was killed \(.*Permission denied\)"):
             lifecycle.base("bert").load_adapter(str(folder))
     model = lifecycle.base("bert")
     model.load_adapter(str(folder))

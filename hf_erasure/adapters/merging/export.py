@@ -325,18 +325,11 @@ def save_merged(
     """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged."""
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_ADAPTER]
-    base: Any = wrapped.get_base_model()
-    size = sum(value.numel() * value.element_size() for value in base.parameters())
-    wrapped.merge_adapter(**({"untie": True} if untie and not isinstance(config, GradiendConfig) else {}))
     if isinstance(config, GradiendConfig):
-        where, checked = f"into {len(targeted_parameters(wrapped, _ADAPTER))} weights", ""
+        where, options = f"into {len(targeted_parameters(wrapped, _ADAPTER))} weights", {}
     else:
-        layers = erasure_layers(wrapped, _ADAPTER)
-        written = len({id(module) for layer in layers.values() for module in layer.merged_into})
-        where = f"at {len(site_layers(wrapped, _ADAPTER))} sites into the weights of {written} layers"
-        checked = " Outputs on a small input are the same up to rounding."
-    plain = wrapped.merge_and_unload()
-    more = sum(value.numel() * value.element_size() for value in plain.parameters()) - size
+        where, options = f"at {len(site_layers(wrapped, _ADAPTER))} sites into the weights", {"untie": untie}
+    plain = wrapped.merge_and_unload(**options)
     plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     try:
         processor = AutoProcessor.from_pretrained(model)
@@ -345,8 +338,7 @@ def save_merged(
         warn_user(f"{folder} holds only the model, without tokenizer or processor: {reason}")
     else:
         processor.save_pretrained(folder)
-    untied = f" Its weights are untied (tie_word_embeddings=False), which takes {more:,} bytes." if more else ""
-    return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
+    return f"Merged the {config.described} {where} of {type(plain).__name__}."
 
 
 def class_for(config: PretrainedConfig, adapters: Sequence[ChildConfig]) -> Any:
