@@ -345,10 +345,9 @@ def class_for(config: PretrainedConfig, adapters: Sequence[ChildConfig]) -> Any:
     """The class in which to load a checkpoint: its own, or one of an adapter if its own lacks what adapters need."""
     names = [*(config.architectures or []), *(Provenance.of(adapter).base_class for adapter in adapters)]
     # The names come from files, so only classes of models in transformers are allowed, and only for this configuration.
-    found = [kind for kind in (getattr(transformers, name, None) for name in names) if isinstance(kind, type)]
-    known = [
-        kind for kind in found if issubclass(kind, PreTrainedModel) and isinstance(config, kind.config_class or ())
-    ]
+    found: list[Any] = [kind for name in names if isinstance(kind := getattr(transformers, name, None), type)]
+    known = [kind for kind in found if issubclass(kind, PreTrainedModel)]
+    known = [kind for kind in known if isinstance(config, kind.config_class or ())]
     for candidate in known:
         with torch.device("meta"):
             model = candidate(config)
