@@ -15,7 +15,7 @@ their own probes; only `QuadraticEraser` guards against quadratic probes too. No
 from .analysis import OracleEraser, QuadraticEraser
 from .eraser import Eraser, apply_erasure
 from .joint import combine_erasers, joint_moments
-from .leakage import correlation_interval, cross_validated_correlation, expected_accuracy, relative_change
+from .leakage import correlation_interval, cross_validated_correlation, expected_accuracy
 from .moments import ConceptMoments
 from .on_rows import fit_inlp, fit_rlace
 
@@ -32,5 +32,4 @@ __all__ = [
     "fit_inlp",
     "fit_rlace",
     "joint_moments",
-    "relative_change",
 ]

@@ -1,4 +1,4 @@
-"""Measures from moments alone: how much of a concept is left, and how far an eraser moves activations."""
+"""Measures from moments alone: how much of a concept is left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import torch
 
-from .eraser import Eraser, factorise, significance, variance_floor, whiten_concept
+from .eraser import factorise, significance, variance_floor, whiten_concept
 from .moments import ConceptMoments
 
 
@@ -118,22 +118,3 @@ def _held_out_correlation(found_on: ConceptMoments, read_on: ConceptMoments, shr
     if scale == 0.0:
         return 0.0
     return max(-1.0, min(1.0, float(u @ spread.cross @ v) / scale))
-
-
-@torch.no_grad()
-def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
-    """`sqrt(E|r(x) − x|² / E|x − E x|²)` over the rows of the moments, without touching the rows again.
-
-    Args:
-        eraser: The map r.
-        moments: Moments of the rows it acts on; they need no concept.
-
-    Returns:
-        0.0 for an eraser that changes nothing, 1.0 for one that moves rows as far as they lie from their mean.
-
-    Raises:
-        ValueError: If the widths differ, or the rows do not vary.
-    """
-    if eraser.x_dim != moments.x_dim:
-        raise ValueError(f"eraser has x_dim={eraser.x_dim}, but moments have x_dim={moments.x_dim}: use the same site.")
-    return moments.spread().change(eraser)
