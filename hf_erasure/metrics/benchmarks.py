@@ -239,8 +239,7 @@ def text_perplexity(
         **statistics: As for `hf_erasure.metrics.perplexity.score`.
 
     Returns:
-        What `score` returns; `unknown_share`, the share of unknown tokens, whose loss says little about the words in
-        their place; `pseudo`, whether it is a pseudo-likelihood; `task`.
+        What `score` returns; `pseudo`, whether it is a pseudo-likelihood; `task`.
 
     Raises:
         ValueError: If a text has no token to score, or `stride` does not fit the window.
@@ -249,8 +248,7 @@ def text_perplexity(
     windows = scorer.losses(texts, stride)
     columns = ([getattr(w, name) for w in windows] for name in ("loss", "tokens", "bytes"))
     found = perplexity_metric.score(*columns, **statistics)
-    unknown = sum(window.unknown for window in windows) / found["tokens"]
-    return {**found, "unknown_share": unknown, "pseudo": scorer.task == "masked", "task": scorer.task}
+    return {**found, "pseudo": scorer.task == "masked", "task": scorer.task}
 
 
 def _figures(

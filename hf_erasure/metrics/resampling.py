@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,6 @@ Statistic = Callable[[Ints], Mapping[str, float]]
 
 # The relative difference up to which two sums count as equal: in another order they differ by rounding only.
 _ROUNDING = 1e-9
-# The most numbers that are permuted at once: 32 MB of float64.
-_CHUNK = 4_000_000
 
 
 def tail_quantiles(confidence: float) -> tuple[float, float]:
@@ -86,19 +84,17 @@ def bootstrap(
 def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
     """Percentile intervals of figures: each has its values in the resamples, `(resamples,)`, NaN where it has none.
 
-    Returns `intervals`, figure → `[low, high]`; and, if there were any, `undefined_resamples`, figure → in how many
-    resamples it had no value, because nothing varied there. Raises `ValueError` if the confidence is not a share, or a
-    figure is undefined in more than half of the resamples.
+    Returns `intervals`, figure → `[low, high]`, from the resamples in which it has a value. Raises `ValueError` if the
+    confidence is not a share, or a figure is undefined in more than half of the resamples, as nothing varies there.
     """
-    ends, bounds, undefined = tail_quantiles(confidence), {}, {}
+    ends, bounds = tail_quantiles(confidence), {}
     for name, values in resampled.items():
-        defined = values[np.isfinite(values)]
-        if missing := len(values) - len(defined):
-            undefined[name] = missing
-        if 2 * len(defined) < len(values):
-            raise ValueError(f"{name} has no value in {missing} of {len(values)} resamples: give more or other items.")
+        defined, drawn = values[np.isfinite(values)], len(values)
+        if 2 * len(defined) < drawn:
+            missing = drawn - len(defined)
+            raise ValueError(f"{name} has no value in {missing} of {drawn} resamples: give more or other items.")
         bounds[name] = [float(bound) for bound in np.quantile(defined, ends)]
-    return {"intervals": bounds, **({"undefined_resamples": undefined} if undefined else {})}
+    return {"intervals": bounds}
 
 
 def permutation_test(
@@ -115,13 +111,11 @@ def permutation_test(
     return {"p_value": p_value, "exact": exact, "permutations": len(null)}
 
 
-def subset_sums(
-    values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0
-) -> tuple[dict[str, Any], Floats]:
+def subset_test(values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0) -> dict[str, Any]:
     """Test whether the first `size` values have a greater sum than a random choice of `size` values (one-sided).
 
     All choices are used if there are at most `permutations`; otherwise `permutations` choices are drawn. Returns what
-    `permutation_test` returns, and the sums of the choices.
+    `permutation_test` does.
     """
     whole("permutations", permutations)
     if not 0 < size < len(values):
@@ -130,12 +124,9 @@ def subset_sums(
     if exact:
         null = values[np.array(list(combinations(range(len(values)), size)), dtype=np.int64)].sum(1)
     else:
-        generator, rows, parts = np.random.default_rng(seed), max(1, _CHUNK // len(values)), []
-        for start in range(0, permutations, rows):
-            tiled = np.tile(values, (min(rows, permutations - start), 1))
-            parts.append(generator.permuted(tiled, axis=1)[:, :size].sum(1))
-        null = np.concatenate(parts)
-    return permutation_test(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum())), null
+        tiled = np.tile(values, (permutations, 1))
+        null = np.random.default_rng(seed).permuted(tiled, axis=1)[:, :size].sum(1)
+    return permutation_test(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum()))
 
 
 def shuffle_test(
@@ -154,9 +145,7 @@ def sign_test(successes: int, trials: int) -> float:
     """The exact two-sided p value of `successes` if each trial succeeds with probability ½; 1.0 without a trial."""
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: give counts between 0 and the number of trials.")
-
-    def chance(k: int) -> float:
-        choices = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        return math.exp(choices - trials * math.log(2))
-
-    return min(1.0, 2 * sum(map(chance, range(max(successes, trials - successes), trials + 1))))
+    rarer = min(successes, trials - successes)
+    # The numbers of ways in which 0, 1, … and `rarer` of the trials succeed.
+    ways = accumulate(range(rarer), lambda last, k: last * (trials - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(ways) / 2**trials)

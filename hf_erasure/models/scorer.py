@@ -63,7 +63,6 @@ class Window:
     loss: float  # The summed negative log-likelihood in nats.
     tokens: int  # The number of scored tokens.
     bytes: int  # The UTF-8 bytes of the text of these tokens, with the white space before them.
-    unknown: int  # How many of these tokens are the tokenizer's unknown token; their loss says little.
 
 
 class LanguageScorer:
@@ -187,7 +186,7 @@ class LanguageScorer:
         found = []
         for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
             loss = 0.0 if total > 0 else -total  # a sum above 0 is due to rounding; NaN stays NaN
-            found.append(Window(loss, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})))
+            found.append(Window(loss, len(scored), _bytes_of(encoding, scored)))
         return found
 
     def _windows(self, encoding: Encoding, stride: int | None) -> Iterator[tuple[list[int], list[int], list[int]]]:

@@ -91,14 +91,11 @@ def test_mean_over_tests_is_that_of_the_effects_and_its_interval_knows_of_shared
     assert low < ends[0] < apart["mean_absolute_effect_size"] < ends[1] < high
 
 
-def test_null_interval_holds_most_effects_of_noise():
-    inside, significant = 0, 0
+def test_few_effects_of_noise_are_significant():
+    significant = 0
     for seed in range(100):
         found = weat.score(*sets(8, 8, 8, 8, shift=0.0, seed=seed), resamples=2, permutations=500, seed=seed)
-        low, high = found["null_interval"]
-        inside += low <= found["effect_size"] <= high
         significant += found["p_value"] <= 0.05
-    assert 88 <= inside <= 99  # 95 ± 2.2
     assert 0 < significant <= 12  # 5 ± 2.2
 
 
