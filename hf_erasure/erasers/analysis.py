@@ -63,31 +63,23 @@ class OracleEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         width, classes = self.coefficients.shape
-        _check_call(x, z, width)
-        if z.shape == x.shape[:-1] and not z.dtype.is_floating_point and classes > 1:
-            values = one_hot(_checked_ids(z, classes), classes)
-        elif z.shape == (*x.shape[:-1], classes):
-            values = z
-        elif classes == 1 and z.shape == x.shape[:-1]:
-            values = z.unsqueeze(-1)
-        else:
-            raise ValueError(
-                f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row, or z_dim={classes} "
-                "values."
-            )
+        check_activations(x, width)
+        if isinstance(z, Tensor) and classes == 1 and z.shape == x.shape[:-1]:
+            z = z.unsqueeze(-1)
+        has_values = isinstance(z, Tensor) and z.shape == (*x.shape[:-1], classes)
+        values = z if has_values else one_hot(_checked_ids(x, z, classes), classes)
         dtype = torch.promote_types(x.dtype, torch.float32)
         offset = (values.double() - self.mean_z.to(z.device)).to(x.device, dtype)
         return (x.to(dtype) - offset @ self.coefficients.to(x.device, dtype).T).to(x.dtype)
 
 
-def _check_call(x: Tensor, z: Tensor, width: int) -> None:
-    check_activations(x, width)
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z is {type(z).__name__}: give a tensor with the concept of every row.")
-
-
-def _checked_ids(z: Tensor, classes: int) -> Tensor:
-    """Return class ids as int64, and raise an error if one is out of range: a row is erased by its label."""
+def _checked_ids(x: Tensor, z: Tensor, classes: int) -> Tensor:
+    """The class ids of the rows of `x` as int64; an error is raised if a row has none: it is erased by its label."""
+    if not isinstance(z, Tensor) or z.dtype.is_floating_point:
+        kind = f"has dtype {z.dtype}" if isinstance(z, Tensor) else f"is {type(z).__name__}"
+        raise TypeError(f"z {kind}: give a tensor of integer class ids.")
+    if z.shape != x.shape[:-1]:
+        raise ValueError(f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row.")
     low, high = (int(edge) for edge in z.aminmax()) if z.numel() else (0, 0)
     if low < 0 or high >= classes:
         raise ValueError(
@@ -209,12 +201,8 @@ class QuadraticEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         count, width = self.class_means.shape
-        _check_call(x, z, width)
-        if z.dtype.is_floating_point:
-            raise TypeError(f"z has dtype {z.dtype}: give integer class ids.")
-        if z.shape != x.shape[:-1]:
-            raise ValueError(f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row.")
-        ids = _checked_ids(z, count).to(x.device).reshape(-1)
+        check_activations(x, width)
+        ids = _checked_ids(x, z, count).to(x.device).reshape(-1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         means, mean, maps = (part.to(x.device, dtype) for part in (self.class_means, self.mean, self.maps))
         rows = x.to(dtype).reshape(-1, width)

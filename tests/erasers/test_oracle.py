@@ -93,6 +93,10 @@ def test_what_cannot_be_erased_is_refused() -> None:
         eraser(x, z + 1)
     with pytest.raises(ValueError, match=r"z has shape \(99,\)"):
         eraser(x, z[:99])
+    with pytest.raises(TypeError, match=r"z has dtype torch\.float64"):
+        eraser(x, z.double())
+    with pytest.raises(TypeError, match="z is list"):
+        eraser(x, z.tolist())
     with pytest.raises(ValueError, match="last dimension of 4"):
         eraser(x[:, :3], z)
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
