@@ -120,10 +120,7 @@ def fit(
             raise ValueError("Which column is the concept? Write --label COLUMN.")
         return from_data.erasure_recipe(from_data.FromData(source, data, overrides=overrides, **options))
 
-    def read(path: str, overrides: list[str]) -> Any:
-        return erasure.read_recipe(path, overrides)
-
-    plan, lines = _read_plan(source, rest or [], read, make, options)
+    plan, lines = _read_plan(source, rest or [], erasure.read_recipe, make, options)
     report, table = _run_recipe(plan, erasure.run_recipe, lines, progress, processes)
     typer.echo(f"\n{report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
@@ -176,17 +173,14 @@ def fit_feature(
             raise ValueError("Which words tell the classes apart? Write one of each, as in --words he,she.")
         return from_data.feature_recipe(source, data, words, classes, neutral, out, overrides)
 
-    def read(path: str, overrides: list[str]) -> Any:
-        return gradiend_recipe.read_gradiend_recipe(path, overrides)
-
     options = {"words": words, "classes": classes, "neutral": neutral, "out": out}
-    plan, lines = _read_plan(source, rest or [], read, make, options)
+    plan, lines = _read_plan(source, rest or [], gradiend_recipe.read_gradiend_recipe, make, options)
     outcome = _run_recipe(plan, feature.run_gradiend_recipe, lines, progress, processes)
     correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
     typer.echo("Rows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
     typer.echo("\nOn the test data:\n")
-    _print_tables(outcome.messages, outcome.encoding, outcome.edits)
+    _print_tables(outcome.encoding, outcome.edits)
     _print_outcome(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())
 
 
@@ -194,7 +188,7 @@ def fit_feature(
 def evaluate(folder: Folder, progress: ProgressBars = True) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
     now, drift = feature.check_gradiend_output(folder, progress)
-    _print_tables(now.messages, now.encoding, now.edits)
+    _print_tables(now.encoding, now.edits)
     _print_drift(drift, SAME_FEATURE)
 
 
@@ -214,7 +208,7 @@ def select(
     """
     outcome = feature.select_gradiend_output(folder, goal, budget, progress)
     hub.write_card(folder)
-    _print_tables(outcome.messages, outcome.edits.loc[[feature.NO_EDIT, goal]])
+    _print_tables(outcome.edits.loc[[feature.NO_EDIT, goal]])
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
 
 
@@ -285,10 +279,8 @@ def _print_outcome(plan: Any, adapter: str, words: str) -> None:
     typer.echo(f"\n{words}\n\nnext:    hf-erasure info {plan.output}")
 
 
-def _print_tables(messages: list[str], *tables: pd.DataFrame) -> None:
+def _print_tables(*tables: pd.DataFrame) -> None:
     typer.echo("\n\n".join(_table_text(table) for table in tables if len(table)))
-    for message in messages:
-        typer.echo(f"Warning: {message}", err=True)
 
 
 def _table_text(table: pd.DataFrame) -> str:

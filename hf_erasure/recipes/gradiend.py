@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +72,6 @@ class GradiendRun:
         self.correlation: dict[str, float] = {}
         self.chosen: dict[str, Point] = {}  # goal → the edit for it
         self.tested: dict[str, Point] = {}  # goal → measures of its edit on the test data; first without an edit
-        self.messages: list[str] = []  # warnings of the choice of edits
         # Correlation and accuracy of the adapter's encoder by pair of classes, means first; empty without an encoder.
         self.encoding = table_of({}, "encoder")
         left_out = {f"{name} left out": count for name, count in self.data.skipped.items()}
@@ -89,18 +87,14 @@ class GradiendRun:
     def select(self, goals: Sequence[str], budget: float) -> None:
         """Choose an edit for every goal on the choice data, with one scan, and steer to the edit of the first goal."""
         select = self.recipe.select
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self.selection = self.trainer.select(
-                goals[0],
-                budget=budget,
-                feature_factors=[float(x) for x in select.feature_factors],
-                learning_rates=[float(x) for x in select.learning_rates],
-            )
-            chosen = {goal: self.selection.choose(goal).best for goal in goals[1:]}
-        chosen = {goals[0]: self.selection.best} | chosen
+        self.selection = self.trainer.select(
+            goals[0],
+            budget=budget,
+            feature_factors=[float(x) for x in select.feature_factors],
+            learning_rates=[float(x) for x in select.learning_rates],
+        )
+        chosen = {goals[0]: self.selection.best} | {goal: self.selection.choose(goal).best for goal in goals[1:]}
         self.chosen = chosen | self.chosen | chosen  # the new ones first
-        self.messages = [str(entry.message) for entry in caught]
 
     def encode(self) -> list[EncodedValues]:
         """Measure how the adapter's encoder reads the test data; return nothing if the adapter has no encoder."""
@@ -160,7 +154,7 @@ class GradiendRun:
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
         sizes = ", ".join(f"{name} {count}" for name, count in self.counts.items())
         tables = [_markdown_table(table) for table in (self.encoding, self.edits) if len(table)]
-        parts = [title, f"Measured on the test data. Rows: {sizes}.", *tables, *self.messages]
+        parts = [title, f"Measured on the test data. Rows: {sizes}.", *tables]
         (output / TABLES_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
