@@ -106,7 +106,7 @@ def test_the_folder_loads_in_code_that_knows_only_peft(fitted: tuple[Path, str],
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("modle=x", "modle is not known in a recipe; it has model, concept"),
+        ("modle=x", "modle is not known in a recipe; it has model, …"),
         ("fit.pol=cls", "fit.pol is not known"),
         ("fit.pool", "is not key=value"),
         ("model.name=x", "'model' is a value"),

@@ -277,13 +277,11 @@ def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
         )  # fmt: skip
         data = DatasetDict({recipe.train: parts["train"], recipe.test: parts["test"]})
     for split, rows in data.items():
-        kind = getattr((rows.features or {}).get(recipe.label_column), "dtype", "")
-        if isinstance(rows, Dataset) and re.match("u?int|bool", str(kind)):
-            values = set(rows[recipe.label_column])
-            if {label_text(value) for value in values} <= set(labels) and (
-                kind == "bool" or not values <= set(range(len(labels)))
-            ):
-                data[split] = rows.cast_column(recipe.label_column, Value("string"))
+        kind = (rows.features or {}).get(recipe.label_column)
+        if not isinstance(rows, Dataset) or not isinstance(kind, Value) or not re.match("u?int|bool", kind.dtype):
+            continue
+        if {label_text(value) for value in set(rows[recipe.label_column])} <= set(labels):
+            data[split] = rows.cast_column(recipe.label_column, Value("string"))
     return data
 
 

@@ -5,7 +5,6 @@ Columns, labels and splits are read and checked here, before a model is loaded.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from hf_erasure.models.pooling import SENTENCE_POOLS
 
 from .erasure import EMBEDDED, Recipe, embedded_model, label_text, load_data
 from .gradiend_recipe import GradiendRecipe
-from .run import load_source
+from .run import load_source, require_columns
 from .schema import overridden, section_of
 
 # The share that is set aside to measure on, where the data have no split for it.
@@ -63,8 +62,7 @@ def erasure_recipe(options: FromData) -> tuple[Recipe, list[str]]:
     if "train" not in splits and len(splits) > 1:
         raise ValueError(f"{options.data} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
     rows = splits[train]
-    for column in filter(None, (options.label, options.text, options.keep, options.group)):
-        _check_column(rows, column, options.data)
+    require_columns(rows, options.data, *filter(None, (options.label, options.text, options.keep, options.group)))
     labels = _class_names(rows, options.label, options.data)
     text = options.text or _text_column(rows, {options.label, options.keep, options.group}, options.data)
     if empty := [number for number, value in enumerate(rows[text]) if not value]:
@@ -130,13 +128,6 @@ def feature_recipe(
         "data": {"whole": whole | {"words": table}, "skip_unusable": True} | ({"neutral": neutral} if neutral else {}),
     }  # fmt: skip
     return section_of(overridden(content, overrides), GradiendRecipe), [f"{feature}: the words {table}"]
-
-
-def _check_column(rows: Dataset, column: str, source: str) -> None:
-    if column not in rows.column_names:
-        near = difflib.get_close_matches(column, rows.column_names, 1)
-        there = ", ".join(rows.column_names) + (f" (did you mean {near[0]!r}?)" if near else "")
-        raise ValueError(f"{source} has no column {column!r}; it has {there}.")
 
 
 def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:

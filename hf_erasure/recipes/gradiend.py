@@ -148,7 +148,7 @@ class GradiendRun:
             "rows": self.counts,
         }
         recipe = asdict(self.recipe) | {"output": str(folder)}
-        write_run(output, self.model, _without_none(recipe), GradiendRecipe, results)
+        write_run(output, self.model, recipe, GradiendRecipe, results)
         self.edits.to_csv(output / EDITS_FILE)
         self.selection.to_pandas().to_csv(output / GRID_FILE, index=False)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
@@ -297,12 +297,6 @@ def _load_finished(folder: str | Path, progress: bool, *goals: str) -> tuple[Gra
     run.chosen = {goal: Point(**entry | {"pair": tuple(entry["pair"])}) for goal, entry in results["chosen"].items()}
     run.correlation = results["correlation on choice data"]
     return run, results
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
-    return value
 
 
 def _markdown_table(table: pd.DataFrame) -> str:

@@ -294,8 +294,6 @@ def load_materials(
             except PairError as error:
                 raise PairError(f"data.{name}: {error}") from error
             skipped[name] = len(rows) - len(kept)
-            if not kept:
-                raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")
             parts[name] = rows.select(kept)
     if recipe.neutral.whole is not None or recipe.finds_neutral:
         texts = _load_texts(recipe.neutral.whole) if recipe.neutral.whole else _neutral_sentences(recipe, classes)

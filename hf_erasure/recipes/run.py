@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import random
@@ -80,6 +81,15 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
         raise ValueError(f"{source} cannot be read: {reason}.") from error
 
 
+def require_columns(rows: Dataset, source: str, *names: str) -> None:
+    """Raise a `ValueError` that names the first of these columns that the rows of a source lack."""
+    for name in names:
+        if name not in rows.column_names:
+            near = difflib.get_close_matches(name, rows.column_names, 1)
+            there = ", ".join(rows.column_names) + (f" (did you mean {near[0]!r}?)" if near else "")
+            raise ValueError(f"{source} has no column {name!r}; it has {there}.")
+
+
 def set_aside(
     rows: Dataset, share: float, *, label_column: str, text_column: str, group_column: str | None, seed: int
 ) -> DatasetDict:
@@ -91,9 +101,7 @@ def set_aside(
         ValueError: If a column is missing, or a label would be missing on one side.
     """
     key = group_column or text_column
-    for column in (label_column, key):
-        if column not in rows.column_names:
-            raise ValueError(f"The data have no column {column!r}; they have {', '.join(rows.column_names)}.")
+    require_columns(rows, "The data set", label_column, key)
     units: dict[str, list[int]] = {}
     for number, value in enumerate(rows[key]):
         units.setdefault(str(value), []).append(number)
@@ -134,8 +142,8 @@ def load_rows(source: str, split: str | None = None, *, with_texts: bool = False
         what = "several splits" if split is None else f"no split {split!r}"
         raise ValueError(f"The data set {source!r} has {what}; write split: one of {sorted(data)}.")
     rows = data[split] if split is not None else next(iter(data.values()))
-    if with_texts and "text" not in rows.column_names:
-        raise ValueError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}.")
+    if with_texts:
+        require_columns(rows, source, "text")
     return rows
 
 

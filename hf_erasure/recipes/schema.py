@@ -29,9 +29,18 @@ from hf_erasure.adapters.common.config import field_types, is_a, short, type_tex
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
-_FEW_FIELDS = 20  # a message lists all fields if there are fewer
+_MOST_LISTED = 20  # a message lists so many fields at most
 _KIND, _ABOVE, _WORDS = "fields of", "known at the top", "words"
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers such as 1e-4 as numbers; YAML 1.1 reads them as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def fields_of(kind: type, *above: str) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def overridden(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, A
 
 def _from_yaml(text: str, subject: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{subject} not YAML: {' '.join(str(error).split())}") from error
 
@@ -140,13 +149,10 @@ def check_section(content: Any, kind: type, section: str = "", above: Sequence[s
         if key in above:
             raise ValueError(f"{section}.{key} is not known in a recipe: write {key} at the top alone.")
         if key not in known:
-            prefix = f"{section}." if section else ""
-            if len(known) < _FEW_FIELDS:
-                there = f"is not known in a recipe; {prefix or 'it'} has {', '.join(known)}."
-            else:
-                close = difflib.get_close_matches(str(key), known, 3)
-                there = f"is not a field of {kind.__name__}{'; it has ' if close else ''}{', '.join(close)}."
-            raise ValueError(f"{prefix}{key} {there}")
+            name = f"{section}.{key}" if section else key
+            named = difflib.get_close_matches(str(key), known, 3) or known[:_MOST_LISTED]
+            there = ", ".join(named) + (", …" if len(named) < len(known) else "")
+            raise ValueError(f"{name} is not known in a recipe; {section or 'it'} has {there}.")
     return dict(content)
 
 
@@ -159,23 +165,12 @@ def check_counts(section: Any, name: str, *counts: str) -> None:
 
 
 def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
-    """Check the type of a value and return it; numbers that YAML reads as text, such as 1e-4, become numbers."""
-    converted = _numbers(value)
-    if is_a(converted, hint) or not is_a(value, hint):
-        value = converted
+    """Check the type of a value, and that it is one of some words; return it."""
     if not is_a(value, hint):
         raise ValueError(f"{name}={short(value)} in a recipe must be {type_text(hint)}.")
     if words is not None and value is not None and value not in words:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")
     return value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 
 def documented(kind: type) -> dict[str, str]:

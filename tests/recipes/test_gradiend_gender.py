@@ -110,7 +110,7 @@ def test_special_tokens_around_a_text_are_found(short_assets: Path) -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="sed is not a field of Settings; it has seeds"):
+    with pytest.raises(ValueError, match="sed is not known in a recipe; it has seeds"):
         study.read_settings(FOLDER / "study.yaml", ["sed=1"])
 
 

@@ -171,8 +171,6 @@ def test_rows_a_masked_model_cannot_use_are_found() -> None:
     assert kept == [0, 3, 4]
     recipe = read_data({**data(), "skip_unusable": True})
     assert load_materials(recipe, CLASSES, lambda rows: [0, 1]).skipped == {"train": 4, "choice": 4, "test": 4}
-    with pytest.raises(ValueError, match=r"data.train: none of its 6 rows can be used"):
-        load_materials(recipe, CLASSES, lambda rows: [])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
@@ -186,11 +184,11 @@ def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -
     path = tmp_path / "recipe.yaml"
     content = {"model": "m", "feature": "animal", "classes": CLASSES, "output": "o", "data": data()}
     path.write_text(yaml.safe_dump(content))
-    recipe = read_gradiend_recipe(path, ["config.density=1e-4", "select.goal=dog", "data.test.split=late"])
+    recipe = read_gradiend_recipe(path, ["config.density=1e-4", "select.goal=dog", "data.test.split='1e4'"])
     assert recipe.config == {"density": 1e-4}
     assert recipe.select.goals == ["dog"]
     assert recipe.data.test is not None
-    assert recipe.data.test.split == "late"
+    assert recipe.data.test.split == "1e4"
 
 
 @pytest.mark.parametrize(
@@ -210,9 +208,9 @@ def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -
         (["select.learning_rates=0.1"], r"select.learning_rates=0.1 in a recipe must be list\[float\]"),
         (["select=5"], "select of a recipe is a section"),
         (["config=5"], "config of a recipe is a section with keys of its own, not 5"),
-        (["config.densty=0.1"], "config.densty is not a field of GradiendConfig; it has density"),
+        (["config.densty=0.1"], "config.densty is not known in a recipe; config has density"),
         (["config.density=much"], "config.density='much' in a recipe must be float"),
-        (["arguments.estimatorr=x"], "arguments.estimatorr is not a field of .*; it has estimator"),
+        (["arguments.estimatorr=x"], "arguments.estimatorr is not known in a recipe; arguments has estimator"),
         (["arguments.seeds=many"], "arguments.seeds='many' in a recipe must be int"),
         (["data.shares=half"], r"data.shares='half' in a recipe must be list\[float\]"),
         (["data.train.single=maybe"], "data.train.single='maybe' in a recipe must be bool"),

@@ -96,7 +96,7 @@ def test_unigram_bits_of_two_equally_frequent_tokens_are_one_a_token() -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="modle is not known in a recipe; it has model, fit"):
+    with pytest.raises(ValueError, match="modle is not known in a recipe; it has model, …"):
         study.read_settings(FOLDER / "study.yaml", ["modle=x"])
 
 
