@@ -23,7 +23,7 @@ from tests.prepared import command, run_command, together
 FILLERS = {"female": ["the queen", "the nurse"], "male": ["the king", "the doctor"]}
 FILES = {
     "adapter_config.json", "adapter_model.safetensors", "encoded.png", "grid.csv", "recipe.yaml", "results.csv",
-    "results.json", "results.md", "surface.png",
+    "results.json", "surface.png",
 }  # fmt: skip
 
 
@@ -95,8 +95,6 @@ def test_fit_prints_both_tables_and_writes_adapter_figures_and_results(fitted: t
     assert "On the recipe's test split:" in card and "FPI, which the edit was chosen for" in card
     assert "| labels | 2 sentence templates of the recipe, filled with words of each class |" in card
     assert "](encoded.png)" in card and "](surface.png)" in card
-    # The page shows the tables that were printed.
-    assert "| none | female/male | 0 | 0 |" in (folder / "results.md").read_text()
 
 
 def test_two_processes_share_the_gradients_and_the_first_writes(
@@ -132,7 +130,7 @@ def test_evaluate_reproduces_the_results_in_a_second_process(fitted: tuple[Path,
     result = command("gradiend", "evaluate", fitted[0], "--no-progress", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith(": same")
-    # The tables are the same; above them, the output of the fit also has the correlation on the choice data.
+    # The tables are the same; above them, the output of the fit also has the numbers of rows.
     tables = fitted[1].partition("On the test data:\n\n")[2].partition("\n\nadapter:")[0]
     assert result.stdout.startswith(tables)
 

@@ -205,7 +205,7 @@ WRONG = {
     "a split that is not there": (["--label", "gender", "--test", "dev"], "no split 'dev'"),
     "a share that is none": (["--label", "gender", "--test", "2"], "between 0 and 1"),
     "a group that is not there": (["--label", "gender", "--group", "who"], "no column 'who'"),
-    "texts as labels": (["--label", "text", "--text", "gender"], "on one row alone"),
+    "texts as labels": (["--label", "text", "--text", "gender"], "too few different texts"),
     "a pool that is none": (["--label", "gender", "--pool", "max"], "fit.pool='max'"),
     "words that are no table": (["--label", "gender", "--counterfactual-words", "no.yaml"], "english_gender"),
     "words of other classes": (["--label", "field", "--counterfactual-words", "english_gender"], "list of words"),
@@ -229,7 +229,8 @@ def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
     [
         ("", "is empty"),
         ("text,gender\n", "rows"),
-        ("text,gender\na,f\nb,f\n", "in all rows"),
+        ("text,gender\na,f\nb,f\n", "at least two classes"),
+        ("bio,job,gender\na,x,f\nb,y,m\n", "Write --text bio or --text job"),
         ("text,gender\na,f\nb,\nc,m\n", "1 rows have no 'gender'"),
         ("text,gender\na,0.5\nb,0.7\n", "not one class a row"),
         ("text,gender\na,f\na,f\nb,m\nc,m\n", "too few different texts"),

@@ -132,7 +132,7 @@ def test_what_is_missing_is_named(erased: tuple[str, str], people: Path, monkeyp
     code, said = run(*erased, "--label", "gender")
     assert code == 2 and "--data TABLE and --label COLUMN" in said
     code, said = run(*erased, "--data", people, "--label", "sex")
-    assert code == 2 and "no column 'sex'; they have text, gender" in said
+    assert code == 2 and "no column 'sex'; it has text, gender" in said
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def fit_feature(
 ) -> None:
     """Learn a feature, from a model and sentences or by a recipe, choose an edit, and say what it does to test data.
 
-    Writes the adapter folder (load it with model.load_adapter), the results as JSON, CSV and Markdown, a histogram of
-    encoded values, the surface of all edits that were tried, and the recipe that was run.
+    Writes the adapter folder (load it with model.load_adapter), the results as JSON and CSV, a histogram of encoded
+    values, the surface of all edits that were tried, and the recipe that was run.
 
     Example: hf-erasure gradiend fit bert-base-uncased stories.txt --words he,she
 
@@ -176,9 +176,7 @@ def fit_feature(
     options = {"words": words, "classes": classes, "neutral": neutral, "out": out}
     plan, lines = _read_plan(source, rest or [], gradiend_recipe.read_gradiend_recipe, make, options)
     outcome = _run_recipe(plan, feature.run_gradiend_recipe, lines, progress, processes)
-    correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
-    typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
-    typer.echo("Rows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
+    typer.echo("\nRows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
     typer.echo("\nOn the test data:\n")
     _print_tables(outcome.encoding, outcome.edits)
     _print_outcome(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())

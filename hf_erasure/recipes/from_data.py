@@ -26,10 +26,6 @@ from .schema import overridden, section_of
 
 # The share that is set aside to measure on, where the data have no split for it.
 TEST_SHARE = 0.2
-# The fewest rows of a label: a single row cannot be both fitted on and measured.
-_FEWEST_ROWS = 2
-# A column of texts is recognised by its length: so many times the length of any other column, in so many first rows.
-_LENGTH_RATIO, _SAMPLED_ROWS = 3, 200
 # How older releases of sentence-transformers write the pooling that an erasure can follow.
 _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
@@ -131,16 +127,12 @@ def feature_recipe(
 
 
 def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
-    """Return `text`, or the column whose texts are by far the longest; the columns `others` are left out."""
+    """Return `text`, or the only column of texts that is not among `others`."""
     kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items() if name not in others}
-    sample = rows.select(range(min(len(rows), _SAMPLED_ROWS)))
-    length = {name: sum(len(text or "") for text in sample[name]) for name, kind in kinds.items() if "string" in kind}
-    longest = sorted(length, key=lambda name: -length[name])
-    if "text" in length or len(longest) == 1:
-        return "text" if "text" in length else longest[0]
-    if longest and length[longest[0]] > _LENGTH_RATIO * length[longest[1]]:
-        return longest[0]
-    raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(longest) or 'COLUMN'}.")
+    found = [name for name, kind in kinds.items() if "string" in kind]
+    if "text" in found or len(found) == 1:
+        return "text" if "text" in found else found[0]
+    raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(found) or 'COLUMN'}.")
 
 
 def _label_values(rows: Dataset, column: str) -> list[Any]:
@@ -152,8 +144,6 @@ def _label_values(rows: Dataset, column: str) -> list[Any]:
 def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
     """The classes of a column, in the order of their ids, numbers or names."""
     values = _label_values(rows, column)
-    if not values:
-        raise ValueError(f"{source} has no rows.")
     if missing := [number for number, value in enumerate(values) if value is None or value == ""]:
         raise ValueError(
             f"{source}: {len(missing)} rows have no {column!r}, the first is row {missing[0]} (from 0): label them or "
@@ -164,17 +154,8 @@ def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
             f"{source}: {column!r} holds {type(values[0]).__name__} values, not one class a row: this command takes "
             "classes; fit other concepts with fit_concept_erasure."
         )
-    names = getattr(rows.features[column], "names", None)
-    count = Counter(values)
-    if len(count) < 2:
-        raise ValueError(f"{source}: {column!r} is {values[0]!r} in all rows; a concept needs two labels or more.")
-    rare = [value for value, rows_of_it in count.items() if rows_of_it < _FEWEST_ROWS]
-    if rare:
-        raise ValueError(
-            f"{source}: {len(rare)} of {len(count)} labels of {column!r} are on one row alone, such as {rare[0]!r}: "
-            "each needs several texts. Is it the column of the concept?"
-        )
-    return [name for name in names if name in count] if names else [label_text(value) for value in sorted(count)]
+    names, found = getattr(rows.features[column], "names", None), set(values)
+    return [name for name in names if name in found] if names else [label_text(value) for value in sorted(found)]
 
 
 def _checkpoint_pool(model: str) -> str | None:

@@ -31,7 +31,7 @@ from .gradiend_recipe import TASKS, GradiendRecipe, load_materials, read_gradien
 from .run import difference, finished_run, load_base, load_rows, naming_the_model, require, table_of, write_run
 
 ADAPTER_NAME = "feature"
-TABLES_FILE, EDITS_FILE, GRID_FILE = "results.md", "results.csv", "grid.csv"
+EDITS_FILE, GRID_FILE = "results.csv", "grid.csv"
 HISTOGRAM_FILE, SURFACE_FILE = "encoded.png", "surface.png"
 NO_EDIT = "none"
 # Colours of the figures: for the first class, the second, and neutral texts.
@@ -68,8 +68,6 @@ class GradiendRun:
         )
         self.model.to(self.args.device)
         self.trainer = self.new_trainer()
-        # Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
-        self.correlation: dict[str, float] = {}
         self.chosen: dict[str, Point] = {}  # goal → the edit for it
         self.tested: dict[str, Point] = {}  # goal → measures of its edit on the test data; first without an edit
         # Correlation and accuracy of the adapter's encoder by pair of classes, means first; empty without an encoder.
@@ -144,18 +142,12 @@ class GradiendRun:
             "edits": self.edits.to_dict("index"),
             "chosen": {goal: asdict(point) for goal, point in self.chosen.items()},
             "saved": saved,
-            "correlation on choice data": self.correlation,
             "rows": self.counts,
         }
         recipe = asdict(self.recipe) | {"output": str(folder)}
         write_run(output, self.model, recipe, GradiendRecipe, results)
         self.edits.to_csv(output / EDITS_FILE)
         self.selection.to_pandas().to_csv(output / GRID_FILE, index=False)
-        title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
-        sizes = ", ".join(f"{name} {count}" for name, count in self.counts.items())
-        tables = [_markdown_table(table) for table in (self.encoding, self.edits) if len(table)]
-        parts = [title, f"Measured on the test data. Rows: {sizes}.", *tables]
-        (output / TABLES_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendRun | None:
@@ -167,7 +159,6 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     require("matplotlib")
     run, output = GradiendRun(recipe, progress), Path(recipe.output)
     run.trainer.train()
-    run.correlation = {"/".join(fitted.pair): fitted.correlation for fitted in run.trainer.fitted}
     # From here on the encoder is the one in the adapter, which a user will load.
     run.trainer = run.new_trainer()
     run.select(recipe.select.goals, recipe.select.budget)
@@ -295,20 +286,7 @@ def _load_finished(folder: str | Path, progress: bool, *goals: str) -> tuple[Gra
         goal_by_name(goal, recipe.classes)
     run = GradiendRun(recipe, progress, adapter=folder)
     run.chosen = {goal: Point(**entry | {"pair": tuple(entry["pair"])}) for goal, entry in results["chosen"].items()}
-    run.correlation = results["correlation on choice data"]
     return run, results
-
-
-def _markdown_table(table: pd.DataFrame) -> str:
-    """A table in GitHub's Markdown."""
-    lines = [[str(table.index.name or ""), *map(str, table.columns)]]
-    for index, row in table.iterrows():
-        cells = [str(index)]
-        for name, value in row.items():
-            cells.append(f"{value:g}" if name in ("h", "α") else f"{value:.3f}" if isinstance(value, float) else value)
-        lines.append(cells)
-    lines.insert(1, ["---", *("---:" for _ in table.columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _draw_histograms(parts: Sequence[EncodedValues], path: Path) -> None:
