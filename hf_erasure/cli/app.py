@@ -18,8 +18,6 @@ from typer.core import TyperGroup
 
 from hf_erasure._version import __version__
 
-# The commands that people use first; they are at the top of the help.
-_FIRST = ("fit", "gradiend", "info", "verify", "list", "show", "evaluate", "check")
 # The errors for a broken connection and for a process that ended, by name: importing their classes takes seconds.
 _CONNECTION_ERROR, _PROCESS_ERROR = "HTTPError", "AnotherProcessFailed"
 
@@ -59,11 +57,6 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 class _Commands(TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The names of all commands, those of `_FIRST` first."""
-        names = super().list_commands(ctx)
-        return sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
-
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
         with errors_as_sentences():

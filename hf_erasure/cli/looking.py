@@ -20,9 +20,6 @@ else:
     verification, files, export = lazy("adapters.verification", "adapters.common.files", "adapters.merging.export")
     (facts,) = lazy("hub.facts")
 
-# How many levels of folders are searched; deeper folders are those of caches and environments.
-_DEPTH = 4
-
 
 @app.command()
 def info(
@@ -70,8 +67,7 @@ def list_adapters(
     """
     count = 0
     for place, within, names in os.walk(folder):
-        depth = len(Path(place).relative_to(folder).parts)
-        within[:] = sorted(name for name in within if not name.startswith(".") and depth < _DEPTH)
+        within[:] = sorted(name for name in within if not name.startswith("."))
         if files.CONFIG in names:
             count += 1
             lines = _adapter_lines(export.PeftConfig.from_pretrained(place), Path(place))
@@ -101,10 +97,6 @@ def _adapter_lines(config: Any, folder: Path) -> dict[str, str]:
         ranks = "-".join(str(rank) for rank in sorted(set(method["ranks"])))
         lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
         lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
-        lines["strength"] = f"{method['strength']:g}" + (f", target {method['target']}" if method["target"] else "")
-    counterfactuals = f", {own.counterfactuals} counterfactuals" if own.counterfactuals else ""
-    fitted = f"on {own.examples} examples, {own.tokens} tokens{counterfactuals}"
-    lines["fitted"] = fitted if own.examples else "on data it does not name"
     rows = [f"{row['title']}: {_number(row['before'])} → {_number(row['after'])}" for row in own.measured]
     lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
     return lines

@@ -59,20 +59,13 @@ def _argument(data: str, example: str) -> Any:
 
 @app.command(hidden=True)  # the name of the command before there were several commands for recipes
 @recipe.command()
-def schema(
-    kind: Annotated[Kind, typer.Argument(help="The kind of adapter that the recipe makes.")],
-    output: Annotated[Path | None, typer.Option("--output", help="Write a file instead of printing.")] = None,
-) -> None:
+def schema(kind: Annotated[Kind, typer.Argument(help="The kind of adapter that the recipe makes.")]) -> None:
     """Print the JSON schema of a recipe, with which editors complete keys, show their meaning and mark mistakes.
 
-    Example: hf-erasure recipe schema erasure --output recipe.schema.json
+    Example: hf-erasure recipe schema erasure > recipe.schema.json
     """
     recipe_class = erasure.Recipe if kind is Kind.erasure else gradiend_recipe.GradiendRecipe
-    text = json.dumps(schemas.json_schema(recipe_class), indent=1, ensure_ascii=False)
-    if output is None:
-        typer.echo(text)
-    else:
-        output.write_text(text + "\n", encoding="utf-8")
+    typer.echo(json.dumps(schemas.json_schema(recipe_class), indent=1, ensure_ascii=False))
 
 
 @app.command()

@@ -139,8 +139,6 @@ class FitRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self, "fit", "batch_size", "max_length", "resident_batches")
-        if self.resident_batches is not None and not self.sequential:
-            raise ValueError("fit.resident_batches in a recipe is for fit.sequential=true: leave it out.")
 
 
 @dataclass
@@ -397,14 +395,7 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     ]
     group = recipe.data.group_column
     if group is None:
-        above = (
-            f"the part above {row[f'{concept} majority']:.1%} comes from cues that the texts of the fit do not have, "
-            "or from texts that the probe has memorised"
-        )
-        above = above if row[f"{concept} refitted"] > row[f"{concept} majority"] else "not more than that constant"
-        lines.append(
-            f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: {above}."
-        )
+        lines.append(f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}.")
     else:
         lines.append(
             f"A new probe, fitted on erased held-out texts of some values of {group!r} and judged on others, reads "

@@ -259,8 +259,6 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
         head = head_named(heads, encoder_decoder=config.is_encoder_decoder)
         if head is not None and head.task is not None:
             task, loader = head.task, head.auto_class
-        elif config.is_encoder_decoder:
-            task, loader = "seq2seq", TASKS["seq2seq"]
         else:
             raise ValueError(
                 f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say "

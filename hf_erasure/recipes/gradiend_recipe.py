@@ -250,8 +250,8 @@ class Materials:
 
         Raises `PairError` if the word of a row is missing, or no pair has that word.
         """
-        several = "counterfactual_label" in rows.column_names
-        if set(PAIR_COLUMNS[:4]) <= set(rows.column_names) and (len(classes) == 2 or several):
+        needed = PAIR_COLUMNS[: 4 + (len(classes) > 2)]
+        if set(needed) <= set(rows.column_names):
             return rows
         if "factual" not in rows.column_names:
             raise PairError(
@@ -263,13 +263,9 @@ class Materials:
             entry = {"counterfactual": row["counterfactual"], "label": row["label"], "counterfactual_label": other}
             known.setdefault(row["factual"].strip().lower(), entry)
         words = [str(word).strip().lower() for word in rows["factual"]]
-        for number, word in enumerate(words):
-            if word not in known:
-                raise PairError(
-                    f"row {number}: {rows[number]['factual']!r} is not a word of the recipe "
-                    f"({', '.join(sorted(known)[:8])} …); give the columns counterfactual, label and "
-                    "counterfactual_label too"
-                )
+        if unknown := [word for word in words if word not in known]:
+            there = f"{unknown[0]!r} is not a word of the recipe ({', '.join(sorted(known)[:8])} …)"
+            raise PairError(f"{there}: give it the columns {', '.join(needed[2:])} too")
         texts = [{"text": row["text"], "factual": row["factual"]} for row in rows]
         return Dataset.from_list([row | known[word] for row, word in zip(texts, words, strict=True)])
 

@@ -30,7 +30,7 @@ def schema_for(recipe: Path) -> dict[str, Any]:
 def test_a_shipped_schema_is_what_the_command_prints(kind: str) -> None:
     printed = CliRunner().invoke(app, ["schema", kind])
     assert printed.exit_code == 0
-    # `hf-erasure schema KIND --output recipes/schemas/KIND.json` writes the file anew.
+    # `hf-erasure recipe schema KIND > recipes/schemas/KIND.json` writes the file anew.
     assert printed.stdout == (RECIPES / "schemas" / f"{kind}.json").read_text(encoding="utf-8")
 
 
