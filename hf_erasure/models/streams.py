@@ -22,21 +22,10 @@ from .model import MEDIA, bare_model
 # Kinds of nodes that change each feature, or each row, by itself.
 _PER_FEATURE = {"norm", "scaled", "featurewise", "pointwise"}
 _SUMS = {"sum", "join"}
-_MIXES = "it does not take the features of a row as they are"
 
 
-class Group(list[Weight]):
-    """The maps that read one tensor, in the order of their calls.
-
-    Attributes:
-        other_uses: The names of other operations on the tensor, which are not such maps and so are not guarded.
-    """
-
-    other_uses: tuple[str, ...] = ()
-
-
-def readers_of(model: nn.Module) -> list[Group]:
-    """The linear maps that read the hidden state, grouped by the tensor that they read.
+def readers_of(model: nn.Module) -> list[list[Weight]]:
+    """The linear maps that read the hidden state, grouped by the tensor that they read, in the order of their calls.
 
     The maps of a group share one eraser. Views of a tensor in other shapes, such as flat rows and sequences, are other
     groups, since the place of an example's rows depends on the shape. Experts that take some rows each are one group,
@@ -112,19 +101,16 @@ class _Streams:
 
     # ---- readers -----------------------------------------------------------------------------------------------------
 
-    def readers(self) -> list[Group]:
+    def readers(self) -> list[list[Weight]]:
         """The groups of maps that read a tensor, joined where they share a module; warns if a map is not guarded."""
         found: dict[Any, dict[Weight, int]] = {}
-        other_uses: dict[Node, set[str]] = {}
         unguarded: list[str] = []
         for node in self._graph.nodes:
             for source in node.parents if node.kind not in _PER_FEATURE | _SUMS else ():
-                if source not in self._readable:
-                    continue
                 product = node.product
-                if product is None or (reason := self._why_not_read(source, node, product)) == _MIXES:
-                    other_uses.setdefault(source, set()).add(node.operation)
-                elif reason:
+                if source not in self._readable or product is None or not _takes_features(product, source):
+                    continue
+                if reason := self._why_not_read(source, node, product):
                     unguarded.append(reason)
                 else:
                     weight = Weight(product.owner, product.parameter, int(product.in_axis or 0))
@@ -132,19 +118,17 @@ class _Streams:
                     if math.prod(sizes) != math.prod(source.shape) and self._is_expert(product.owner, source):
                         sizes = next((key[2] for key in found if key[:2] == (source, product.pattern)), ())
                     found.setdefault((source, product.pattern, sizes), {}).setdefault(weight, product.call)
-        groups: list[tuple[dict[Weight, int], set[str]]] = []
-        for (source, *_), weights in found.items():
+        groups: list[dict[Weight, int]] = []
+        for weights in found.values():
             names = {weight.module for weight in weights}
-            joined = [group for group in groups if any(weight.module in names for weight in group[0])]
+            joined = [group for group in groups if any(weight.module in names for weight in group)]
             groups = [group for group in groups if group not in joined]
-            merged = {weight: at for group in joined for weight, at in group[0].items()}
-            groups.append((weights | merged, set().union(other_uses.get(source, ()), *(group[1] for group in joined))))
-        groups.sort(key=lambda group: min(group[0].values()))
+            groups.append(weights | {weight: at for group in joined for weight, at in group.items()})
+        groups.sort(key=lambda group: min(group.values()))
         result = []
-        for weights, operations in groups:
-            group = Group(sorted(weights, key=weights.__getitem__))
+        for weights in groups:
+            group = sorted(weights, key=weights.__getitem__)
             group += dict.fromkeys(o for o in sibling_experts(self._model, self._graph, group) if o not in group)
-            group.other_uses = tuple(sorted(operations))
             result.append(group)
         unguarded += self._blocks_not_run(weight for group in result for weight in group)
         if unguarded:
@@ -158,11 +142,6 @@ class _Streams:
 
     def _why_not_read(self, source: Node, node: Node, product: Product) -> str | None:
         """Why a map is not a reader of a tensor; None if its module takes the tensor first, and only for the map."""
-        if product.pattern is None or product.in_axis is None:
-            return _MIXES
-        along = product.pattern[0]
-        if source.width and along >= 0 and source.shape[along] != source.width:  # such as from positions to positions
-            return _MIXES
         if product.call < 0:
             return f"the weight {product.parameter!r} takes it, and its module is not called"
         first = self._graph.calls[product.call].inputs
@@ -242,6 +221,14 @@ class _Streams:
         ):
             return f"the module {product.owner!r}, whose weight makes what is added to it, returns something else"
         return None
+
+
+def _takes_features(product: Product, source: Node) -> bool:
+    """Whether a product takes the features of each row of a tensor as they are, not such as its positions."""
+    if product.pattern is None or product.in_axis is None:
+        return False
+    along = product.pattern[0]
+    return not source.width or along < 0 or source.shape[along] == source.width
 
 
 def _unscaled(node: Node) -> Node:

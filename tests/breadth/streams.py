@@ -206,10 +206,7 @@ def told(model: nn.Module) -> list[str]:
     """Lines with the readers and writers, or the reason why they are refused; the axis follows `@`."""
     lines: list[str] = []
     try:
-        groups = readers_of(model)
-        lines += collapsed(
-            _in_words(group) + "".join(f" (also {name})" for name in group.other_uses) for group in groups
-        )
+        lines += collapsed(map(_in_words, readers_of(model)))
     except ValueError as error:
         lines.append(f"readers: {error}")
     try:

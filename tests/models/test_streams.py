@@ -22,7 +22,7 @@ def test_readers_of_a_sequential_decoder_are_grouped_by_what_they_take():
     attention, mlp = groups[:2]
     assert attention == [Weight(f"layers.0.self_attn.{name}_proj", "weight", 1) for name in "qkv"]
     assert mlp == [Weight(f"layers.0.mlp.{name}_proj", "weight", 1) for name in ("gate", "up")]
-    assert len(groups) == 4 and not any(group.other_uses for group in groups)
+    assert len(groups) == 4
 
 
 def test_writers_of_a_sequential_decoder_are_embedding_and_projections():
@@ -107,14 +107,6 @@ def test_blocks_that_the_pass_does_not_run_are_told_of():
         readers_of(Skips())
     assert [_names(group) for group in readers_of(Experts())] == [["experts.1", "experts.0"], ["head"]]
     assert _names(writers_of(Experts())) == ["embed", "experts.1", "experts.0"]
-
-
-def test_other_uses_of_a_tensor_are_told_of():
-    class Gated(Own):
-        def branch(self, normed: Tensor) -> Tensor:
-            return self.down(self.up(normed).relu()) + self.down(self.up(normed * normed.roll(1, -1)))
-
-    assert readers_of(Gated())[0].other_uses == ("mul",)
 
 
 def test_features_that_are_cut_in_two_do_not_share_an_eraser():
