@@ -382,7 +382,7 @@ class Graph(TorchDispatchMode):
             if is_weight and name != "embedding":
                 for made in floats_of(output):
                     has_axes = weight.axes is not None and len(inputs) == 1
-                    axes = _axes_after(name, args, kwargs, weight.axes, made) if has_axes else None
+                    axes = _axes_after(func, args, weight.axes, made) if has_axes else None
                     self._weight_views[made] = WeightView(weight.parameter, axes)
             elif is_weight:
                 product = self._product(weight, None, weight.axes[-1] if weight.axes else None)
@@ -399,7 +399,7 @@ class Graph(TorchDispatchMode):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
                 if any(out is t for out in floats_of(output) for t in inputs) or "out" in kwargs:
                     self._last_writes[_storage(made)] = (self._time, node, made)
-        if not (func.is_view or name in _VIEWS):
+        if not _is_view(func):
             result = next((self._value(t).node for t in floats_of(output)), None) if values else None
             calls = tuple(call.index for call in self._stack)
             self.uses += [Use(value.node, result, name, calls) for value in values.values()]
@@ -557,40 +557,26 @@ def whole_axis(pattern: tuple[int, ...] | None, node: Node) -> int | None:
     return pattern[0] if len(pattern) - 2 == node.shape[pattern[0]] else None
 
 
-def _axes_after(
-    name: str, args: tuple, kwargs: dict[str, Any], axes: tuple[int | None, ...], result: Tensor
-) -> tuple[int | None, ...] | None:
+def _axes_after(func: Any, args: tuple, axes: tuple[int | None, ...], result: Tensor) -> tuple[int | None, ...] | None:
     """For each axis of a tensor after an operation its axis of the parameter; None if that cannot be told."""
-    tensor, rest = args[0], args[1:]
-    count = len(axes)
-    if name in ("alias", "clone", "detach", "_to_copy", "lift_fresh", "slice", "split", "split_with_sizes", "chunk"):
+    tensor, name = args[0], func.overloadpacket.__name__
+    if name in ("clone", "_to_copy", "index_select"):
         return axes
-    if name == "expand":
-        return (*[None] * (result.dim() - count), *axes)
-    if name == "t":
-        return axes[::-1]
-    if name == "transpose":
-        order = list(axes)
-        order[rest[0]], order[rest[1]] = axes[rest[1]], axes[rest[0]]
-        return tuple(order)
-    if name == "permute":
-        return tuple(axes[axis] for axis in rest[0])
-    if name in ("select", "unbind"):
-        axis = (rest[0] if rest else 0) % count
-        return (*axes[:axis], *axes[axis + 1 :])
-    if name == "unsqueeze":
-        axis = rest[0] % (count + 1)
-        return (*axes[:axis], None, *axes[axis:])
-    if name == "index_select":
-        return axes
-    if name == "index" and result.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
-        return (*[None] * (result.dim() - count + 1), *axes[1:])
-    if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze"):
-        # An axis is kept if its length, and the number of entries behind it, stay the same.
-        old, new = ([(n, math.prod(x.shape[at + 1 :])) for at, n in enumerate(x.shape)] for x in (tensor, result))
-        known = {place: axis for place, axis in zip(old, axes, strict=True) if place[0] > 1}
-        return tuple(known.get(place) for place in new)
-    return None
+    if name == "index" and result.dim() >= len(axes) - 1 and all(i is None for i in args[1][1:]):
+        return (*[None] * (result.dim() - len(axes) + 1), *axes[1:])
+    if not _is_view(func) or _storage(result) != _storage(tensor):
+        return None
+    # An axis of a view is known by its stride and its length; one that is cut keeps the stride alone.
+    is_cut = name in ("slice", "split", "split_with_sizes", "chunk")
+    old, new = (
+        [(n, 0 if is_cut else size) for n, size in zip(t.stride(), t.shape, strict=True)] for t in (tensor, result)
+    )
+    known = {place: axis for place, size, axis in zip(old, tensor.shape, axes, strict=True) if size > 1}
+    return tuple(known.get(place) for place in new)
+
+
+def _is_view(func: Any) -> bool:
+    return func.is_view or func.overloadpacket.__name__ in _VIEWS
 
 
 def _storage(tensor: Tensor) -> int:
