@@ -74,8 +74,8 @@ class Call:
     module: nn.Module
     outer_calls: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
     inputs: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
-    input_size: tuple[int, ...] = ()  # The shape of the first activation that it was called with.
-    input_memory: tuple[Any, ...] | None = None  # The address of that activation in memory, its shape and its strides.
+    # The address, the shape and the strides of the first activation that it was called with.
+    input_memory: tuple[Any, ...] = ()
     output: Node | None = None  # The node of the first activation that it returned.
     # `"input"` and `"output"`: the first activations taken and returned, with the places of their entries.
     values: dict[str, _Value] = field(default_factory=dict)
@@ -155,28 +155,6 @@ class _Value:
         return same and (self.entries is other.entries or torch.equal(_places(self).cpu(), _places(other).cpu()))
 
 
-@torch.no_grad()
-def _scaled_axis(host: nn.Module, shape: Sequence[int]) -> set[int]:
-    """The axis along which the weight vector of a model's own kind of norm (such as one for each head) scales."""
-    weight = host._parameters.get("weight")
-    if weight is None or weight.is_meta or weight.dim() != 1 or not is_norm(host):
-        return set()
-    noise = torch.Generator().manual_seed(0)
-    given = torch.rand(tuple(shape), generator=noise, device="cpu").to(weight)
-    changed, forward = weight.clone(), host.forward  # past its hooks
-    changed[0] += 1
-    before = forward(given)
-    try:
-        host._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
-        differs = forward(given) != before
-    finally:
-        host._parameters["weight"] = weight
-    # A rectifier behind the norm may leave some entries as they are.
-    reached = int(differs.sum())
-    sizes = enumerate(differs.shape)
-    return {a for a, size in sizes if size == len(weight) and 0 < reached == int(differs.select(a, 0).sum())}
-
-
 class Graph(TorchDispatchMode):
     """Watches one forward pass of a model.
 
@@ -244,7 +222,9 @@ class Graph(TorchDispatchMode):
             takers += [call for call in self.calls if call.input_memory == own.input_memory]
         kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
         found = {axis for axis in kinds if axis is not None} or self._features_in(value)
-        return found or (_scaled_axis(host, value.shape) if side == "output" else set())
+        # The vector of a model's own kind of norm (such as one for each head) is as long as the axis that it scales.
+        width = value.node.width if side == "output" and is_norm(host) else 0
+        return found or {axis for axis, size in enumerate(value.shape) if size == width}
 
     def _features_in(self, value: _Value) -> set[int]:
         """The axes of a tensor along which all features of its node lie, in the order of the node."""
@@ -270,7 +250,7 @@ class Graph(TorchDispatchMode):
         self.calls.append(call)
         self._stack.append(call)
         given = [] if self._atomic_depth else list(floats_of((args, kwargs)))
-        call.inputs, call.input_size = tuple(self._value(t).node for t in given), tuple(given[0].shape) if given else ()
+        call.inputs = tuple(self._value(t).node for t in given)
         if given:
             call.values["input"] = self._value(given[0])
             call.input_memory = given[0].data_ptr(), tuple(given[0].shape), given[0].stride()

@@ -114,7 +114,7 @@ class _Streams:
                     unguarded.append(reason)
                 else:
                     weight = Weight(product.owner, product.parameter, int(product.in_axis or 0))
-                    sizes = self._graph.calls[product.call].input_size
+                    sizes = self._graph.calls[product.call].input_memory[1]
                     if math.prod(sizes) != math.prod(source.shape) and self._is_expert(product.owner, source):
                         sizes = next((key[2] for key in found if key[:2] == (source, product.pattern)), ())
                     found.setdefault((source, product.pattern, sizes), {}).setdefault(weight, product.call)

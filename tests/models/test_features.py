@@ -82,7 +82,10 @@ def test_norms_behind_convolutions_with_computed_weights_and_before_rectifiers_t
     x = torch.randn(2, 4, 4, 4)
     assert axis_of(nn.Sequential(StandardisedConv(4, 4, 1), nn.ReLU(), NormActivation(2, 4)), x) == 1
     mixed = nn.Sequential(nn.Softmax(1), NormActivation(2, 4))  # softmax mixes the axis, so only the norm tells
-    assert Graph(mixed, lambda: mixed(x)).features_at(mixed[1], "output") == {1}
+    for picture, expected in (torch.randn(2, 4, 5, 5), {1}), (x, {1, 2, 3}):  # several axes are refused by their names
+        with torch.no_grad():
+            graph = Graph(mixed, lambda picture=picture: mixed(picture))
+        assert graph.features_at(mixed[1], "output") == expected
 
 
 def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
