@@ -403,7 +403,7 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
 
 def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:
     """The sum of the moments that the first two checkpoints hold of a source; it is also written to the third."""
-    batches, data, parts = 0, list[str](), [source, SiteStatistics(source.z_dim, concept=source.concept)]
+    batches, data, parts = 0, list[str](), [source, SiteStatistics(source.concept)]
     for checkpoint, part in zip(checkpoints, parts, strict=False):
         facts = checkpoint.load_moments(source.key, part)
         data.append(facts.get("data", _MERGED))

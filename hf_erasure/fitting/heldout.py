@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.model import evaluating, inputs_of, on_cpu
@@ -74,10 +75,13 @@ def measure(
         One line for each site, and one for each visit of a site with several; the number of sequences; how many of
         these were fitted on; and the number of their environments, None where the batches name none.
     """
-    measurement, processes = _Measurement(task, erase), task.processes
+    # Environments, and classes of what is kept, matter to fitting alone.
+    concept = task.config.copied()
+    concept.environment_rank = concept.kept = None
+    measurement, processes = _Measurement(task, concept, erase), task.processes
     if isinstance(batches, ObservedBatches):
         measurement.observer, batches = batches.observer, batches.batches
-    source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
+    source, fitted = Source(concept, map(without_counterfactuals, batches)), 0
     fitted_rows, measured_rows = set().union(*processes.gathered([fitted_on or set()])), set[int]()
     what = f"measuring {task.name}"
     with (
@@ -147,10 +151,10 @@ class _Measurement:
     The figures of a site are kept by visit, under the keys that `visit_of` makes.
     """
 
-    def __init__(self, task: FitTask, erase: Callable[[str, Tensor], Tensor]) -> None:
-        self._task, self._erase, z_dim = task, erase, task.config.z_dim
+    def __init__(self, task: FitTask, concept: ConceptErasureConfig, erase: Callable[[str, Tensor], Tensor]) -> None:
+        self._task, self._erase = task, erase
         # (erased, half) → the moments at each visit.
-        self._halves = {(erased, half): SiteStatistics(z_dim) for erased in (False, True) for half in (0, 1)}
+        self._halves = {(erased, half): SiteStatistics(concept) for erased in (False, True) for half in (0, 1)}
         # (visit, whether of labelled positions) → `(3 + width,)` float64, the sums over rows x, which were moved to x',
         # of 1, |x' − x|², |x|² and the entries of x.
         self._movements: dict[tuple[str, bool], Tensor] = {}

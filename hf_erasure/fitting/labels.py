@@ -61,24 +61,22 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
 class SiteStatistics:
     """The moments at each visit of a site."""
 
-    z_dim: int  # The number of columns of the concept, or of its strata; 0 for a background.
+    concept: ConceptErasureConfig | None  # The concept that is erased, with its environments; None for a background.
     # Key of a visit, or of its differences within pairs → moments, created when the width of the activation is known.
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # The same keys → dtype of the activations.
-    # The concept that is erased, with its environments, pairs and what is kept; None if these do not matter.
-    concept: ConceptErasureConfig | None = None
 
     @property
     def strata(self) -> Strata:
         """The numbering of classes, of environments (if the concept is erased within each), and of what is kept."""
         if self.concept is None:
-            return Strata(self.z_dim)
+            return Strata(0)
         environments = len(self.concept.environments or ()) if self.concept.environment_rank else 1
         return Strata(self.concept.z_dim, environments or 1, len(self.concept.kept or ()) or 1)
 
     def moments_for(self, key: str, width: int) -> ConceptMoments:
         """The moments at a key; they are created if they are missing."""
-        z_dim = self.strata.classes if is_of_pairs(key) else self.z_dim
+        z_dim = self.strata.classes if is_of_pairs(key) else self.strata.size
         return self.moments.setdefault(key, ConceptMoments(width, z_dim))
 
     @on_cpu()
@@ -134,7 +132,6 @@ class Source(SiteStatistics):
         batches: Dicts of model inputs, plus `concept_labels` with a concept.
         key: The name of these batches in messages and in the checkpoint of a fit.
         original: The object that the batches came from, by default `batches`.
-        is_fitted: Whether environments, and classes of what is kept, are distinguished, as in fitting.
     """
 
     def __init__(
@@ -143,13 +140,9 @@ class Source(SiteStatistics):
         batches: Iterable[Any] = (),
         key: str = "labelled",
         original: Iterable[Any] | None = None,
-        *,
-        is_fitted: bool = True,
     ) -> None:
-        super().__init__(0, concept=concept)
-        if concept is not None:
-            self.z_dim = self.strata.size if is_fitted else concept.z_dim
-        self.batches, self.key, self.is_fitted = batches, key, is_fitted
+        super().__init__(concept)
+        self.batches, self.key = batches, key
         original = batches if original is None else original
         # The batches for another pass; None if they can be read only once.
         self.rereadable = None if isinstance(original, Iterator) else original
@@ -276,7 +269,7 @@ class BatchLabels:
                         "concept_pairs are for classes of whole texts: give ConceptErasureConfig(labels=[…])."
                     )
                 self.pairs = Pairs.of_batch(batch, self.rows, source.concept.z_dim)
-            if source.is_fitted and (strata := source.strata).size > strata.classes:
+            if (strata := source.strata).size > strata.classes:
                 shape = (-1, 1) if self._by_token else (-1,)
                 apart = ("concept_environments", strata.environments), ("concept_kept", strata.kept)
                 ids = [ids_in(batch, name, self.rows, count).view(shape) if count > 1 else 0 for name, count in apart]

@@ -131,7 +131,7 @@ class Scrubber:
         """
         while True:
             shown.reset(len(self.task.layers))
-            self._later = {s.key: SiteStatistics(s.z_dim, concept=s.concept) for s in self.sources}
+            self._later = {s.key: SiteStatistics(s.concept) for s in self.sources}
             try:
                 self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
                 break
@@ -279,7 +279,7 @@ class Scrubber:
             assumed = self._assumed[source.key].moments if self._assumed else {}
             later = {key: moments for key, moments in assumed.items() if site_of(key) == site}
             first = {key: source.moments.pop(key) for key in keys if key in source.moments}
-            statistics.append(SiteStatistics(source.z_dim, first | later, source.dtypes, source.concept))
+            statistics.append(SiteStatistics(source.concept, first | later, source.dtypes))
         self.fits |= solve(self.task, [site], statistics)
         if self.checkpoint is not None and self.task.processes.is_main and not self._assumed:
             self.checkpoint.save_site(site, self.fits[site], self._digest)
@@ -320,7 +320,7 @@ class Columns:
         `stuck` begins again with the columns of the first pass, and adds what is left from there on.
         """
         parts = [(of, key, m) for of, statistics in later.items() for key, m in sorted(statistics.moments.items())]
-        labelled = [part for part in parts if later[part[0]].z_dim]
+        labelled = [part for part in parts if later[part[0]].concept]
         keys = [f"{of}: {key}" for of, key, _ in labelled]
         arrived = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
         left = [(residual_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
@@ -336,9 +336,9 @@ class Columns:
             next_columns = _anderson_step(self.removed, self.wanted)
         self.removed.append(next_columns)
         columns = dict(zip(keys, next_columns.split([part.numel() for part in left]), strict=True))
-        assumed = {of: SiteStatistics(s.z_dim, concept=s.concept) for of, s in later.items()}
+        assumed = {of: SiteStatistics(s.concept) for of, s in later.items()}
         for of, key, m in parts:
-            if later[of].z_dim:
+            if later[of].concept:
                 cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)
                 m = m.with_concept(m.mean_z, cross.to(m.mean_z), m.covariance_z)
             assumed[of].moments[key] = m

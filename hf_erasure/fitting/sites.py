@@ -214,7 +214,7 @@ class SiteFit:
 def solve(task: FitTask, sites: Sequence[str], sources: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
     """Solve for the erasers of sites, each in one of the processes; all processes end with the same fits.
 
-    `sources` has statistics for each concept that is erased, and may have some of a background (their `z_dim` is 0),
+    `sources` has statistics for each concept that is erased, and may have some of a background (without a `concept`),
     whose rows show what should not be disturbed.
     """
     processes = task.processes
@@ -236,11 +236,11 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
     all_keys = {key for statistics in sources for key in statistics.moments}
     keys = (visit_of(site, number) for number in itertools.count(1))
     visits = list(itertools.takewhile(all_keys.__contains__, keys))
-    of_concepts = [statistics for statistics in sources if statistics.z_dim]
+    of_concepts = [statistics for statistics in sources if statistics.concept]
     in_strata = [(s.strata, s.moments[key]) for s in of_concepts for key in visits if key in s.moments]
     labelled = [strata.concept(moments) for strata, moments in in_strata]
     kept = [columns for strata, moments in in_strata if (columns := strata.kept_columns(moments)) is not None]
-    of_background = [s.moments[key] for s in sources if not s.z_dim for key in visits if key in s.moments]
+    of_background = [s.moments[key] for s in sources if not s.concept for key in visits if key in s.moments]
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
         background.merge(more)  # type: ignore[union-attr]
@@ -277,8 +277,7 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
         change_labelled=spread.change(eraser) if eraser.rank else 0.0,
     )
     dtype = torch.float64 if sources[0].dtypes[site] == torch.float64 else torch.float32
-    is_single = sum(bool(statistics.z_dim) for statistics in sources) == 1
-    readings = _readings(eraser, labelled, config) if is_single else None
+    readings = _readings(eraser, labelled, config) if len(of_concepts) == 1 else None
     return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
 
 
