@@ -61,9 +61,6 @@ def concept_dataloader(
     *,
     max_length: int | None = None,
     labels: Sequence[str] | None = None,
-    label_subwords: Literal["all", "first"] = "all",
-    shuffle: bool = False,
-    seed: int = 0,
     split_between_processes: bool = False,
     counterfactual_column: str | None = None,
     counterfactual_words: str | Path | Counterparts | None = None,
@@ -90,9 +87,6 @@ def concept_dataloader(
         max_length: Longest sequence in tokens, special tokens included. By default the tokenizer's own limit.
         labels: Class names in the order of their ids. A stream with string labels needs them; elsewhere the default is
             the names of a `ClassLabel`, or the sorted distinct strings. For lists of floats they name the dimensions.
-        label_subwords: Whether `"all"` subwords of a word get its label or only the `"first"`.
-        shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
-        seed: Seed of the random order.
         split_between_processes: Give each process of a launcher its own share of the rows. Every row is in exactly one
             share, so shares may differ in length or be empty.
         counterfactual_column: Column of the same text with the other of two classes; a row without one has `None`
@@ -118,8 +112,8 @@ def concept_dataloader(
     from datasets.distributed import split_dataset_by_node
 
     first = _first_row(dataset)
-    _check_options(batch_size, max_length, label_subwords, labels)
-    encode = choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
+    _check_options(batch_size, max_length, labels)
+    encode = choose_encoder(first, tokenizer, text_column, max_length)
     collate, columns = ConceptCollator(encode), list(encode.columns)
     if label_column is not None:
         require_column(first, label_column, "label_column")
@@ -147,12 +141,7 @@ def concept_dataloader(
     if split_between_processes:
         processes = Processes()
         dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
-    if isinstance(dataset, datasets.IterableDataset):
-        stream = dataset.shuffle(seed=seed) if shuffle else dataset
-        return DataLoader(stream, batch_size=batch_size, collate_fn=collate)
-    shuffle = shuffle and len(dataset) > 0
-    generator = torch.Generator().manual_seed(seed) if shuffle else None
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, generator=generator)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
 
 
 @dataclass
@@ -172,10 +161,6 @@ class ConceptCollator:
         if self.read_labels is None:
             return None if self.counterfactuals is None else self.counterfactuals.classes
         return self.read_labels.names
-
-    def names(self, of: str) -> list[str] | None:
-        """The names behind further ids, in the order of the ids; `None` for batches without these ids."""
-        return list(self.id_columns[of].names) if of in self.id_columns else None
 
     def check_labels(self, wanted: Sequence[str] | None) -> None:
         """Raise a `ValueError` if an adapter, whose labels are `wanted`, numbers its classes differently."""
@@ -337,17 +322,23 @@ def _choose_label_reader(
     names = tuple(labels) if labels is not None else stored
     strings = isinstance(element, str) or getattr(class_label or feature, "dtype", None) == "string"
     if names is None and strings:
-        if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
-            raise ValueError(
-                f"the strings in label_column={column!r} cannot be listed ahead of a stream: pass labels=[...] with "
-                f"the class names in the order of their ids."
-            )
-        found: set[str] = set()
-        for batch in dataset.select_columns([column]).iter(batch_size=1000):
-            for label in plain(batch[column]):
-                found.update(label if isinstance(label, list) else [label])
+        remedy = "labels=[…] with the class names in the order of their ids"
+        found = _values_of(dataset, column, "label_column", remedy)
         names = tuple(sorted(name for name in found if name is not None))
     return _LabelReader(column, encode, "tokens" if per_token else "rows", names, stored)
+
+
+def _values_of(
+    dataset: datasets.Dataset | datasets.IterableDataset, column: str, argument: str, remedy: str
+) -> set[Any]:
+    """The distinct values of a column, or those in its lists."""
+    if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
+        raise ValueError(f"the values of {argument}={column!r} cannot be listed ahead of a stream: write {remedy}.")
+    found: set[Any] = set()
+    for batch in dataset.select_columns([column]).iter(batch_size=1000):
+        for value in plain(batch[column]):
+            found.update(value if isinstance(value, list) else [value])
+    return found
 
 
 @dataclass
@@ -364,12 +355,7 @@ class NumberedColumn:
         feature = (dataset.features or {}).get(column)
         if isinstance(feature, datasets.ClassLabel):
             return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
-        if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
-            raise ValueError(
-                f"the values of {argument}={column!r} cannot be listed ahead of a stream: write "
-                f"dataset.cast_column({column!r}, ClassLabel(names=[…]))."
-            )
-        found = {plain(value) for batch in dataset.select_columns([column]).iter(1000) for value in batch[column]}
+        found = _values_of(dataset, column, argument, f"dataset.cast_column({column!r}, ClassLabel(names=[…]))")
         if unfit := [value for value in found if not isinstance(value, str | int)]:
             raise ValueError(f"{argument}={column!r} holds {unfit[0]!r}: give every row a string or an int there.")
         values = sorted(found, key=lambda value: (isinstance(value, str), value))
@@ -429,11 +415,9 @@ def _first_row(dataset: Any) -> Row:
     return first
 
 
-def _check_options(batch_size: int, max_length: int | None, label_subwords: str, labels: Sequence[str] | None) -> None:
+def _check_options(batch_size: int, max_length: int | None, labels: Sequence[str] | None) -> None:
     check_count("batch_size", batch_size)
     check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
-    if label_subwords not in ("all", "first"):
-        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
     if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
         raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
     if labels is not None and (not labels or len(set(labels)) != len(labels)):

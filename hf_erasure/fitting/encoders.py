@@ -30,7 +30,6 @@ class TextEncoder:
     columns: list[str]
     max_length: int | None
     split_into_words: bool
-    label_subwords: str
 
     def __post_init__(self) -> None:
         self.unit = "words" if self.split_into_words else None
@@ -64,13 +63,7 @@ class TextEncoder:
             inputs["concept_words"] = words_of_tokens(encoding, texts, pairs)
         if not (self.split_into_words and self.tokenizer.is_fast):
             return inputs, []
-        owners = [list(encoding.word_ids(index)) for index in range(len(rows))]
-        if self.label_subwords == "first":
-            owners = [
-                [word if word != before else None for word, before in zip(row, [None, *row], strict=False)]
-                for row in owners
-            ]
-        return inputs, owners
+        return inputs, [list(encoding.word_ids(index)) for index in range(len(rows))]
 
     def _text(self, row: Row) -> Any:
         text = plain(row[self.columns[0]])
@@ -131,9 +124,7 @@ class PixelEncoder:
 Encoder = TextEncoder | TokenisedEncoder | PixelEncoder
 
 
-def choose_encoder(
-    first: Row, tokenizer: Any, text_column: str, max_length: int | None, label_subwords: str
-) -> Encoder:
+def choose_encoder(first: Row, tokenizer: Any, text_column: str, max_length: int | None) -> Encoder:
     """Choose the encoder of a data set by what its first row has; a `ValueError` if none fits."""
     if "input_ids" in first:
         _check_tokenizer(tokenizer, max_length)
@@ -156,18 +147,13 @@ def choose_encoder(
             f"text_column={text_column!r} holds {text!r} in the first row: it must hold strings or lists of words, or "
             f"images together with an image processor. Filter rows without a text out of dataset."
         )
-    return TextEncoder(tokenizer, [text_column], max_length, isinstance(text, list), label_subwords)
+    return TextEncoder(tokenizer, [text_column], max_length, isinstance(text, list))
 
 
 def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         hint = "pass processor.tokenizer" if hasattr(tokenizer, "tokenizer") else "load it with AutoTokenizer"
         raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}: {hint}.")
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} has no padding token, so rows of different lengths cannot share a "
-            f"batch: set tokenizer.pad_token = tokenizer.eos_token first."
-        )
     special = tokenizer.num_special_tokens_to_add()
     if max_length is not None and max_length <= special:
         raise ValueError(

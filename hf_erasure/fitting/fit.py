@@ -138,9 +138,10 @@ def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, in
             if rank is not None:
                 setattr(config, name, rank)
         for name in ("environments", "kept"):
-            names = collator.names(f"concept_{name}") if isinstance(collator, ConceptCollator) else None
-            if names is None or (name == "environments" and config.environment_rank is None):
+            ids = collator.id_columns.get(f"concept_{name}") if isinstance(collator, ConceptCollator) else None
+            if ids is None or (name == "environments" and config.environment_rank is None):
                 continue
+            names = list(ids.names)
             if getattr(config, name) not in (None, names):
                 raise ValueError(
                     f"The batches have {name} {names}, and the configuration {getattr(config, name)}: give both the "

@@ -99,7 +99,7 @@ def test_a_decoder_site_takes_the_decoder_mask() -> None:
         (torch.tensor([[0, 1, 1, 0]] * 3), "mean", "use pool='tokens'"),
         (torch.tensor([[[0]]]), "tokens", "are not class ids"),
         (torch.tensor([[0.0, 1.0, 2.0]] * 3), "tokens", r"\(batch, 2\)"),
-        (torch.tensor([[0, 1]] * 3), "tokens", r"cannot be matched.*concept_labels.argmax\(1\)"),
+        (torch.tensor([[0, 1]] * 3), "tokens", r"label 2 positions, but 'layer.0' has 4.*concept_labels.argmax\(1\)"),
         (torch.tensor([[0], [1], [1]]), "tokens", r"shape \(3, 1\) are a column.*concept_labels.squeeze\(1\)"),
         (torch.tensor([[0], [1], [1]]), "mean", r"concept_labels.squeeze\(1\)"),
         (torch.tensor([0, 1, 2]), "mean", "hold the class id 2, and the adapter has 2 classes, 0 to 1"),

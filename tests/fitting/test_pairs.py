@@ -230,7 +230,7 @@ def test_words_make_counterfactuals(tokenizer: Any) -> None:
     assert batch["concept_pairs"].tolist() == [-1, -1, -1, 0, 2]  # The second text has no word with a counterpart.
     assert batch["concept_pair_labels"].tolist() == [0, -100, 1, 1, 0]
     assert batch["concept_environments"].tolist() == [1, 0, 1, 1, 1]
-    assert loader.collate_fn.names("concept_environments") == ["a", "b"]
+    assert loader.collate_fn.id_columns["concept_environments"].names == ("a", "b")
     assert "his hat" in tokenizer.decode(batch["input_ids"][3])
     unlabelled = concept_dataloader(
         data, tokenizer, label_column=None, labels=LABELS, counterfactual_words="english_gender"
