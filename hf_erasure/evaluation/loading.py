@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -55,16 +54,10 @@ class Adapter:
         kept = Provenance.of(self.config).pool if isinstance(self.config, ConceptErasureConfig) else ""
         return [name for name in kept.split("+") if name in POOLS]
 
-    def host(self, model: Any) -> Any:
-        """The model that the adapter is loaded into: `model`, or its backbone if the adapter's names are of that."""
-        sites = self.config.fitted_modules if isinstance(self.config, ChildConfig) else ()
-        hosts = (h for h in (model, model.base_model) if {name for name, _ in h.named_modules()}.issuperset(sites))
-        return next(hosts, model)
-
     def acts(self, model: nn.Module) -> tuple[bool, str]:
         """Whether the adapter acts, in words too: by `verify_adapter`, or for other kinds by the outputs without it."""
         if isinstance(self.config, ChildConfig):
-            found = verify_adapter(self.host(model), self.name)
+            found = verify_adapter(model, self.name)
             return found.ok, found.text
         switched: Any = model
         active = list(switched.active_adapters())
@@ -135,7 +128,7 @@ def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> 
 
 
 class Loader:
-    """Loads a model in one class for all entries: the first class that has the modules of all adapters.
+    """Loads a model in one class for all entries, the one that `class_for` finds for all adapters.
 
     `note` is for a reader of the results: why the class is not that of the checkpoint, if it differs, and which side of
     an encoder-decoder is read. Raises `OSError` if the model cannot be loaded.
@@ -168,18 +161,14 @@ class Loader:
             warnings.filterwarnings("ignore", message="(Adding .* switched |Other adapters act here)")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in entry.adapters:
-                adapter.host(model).load_adapter(adapter.folder, adapter_name=adapter.name)
+                model.load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
-        # A model and its backbone may both hold adapters, and `set_adapter` of one does not know those of the other.
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.set_adapter(names)
-        for wrapper in auxiliary_wrappers(model).values():
-            wrapper.set_adapter([name for name in names if name in wrapper._adapters])
+        if names:
+            model.set_adapter(names)
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength
-                steer(adapter.host(model), adapter.name, learning_rate=rate)
+                steer(model, adapter.name, learning_rate=rate)
         return model.eval()
 
 
@@ -191,10 +180,8 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
     """
     found: dict[str, Any] = {}
     for adapter in adapters:
-        own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
-        sample = Provenance.of(adapter.config).fingerprint
-        if sample:
-            own["base"] = resample(adapter.host(model), sample)
+        base = resample(model, adapter.config) if isinstance(adapter.config, ChildConfig) else {}
+        found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": base}
     with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 

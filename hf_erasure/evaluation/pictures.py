@@ -107,7 +107,7 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
     its classes have no words, or the words no sentences.
     """
     head, tokenizer = subject.require_head(), subject.tokenizer
-    handle = GradiendAdapter.of(adapter.host(subject.model), adapter.name)
+    handle = GradiendAdapter.of(subject.model, adapter.name)
     handle.encoders()  # raises an error if there are none
     pair = list(handle.config.pair or (handle.config.pairs or [])[0])
     table = _class_words(adapter, list(handle.config.classes or []))

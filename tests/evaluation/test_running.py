@@ -35,7 +35,7 @@ from hf_erasure.evaluation import (
     running,
 )
 from hf_erasure.evaluation.data import read_sentence, read_treebank
-from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verify_entry
+from hf_erasure.evaluation.loading import Entry, Loader, entries_of, fingerprints, read_adapters, verify_entry
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.subject import FINAL, Subject
@@ -268,6 +268,7 @@ def test_an_adapter_of_the_backbone_works_beside_one_of_the_whole_model(
     together = entries_of(found)[-1]
     model = loader.load(together)
     assert set(verify_entry(model, together)) == {"bare", "steered"}
+    assert all(own["base"] for own in fingerprints(model, found)["adapters"].values())
     inputs = {name: value for name, value in batch.items() if name != "concept_labels"}
     with torch.no_grad():
         outputs = [loader.load(entry)(**inputs).logits for entry in entries_of(found)]

@@ -139,12 +139,15 @@ def _pairs_of(model: nn.Module, config: ChildConfig, samples: dict[str, Any]) ->
     return pairs
 
 
-def resample(model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
-    """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out."""
-    found = {}
-    for name, sample in samples.items():
+def resample(model: nn.Module, config: ChildConfig) -> dict[str, Any]:
+    """Sample a model at the places of an adapter's fingerprint, under the adapter's names.
+
+    Weights that cannot be read or are smaller here are left out.
+    """
+    found, rename = {}, find_renaming(model, config.fitted_modules) or str
+    for name, sample in Provenance.of(config).fingerprint.items():
         _check_sample(name, sample)
-        weight, dtype = values_and_dtype(model, name)
+        weight, dtype = values_and_dtype(model, rename(name))
         if weight is not None and max(sample["positions"]) < weight.numel():
             positions = torch.tensor(sample["positions"], device="cpu", dtype=torch.long)
             found[name] = sample | _sample_weight(weight, dtype, positions)
