@@ -68,10 +68,10 @@ from hf_erasure.metrics import METRICS, metric_path
 for name in METRICS:
     evaluate.load(metric_path(name))
 
-from hf_erasure.hub.rendering import environment, template_folder
-assert where.parent in template_folder().resolve().parents, template_folder()
+from hf_erasure.hub.rendering import environment
 for name in CARDS:
-    environment().get_template(name)
+    template = pathlib.Path(environment().get_template(name).filename).resolve()
+    assert where.parent in template.parents, template
 
 root = files("hf_erasure")
 for name in DATA:

@@ -125,9 +125,6 @@ def card(
     results: Annotated[
         Path | None, typer.Option(help="What `hf-erasure evaluate` measured: results.json, or its folder.", exists=True)
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="The adapter's name in the results, if they have it more than once.")
-    ] = None,
     base_model: BaseModel = None,
     dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that was fitted on.")] = None,
     labels_from: Annotated[str | None, typer.Option(help="Who or what labelled the data, in words.")] = None,
@@ -147,8 +144,8 @@ def card(
     Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0
     """
     rows = hub.describe_folder(
-        folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
-        labels_from=labels_from, license=license, language=language,
+        folder, results=results, base_model=base_model, datasets=dataset, labels_from=labels_from, license=license,
+        language=language,
     )  # fmt: skip
     written = hub.write_card(folder, overwrite=overwrite)
     typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))

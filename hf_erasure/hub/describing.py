@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,12 @@ def describe_config(config: ChildConfig, *, base_model: str | None = None, **det
     config.provenance = config.provenance | {CARD_FACTS: card | {key: value for key, value in details.items() if value}}
 
 
-def describe_folder(
-    folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **details: Any
-) -> list[Measured]:
+def describe_folder(folder: str | Path, *, results: str | Path | None = None, **details: Any) -> list[Measured]:
     """Do with a saved adapter what `describe` does, and keep what `hf-erasure evaluate` has measured for it.
 
     Args:
         folder: The folder of the adapter.
         results: The `results.json` of `hf-erasure evaluate`, or its folder.
-        names: Names of the adapter in the results; by default it is found by its values.
         **details: Further arguments of `describe`.
 
     Returns:
@@ -93,7 +90,7 @@ def describe_folder(
         within = [name for name, _ in own_adapters(folder)]
         where = f"; there is one in {within}, give such a folder" if within else f", with its {CONFIG}"
         raise ValueError(f"{folder} itself holds no adapter of hf_erasure{where}.")
-    rows = [] if results is None else evaluation_rows(results, names, config, folder)
+    rows = [] if results is None else evaluation_rows(results, config, folder)
     describe_config(config, **details)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
@@ -108,7 +105,7 @@ def describe_folder(
     return rows
 
 
-def evaluation_rows(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
+def evaluation_rows(path: str | Path, config: ChildConfig, folder: Path) -> list[Measured]:
     """The rows of a folder's adapter in results of `hf-erasure evaluate`. Raises `ValueError` if it is not in them."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -117,7 +114,7 @@ def evaluation_rows(path: str | Path, names: Iterable[str], config: ChildConfig,
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
     rows, concept = [], concept_of_config(config)
     try:
-        name, about = _adapter_column(content, list(names), config, folder, path), content.get("about", {})
+        name, about = _adapter_column(content, config, folder, path), content.get("about", {})
         data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
         limit = about.get("limit")
         data += f", at most {limit} items a data set" if is_number(limit) else ""
@@ -141,8 +138,8 @@ def evaluation_rows(path: str | Path, names: Iterable[str], config: ChildConfig,
     return rows
 
 
-def _adapter_column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
-    """The column of the adapter, recognised by its values and those of its base; `names` only choose among equals."""
+def _adapter_column(content: dict[str, Any], config: ChildConfig, folder: Path, path: Path) -> str:
+    """The column of the adapter, recognised by its values and those of its base."""
     remedy = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
     fingerprints = content.get("fingerprints")
     if not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("adapters"), dict):
@@ -151,14 +148,12 @@ def _adapter_column(content: dict[str, Any], names: list[str], config: ChildConf
     known = {name: own for name in alone if isinstance(own := fingerprints["adapters"].get(name), dict)}
     digest = digest_of(folder, config)
     same = [name for name, own in known.items() if digest is not None and own.get("adapter") == digest]
-    chosen = [name for name in names if name in same] if names else same
-    if not chosen:
-        wanted = f" under the name {names[0]!r}" if names else ""
+    if not same:
         raise ValueError(
             f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
-            f"them{wanted}: it is another one, or was fitted or steered anew after that. {remedy}"
+            f"them: it is another one, or was fitted or steered anew after that. {remedy}"
         )
-    sample, measured = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
+    sample, measured = Provenance.of(config).fingerprint, known[same[0]].get("base")
     if not isinstance(measured, dict) or not sample.keys() & measured.keys():
         warn_user(
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
@@ -169,4 +164,4 @@ def _adapter_column(content: dict[str, Any], names: list[str], config: ChildConf
             f"{path} was measured on another base than the {config.described} was fitted on, as the weight {weight!r} "
             f"shows, so its figures are not those of this adapter. {remedy}"
         )
-    return chosen[0]
+    return same[0]

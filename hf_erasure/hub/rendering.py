@@ -37,7 +37,7 @@ _TAGS = {
     "concept_erasure": ["concept-erasure", "debiasing", "interpretability"],
     "gradiend": ["gradiend", "debiasing", "model-editing"],
 }
-_FOLDER, _SUFFIX = "model_cards", ".md.j2"
+_FOLDERS, _SUFFIX = [folder / "model_cards" for folder in Path(__file__).parents[1:3]], ".md.j2"
 # The most characters that are shown of a text that is not a name, such as who labelled the data.
 _LONGEST_TEXT = 2000
 # Characters that have a meaning within a line of GitHub's Markdown; `<`, `>` and `&` become entities.
@@ -139,23 +139,11 @@ def adapter_tags(base: str | list[str] | None) -> list[str]:
     return [f"base_model:adapter:{name}" for name in ([base] if isinstance(base, str) else base or [])]
 
 
-def template_folder() -> Path:
-    """Where the templates are. Raises `FileNotFoundError` if they were not installed."""
-    package = Path(__file__).parents[1]
-    for folder in (package / _FOLDER, package.parent / _FOLDER):
-        if (folder / f"concept_erasure{_SUFFIX}").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"The templates of model cards are missing from {package / _FOLDER}: the installation is not complete, install "
-        "hf-erasure again."
-    )
-
-
 @functools.cache
 def environment() -> Environment:
     """The environment of the templates: every value that they insert is escaped, unless it is `Markdown` already."""
     made = Environment(
-        loader=FileSystemLoader(template_folder()),
+        loader=FileSystemLoader(_FOLDERS),
         finalize=functools.partial(escaped, longest=_LONGEST_TEXT),
         undefined=StrictUndefined,
         trim_blocks=True,
