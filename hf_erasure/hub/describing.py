@@ -18,7 +18,7 @@ from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.models.pooling import IN_WORDS
 
 from .cards import config_in, own_adapters
-from .facts import Measured, hub_id, interval_of, is_number, plain, read_object, state_of
+from .facts import Measured, hub_id, read_object, state_of
 
 # The layout of `results.json` that is read, and the column of the model without adapters in it.
 EVALUATION_FORMAT = 1
@@ -110,51 +110,41 @@ def evaluation_rows(path: str | Path, config: ChildConfig, folder: Path) -> list
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     content = read_object(path)
-    if content.get("format") != EVALUATION_FORMAT or not isinstance(content.get("values"), dict):
+    if content.get("format") != EVALUATION_FORMAT:
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
-    rows, concept = [], concept_of_config(config)
-    try:
-        name, about = _adapter_column(content, config, folder, path), content.get("about", {})
-        data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
-        limit = about.get("limit")
-        data += f", at most {limit} items a data set" if is_number(limit) else ""
-        for measure in content.get("measures", []):
-            before, after = (content["values"].get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
-            if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
-                continue
-            better, ideal, pool = measure.get("better"), measure.get("ideal"), IN_WORDS.get(str(measure.get("pool")))
-            title = plain(measure.get("title"))
-            title += f", {pool}" if pool and not title.endswith(pool) else ""
-            better = f"closer to {ideal:g}" if better == "closer" else plain(better)
-            ends = interval_of(before.get("interval")), interval_of(after.get("interval"))
-            is_other = measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept)
-            rows.append(Measured(
-                plain(measure["key"]), title, before["value"], after["value"], better, data, *ends,
-                ideal if is_number(ideal) else None, is_other,
-            ))  # fmt: skip
-    except (AttributeError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} holds no results that this version reads ({reason}).") from error
+    rows, concept, about = [], concept_of_config(config), content["about"]
+    name = _adapter_column(content, config, folder, path)
+    data = f"hf-erasure evaluate, suite {about['suite']}"
+    data += "" if about["limit"] is None else f", at most {about['limit']} items a data set"
+    for measure in content["measures"]:
+        before, after = (content["values"].get(entry, {}).get(measure["key"]) for entry in (BASE, name))
+        if not before or not after:
+            continue
+        better, ideal, title = measure["better"], measure["ideal"], measure["title"]
+        pool = IN_WORDS.get(str(measure.get("pool")))
+        title += f", {pool}" if pool and not title.endswith(pool) else ""
+        better = f"closer to {ideal:g}" if better == "closer" else better
+        is_other = measure["purpose"] == "bias" and measure.get("concept") not in (None, concept)
+        rows.append(Measured(
+            measure["key"], title, before["value"], after["value"], better, data, before["interval"],
+            after["interval"], ideal, is_other,
+        ))  # fmt: skip
     return rows
 
 
 def _adapter_column(content: dict[str, Any], config: ChildConfig, folder: Path, path: Path) -> str:
     """The column of the adapter, recognised by its values and those of its base."""
     remedy = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
-    fingerprints = content.get("fingerprints")
-    if not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("adapters"), dict):
-        raise ValueError(f"{path} has no fingerprints of the adapters and the base that were measured. {remedy}")
-    alone = [e["name"] for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
-    known = {name: own for name in alone if isinstance(own := fingerprints["adapters"].get(name), dict)}
-    digest = digest_of(folder, config)
-    same = [name for name, own in known.items() if digest is not None and own.get("adapter") == digest]
+    known, digest = content.get("fingerprints", {}).get("adapters", {}), digest_of(folder, config)
+    alone = [entry["name"] for entry in content["entries"] if len(entry["adapters"]) == 1 and entry["strength"] == 1]
+    same = [name for name in alone if digest is not None and known.get(name, {}).get("adapter") == digest]
     if not same:
         raise ValueError(
-            f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
-            f"them: it is another one, or was fitted or steered anew after that. {remedy}"
+            f"{path} has fingerprints of the adapters {list(known)}, and the {config.described} in {folder} is not "
+            f"among them: it is another one, or was fitted or steered anew after that. {remedy}"
         )
-    sample, measured = Provenance.of(config).fingerprint, known[same[0]].get("base")
-    if not isinstance(measured, dict) or not sample.keys() & measured.keys():
+    sample, measured = Provenance.of(config).fingerprint, known[same[0]]["base"]
+    if not sample.keys() & measured.keys():
         warn_user(
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
             f"{'the adapter keeps no sample of it' if not sample else 'its weights could not be read there'}."

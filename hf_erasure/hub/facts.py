@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Provenance
+from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Part, Provenance
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
@@ -67,12 +67,6 @@ def hub_id(name: Any) -> str | None:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def interval_of(ends: Any) -> list[float] | None:
-    """Both ends of an interval, if they are two numbers; else None."""
-    is_one = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
-    return [float(end) for end in ends] if is_one else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, provenance: Pro
         if all(map(is_number, pair)):
             before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
             ends = provenance.leakage_intervals.get(site, ())
-            intervals = {"before_interval": interval_of(ends[:2]), "after_interval": interval_of(ends[2:])}
+            intervals = {"before_interval": ends[:2] or None, "after_interval": ends[2:] or None}
             measured[plain(site)] = {"before": before, "after": after} | intervals
     # The last hidden states come after the sites.
     leakage = dict(sorted(measured.items(), key=lambda entry: FINAL in entry[0]))
@@ -240,24 +234,23 @@ def _gradiend_method(config: GradiendConfig, provenance: Provenance, chosen: Cho
         "weights": sum(size for size, _ in sizes),
         "changed": sum(size if count is None else count for size, count in sizes),
         "has_encoder": bool(config.keep_encoder), "goal": plain(chosen.goal) or None,
-        "budget": chosen.budget if is_number(chosen.budget) else None,
-        "kept_share": chosen.kept_share if is_number(chosen.kept_share) else None,
-        "correlation": {plain(pair): value for pair, value in provenance.correlation.items() if is_number(value)},
+        "budget": chosen.budget, "kept_share": chosen.kept_share,
+        "correlation": {plain(pair): value for pair, value in provenance.correlation.items()},
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Part):
     """A number of the model without the adapter and with it."""
 
     key: str  # the name of the measure in the metadata of cards
     title: str  # the name of the measure in words
-    before: float | None  # without the adapter; None where only the adapter was measured
-    after: float  # with it
-    better: str  # `"lower"`, `"higher"`, `"closer to …"`, or empty where none of these holds
-    data: str  # the data that it was measured on
-    before_interval: list[float] | None = None  # 95 %, if there is one
-    after_interval: list[float] | None = None  # the same with the adapter
+    before: float | None = None  # without the adapter; None where only the adapter was measured
+    after: float = math.nan  # with it
+    better: str = ""  # `"lower"`, `"higher"`, `"closer to …"`, or empty where none of these holds
+    data: str = ""  # the data that it was measured on
+    before_interval: tuple[float, float] | None = None  # 95 %, if there is one
+    after_interval: tuple[float, float] | None = None  # the same with the adapter
     ideal: float | None = None  # the best value, if there is one
     is_other: bool = False  # whether it is a measure of another concept than the adapter's
 
@@ -324,16 +317,8 @@ def training_rows(concept: str, provenance: Provenance) -> list[Measured]:
     return rows
 
 
-def stored_rows(rows: list[Any]) -> list[Measured]:
+def stored_rows(rows: list[dict[str, Any]]) -> list[Measured]:
     """Rows that were kept in an adapter's configuration."""
-    found = []
-    for row in rows:
-        known = row if isinstance(row, dict) else {}
-        numbers: dict[str, Any] = {n: known[n] for n in ("before", "after", "ideal") if is_number(known.get(n))}
-        if "after" in numbers and ("before" in numbers or known.get("before") is None):
-            texts = {name: plain(known.get(name, "")) for name in ("key", "title", "better", "data")}
-            intervals = {name: interval_of(known.get(name)) for name in ("before_interval", "after_interval")}
-            found.append(
-                Measured(**{"before": None} | texts | numbers | intervals, is_other=known.get("is_other") is True)
-            )
-    return found
+    texts = ("key", "title", "better", "data")
+    known = (Measured.of(row | {name: plain(row.get(name, "")) for name in texts}) for row in rows)
+    return [row for row in known if is_number(row.after) and (row.before is None or is_number(row.before))]

@@ -488,10 +488,8 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
     chosen = evaluation(tmp_path, folder, "one", "two", of=("two",))
     old = json.loads(chosen.read_text())
     for change, words in (
-        (lambda content: content.pop("fingerprints"), "has no fingerprints of the adapters and the base"),
+        (lambda content: content.update(fingerprints={}), "has fingerprints of the adapters [], and the erasure of"),
         (lambda content: content.update(format=0), "holds no results"),
-        (lambda content: content.update(entries=[5]), "holds no results that this version reads"),
-        (lambda content: content.update(measures=[5]), "holds no results that this version reads"),
         (lambda content: other_weights(content["fingerprints"]["adapters"]["two"]["base"]), "on another base than"),
     ):
         content = copy.deepcopy(old)

@@ -336,7 +336,7 @@ class MakerFacts(Data):
 
     license: str = ""  # its identifier on the Hub
     language: list[str] = field(default_factory=list)  # language codes
-    results: list[Any] = field(default_factory=list)  # rows of `hf-erasure evaluate`, as the card shows them
+    results: list[dict[str, Any]] = field(default_factory=list)  # rows of `hf-erasure evaluate`, as the card shows them
     results_of: str = ""  # the state of the adapter when `results` were measured
 
 
@@ -366,7 +366,7 @@ class ChosenEdit(Part):
 class RecipeRun(Data):
     """What the recipe that made an adapter says of its data, and what its run measured on the test split."""
 
-    results: list[Any] = field(default_factory=list)  # erasure only: rows, as the card shows them
+    results: list[dict[str, Any]] = field(default_factory=list)  # erasure only: rows, as the card shows them
     edit: ChosenEdit = field(default_factory=ChosenEdit)  # GRADIEND only: the edit that it was saved with
 
 
