@@ -78,7 +78,6 @@ def write_card(
     base_model: str | None = None,
     present: str | None = None,
     beside: str | Path | None = None,
-    redraw: bool = False,
     overwrite: bool = False,
     **details: Any,
 ) -> WrittenCard:
@@ -95,7 +94,6 @@ def write_card(
         base_model: The base's name on the Hub, in place of the one in the configuration.
         present: The text to update, in place of the text of the folder's README.md.
         beside: A folder that has more adapters, in folders of their names.
-        redraw: Draw the picture anew if it exists.
         overwrite: Replace text that somebody has written or changed.
         **details: `tags`, which are added to the metadata; `base_class`, the class of the base model, if the
             configuration does not have it; `training`, Markdown on the training run that ended with the adapter.
@@ -107,7 +105,7 @@ def write_card(
         ValueError: If the folder holds no adapter of ours.
     """
     folder = Path(folder)
-    facts = gather_facts(folder, config, base_model=base_model, redraw=redraw)
+    facts = gather_facts(folder, config, base_model=base_model)
     if facts.subfolder and beside is not None:
         more = {name: plain(other.described) for name, other in own_adapters(Path(beside)) if name != facts.subfolder}
         facts.others = more | facts.others
@@ -116,9 +114,7 @@ def write_card(
     return write_readme(folder / CARD, rendered(facts), present, overwrite=overwrite)
 
 
-def gather_facts(
-    folder: Path, config: ChildConfig | None = None, *, base_model: str | None = None, redraw: bool = False
-) -> CardFacts:
+def gather_facts(folder: Path, config: ChildConfig | None = None, *, base_model: str | None = None) -> CardFacts:
     """Gather the facts of the adapter in a folder; its picture is drawn if there is none."""
     found = {"": config} if config is not None else dict(own_adapters(folder))
     if not found:
@@ -126,9 +122,9 @@ def gather_facts(
     name, chosen = next(iter(found.items()))
     own = folder / name
     facts = facts_of(chosen, own, base_model=base_model)
-    if redraw or not facts.pictures:
+    if not facts.pictures:
         drawn = draw(facts, own)
-        facts.pictures = {file: text for file, text in PICTURES.items() if file in (drawn, *facts.pictures)}
+        facts.pictures = {file: text for file, text in PICTURES.items() if file == drawn}
     if name:
         facts.subfolder = name
         facts.pictures = {f"{name}/{file}": text for file, text in facts.pictures.items()}
@@ -168,7 +164,7 @@ def holds_adapters_only(folder: Path) -> bool:
 def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     """Write the card of an adapter that is about to be saved, and of the folder with several; see `ON_STAGED`."""
     known, root = model_facts(model), root_of(folder)
-    write_or_warn(folder, write_card, model.peft_config[adapter_name], redraw=True, **known)
+    write_or_warn(folder, write_card, model.peft_config[adapter_name], **known)
     if root == folder:
         return
     target = target_of(root)

@@ -25,8 +25,6 @@ from hf_erasure.models.scorer import FINAL
 
 # The most characters of a name that are shown, so that a table of a card stays readable.
 LONGEST = 200
-# The most sites that a card lists, so that the card of a model of any depth stays readable.
-MOST_SITES = 200
 # Pictures that this package draws beside an adapter → their captions.
 LEAKAGE, EFFECT = "leakage.png", "effect.png"
 PICTURES = {
@@ -95,7 +93,6 @@ class CardFacts:
     method: dict[str, Any] = field(default_factory=dict)  # its settings by name, for the template of its kind
     sites: list[dict[str, Any]] = field(default_factory=list)  # `name`, `width`, `rank`, `before`, `after`
     finals: list[dict[str, Any]] = field(default_factory=list)  # the same for last hidden states, which are not a site
-    more_sites: int = 0  # how many sites are not listed
     examples: int | None = None  # how many sequences it was fitted on
     counterfactuals: int = 0  # how many counterfactuals of these sequences
     tokens: int | None = None  # how many positions of these sequences
@@ -118,14 +115,8 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     card, run, is_gradiend = provenance.card, provenance.recipe, isinstance(config, GradiendConfig)
     # What its maker told comes first; other names are left out if they cannot be names on the Hub.
     datasets = [*map(plain, card.datasets), *map(hub_id, map(plain, [*run.datasets, *provenance.data.datasets]))]
-    here = {name: version(name) for name in ("peft", "transformers", "torch")}
-    configured = getattr(config, "peft_version", None)
-    versions = {
-        "hf-erasure (fitted with)": provenance.hf_erasure_version,
-        "hf-erasure": __version__,
-        **here,
-        "peft (configured with)": configured if configured != here["peft"] else None,
-    }
+    versions = {"hf-erasure (fitted with)": provenance.hf_erasure_version, "hf-erasure": __version__}
+    versions |= {name: version(name) for name in ("peft", "transformers", "torch")}
     facts = CardFacts(
         kind="gradiend" if is_gradiend else "concept_erasure",
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
@@ -188,10 +179,10 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, provenance: Pro
     fitted = config.fitted_sites or {}
     unmeasured = dict.fromkeys(("before", "after", "before_interval", "after_interval"))
     sites = [{"name": plain(name), **size, **leakage.get(plain(name), unmeasured)} for name, size in fitted.items()]
-    facts.sites, facts.more_sites = sites[:MOST_SITES], max(0, len(sites) - MOST_SITES)
+    facts.sites = sites
     finals = leakage.keys() - {site["name"] for site in sites}
     facts.finals = [{"name": n, "width": None, "rank": None, **own} for n, own in leakage.items() if n in finals]
-    ranks = [site["rank"] for site in facts.sites]
+    ranks = [site["rank"] for site in sites]
     on = _figures_on(provenance, plain(provenance.measured_on) or "held-out examples")
     # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
     needed = config.concept_dim if config.labels is None else len(config.labels) - 1
