@@ -27,12 +27,9 @@ def pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def flat_block(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """Return a block as a vector `(count,)` on `device`, in its own dtype; raise an error unless it fits `shape`."""
-    if not isinstance(gradient, Tensor):
-        raise TypeError(
-            f"The gradient of {name!r} is {type(gradient).__name__}: give a tensor of shape {tuple(shape)}."
-        )
-    if not gradient.is_floating_point():
-        raise TypeError(f"The gradient of {name!r} has dtype {gradient.dtype}: give floating-point numbers.")
+    if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
+        kind = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
+        raise TypeError(f"The gradient of {name!r} is {kind}: give a tensor of floating-point numbers.")
     if gradient.shape != shape:
         raise ValueError(f"The gradient of {name!r} has shape {tuple(gradient.shape)}: it must be {tuple(shape)}.")
     return gradient.detach().to(device).reshape(-1)

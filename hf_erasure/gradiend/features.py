@@ -117,7 +117,7 @@ class FeatureDecoder:
         decoded = {}
         for name, shape in self.shapes.items():
             values = torch.add(self.bias[name], self.weight[name], alpha=h)
-            decoded[name] = _dense(values, self.index[name], shape.numel()).view(shape)
+            decoded[name] = dense(values, self.index[name], shape.numel()).view(shape)
         return decoded
 
     def prune(self, density: float) -> FeatureDecoder:
@@ -211,13 +211,13 @@ def _largest_entries(
             if index[name] is not None:
                 found[name] = values[name][mask]
             else:
-                found[name] = _dense(torch.where(mask, values[name], 0.0), old[name], shapes[name].numel())
+                found[name] = dense(torch.where(mask, values[name], 0.0), old[name], shapes[name].numel())
         return found
 
     return index, keep_values
 
 
-def _dense(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
+def dense(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
     """Put values at positions of a zero vector of that size; return the values themselves if `positions` is None."""
     return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
 

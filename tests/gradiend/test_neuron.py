@@ -202,7 +202,7 @@ def test_bad_input_is_named():
         neuron.step({k: v for k, v in gradients(0).items() if k != "up"}, gradients(1))
     with pytest.raises(ValueError, match="'norm' has shape"):
         neuron.step(gradients(0), gradients(1) | {"norm": torch.zeros(3)})
-    with pytest.raises(TypeError, match=r"'norm' has dtype torch\.int64"):
+    with pytest.raises(TypeError, match=r"'norm' is torch\.int64: give a tensor"):
         neuron.encode(gradients(1) | {"norm": torch.zeros(16, dtype=torch.int64)})
     with pytest.raises(ValueError, match="activation is 'relu'"):
         FeatureNeuron(SHAPES, activation="relu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from hf_erasure.adapters import features_of
 from hf_erasure.gradiend import FeatureDecoder
-from hf_erasure.gradiend.blocks import largest, total
+from hf_erasure.gradiend.blocks import largest, pieces
+from hf_erasure.gradiend.features import dense
 from hf_erasure.models.model import pandas
 
 from ..processes import Processes
@@ -110,42 +112,27 @@ def compare_features(
     count = len(decoders)
     products, shared = torch.zeros(2, count, count, dtype=torch.float64, device="cpu")
     for block in decoders[0].shapes:
-        entries = [_entries(decoder, block) for decoder in decoders]
-        for i in range(count):
-            for j in range(i, count):
-                (at, values), (other_at, other_values) = entries[i], entries[j]
-                here, there = _common_positions(at, other_at)
-                products[i, j] += float(values[here].double() @ other_values[there].double())
-                shared[i, j] += int((masks[i][block][here] & masks[j][block][there]).sum())
-    lengths, kept = products.diagonal().sqrt(), shared.diagonal()
-    cosine, overlap = products / torch.outer(lengths, lengths), shared / kept[:, None].minimum(kept).clamp_min(1)
-    cosine, overlap = (table.triu() + table.triu(1).T for table in (cosine, overlap))
+        weights = pieces(*(_dense(decoder, block) for decoder in decoders))
+        for parts, chosen in zip(weights, pieces(*(mask[block] for mask in masks)), strict=True):
+            values, kept = torch.stack(parts).double(), torch.stack(chosen).double()
+            products += values @ values.T
+            shared += kept @ kept.T
+    lengths, counts = products.diagonal().sqrt(), shared.diagonal()
+    cosine, overlap = products / torch.outer(lengths, lengths), shared / counts[:, None].minimum(counts).clamp_min(1)
     correlations = _reading_correlations(list(features.values())) if reading else None
     return FeatureComparison(list(features), cosine, overlap, top, correlations)
 
 
-def _entries(decoder: FeatureDecoder, block: str) -> tuple[Tensor, Tensor]:
-    """The ascending positions of the weights that a decoder holds of a block, and their values."""
-    values, at = decoder.weight[block].cpu(), decoder.index[block]
-    return (torch.arange(len(values), device="cpu") if at is None else at.long().cpu()), values
-
-
-def _common_positions(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices, in each of two sorted lists, of the positions that are in both."""
-    if not len(at) or not len(other):
-        return at[:0], at[:0]
-    place = torch.searchsorted(at, other).clamp_max(len(at) - 1)
-    there = (at[place] == other).nonzero()[:, 0]
-    return place[there], there
+def _dense(decoder: FeatureDecoder, block: str) -> Tensor:
+    """All weights of a block, on the CPU."""
+    return dense(decoder.weight[block], decoder.index[block], decoder.shapes[block].numel()).cpu()
 
 
 def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
-    """Block → which of the weights that a decoder holds are among its largest."""
-    wanted, held = math.ceil(top * total(decoder.shapes)), {name: len(w) for name, w in decoder.weight.items()}
-    if wanted >= sum(held.values()):
-        return {name: torch.ones(len(w), dtype=torch.bool, device="cpu") for name, w in decoder.weight.items()}
-    found = largest(decoder.weight.__getitem__, held, wanted)
-    return {name: mask.cpu() for name, mask in found.items()}
+    """Block → which weights are among the largest of a decoder; one that is 0 is not."""
+    sizes = {name: shape.numel() for name, shape in decoder.shapes.items()}
+    found = largest(partial(_dense, decoder), sizes, math.ceil(top * sum(sizes.values())))
+    return {name: mask & (_dense(decoder, name) != 0) for name, mask in found.items()}
 
 
 def _reading_correlations(features: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder]]) -> Tensor:

@@ -150,22 +150,16 @@ def usable_rows(
     """The rows that `PairSet` accepts: their words are known and aligned, and their texts are not too long.
 
     Raises:
-        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not change; or the rows
-            that are left have fewer than two classes.
+        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not change; or no row can
+            be used.
     """
     layout, names = Layout.of(tokenizer, task, config), list(classes)
     pairs = _read_rows(dataset, names)
     found = list(_encode_rows(pairs, tokenizer, layout, config))
-    kept = [pair for pair, row in zip(pairs, found, strict=True) if not isinstance(row, PairError)]
-    faults = [row for row in found if isinstance(row, PairError)]
+    kept = [pair.row for pair, row in zip(pairs, found, strict=True) if not isinstance(row, PairError)]
     if not kept:
-        raise PairError(f"none of the {len(pairs)} rows can be used with this model; the first: {faults[0]}")
-    try:
-        _check_classes(kept, names)
-    except PairError as error:
-        left_out = f" ({len(faults)} others cannot be used with this model; the first: {faults[0]})" if faults else ""
-        raise PairError(f"{error}{left_out}") from None
-    return [pair.row for pair in kept]
+        raise PairError(f"none of the {len(pairs)} rows can be used with this model; the first: {found[0]}")
+    return kept
 
 
 def pair_batches(

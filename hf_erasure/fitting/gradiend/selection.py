@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
 from hf_erasure.models.model import pandas
+from hf_erasure.models.neutral import LanguageModelling
 from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import PairError, word_tokens
 
@@ -231,23 +232,24 @@ class Scorer:
     classes: Sequence[str]  # The feature's classes.
     # Returns `(texts, classes)`, the probability of each class at the slot of each text.
     class_probabilities: Callable[[], Tensor]
-    # Returns `{"loss": …, "lms": …}`, and optionally `by_text`, the result of `LanguageModelling.by_text`.
-    language_modelling: Callable[[], dict[str, Any]]
-    # Whether cost is measured in accuracy (for masked models, unless their accuracy is 0) or in loss.
-    masked: bool
+    language: LanguageModelling  # Measures how well the model models neutral texts.
     _base_by_text: list[Tensor] = field(default_factory=list, init=False)  # `by_text` of the model without an edit.
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
-        """Score the model as it is now, with the given edit; cost is relative to `base` (None: this is the base)."""
-        p, lm = self.class_probabilities().double(), self.language_modelling()
-        loss, lms = lm["loss"], lm["lms"]
-        cost, upper, by_text = 0.0, None, lm.get("by_text")
+        """Score the model as it is now, with the given edit.
+
+        Cost is relative to `base`, which this scorer scored last with None (the model is the base itself). It is
+        measured in accuracy for masked models, unless that is 0, and in loss for others.
+        """
+        p, by_text = self.class_probabilities().double(), self.language.by_text()
+        loss, lms = (self.language.figures_of(by_text)[name] for name in ("loss", "lms"))
+        cost, upper = 0.0, None
         if base is None:
-            self._base_by_text[:] = [] if by_text is None else [by_text]
+            self._base_by_text[:] = [by_text]
         else:
-            by_hits = self.masked and base.lms > 0
+            by_hits = self.language.reader.task == "masked" and base.lms > 0
             cost = 1 - lms / base.lms if by_hits else loss / base.loss - 1
-            if by_text is not None and self._base_by_text:
+            if self._base_by_text:
                 upper = cost + _margin(by_text[:, int(by_hits)], self._base_by_text[0][:, int(by_hits)])
         return Point(
             pair,

@@ -371,12 +371,7 @@ class GradiendTrainer:
             reader, neutral, self.processing_class, feature_words=all_words(words), batch_size=size,
             seed=self.args.seed, mask_draws=self.args.mask_draws,
         )  # fmt: skip
-
-        def score_language() -> dict[str, Any]:
-            by_text = language.by_text()
-            return {**language.figures_of(by_text), "by_text": by_text}
-
-        return Scorer(self.classes, lambda: probabilities(reader), score_language, masked=self.task == "masked")
+        return Scorer(self.classes, lambda: probabilities(reader), language)
 
     # ---- files and data sets ----------------------------------------------------------------------------------------
 

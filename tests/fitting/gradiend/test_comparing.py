@@ -10,9 +10,8 @@ import torch
 
 from hf_erasure.fitting.gradiend import compare_features
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, choose
+from tests.fitting.gradiend.test_evaluation import GENDERS, Language
 from tests.fitting.gradiend.test_trainer import adapted, trainer_of
-
-GENDERS = ("female", "male")
 
 
 def test_features_beside_each_other_are_as_their_vectors_say(tmp_path: Path):
@@ -61,12 +60,7 @@ def test_the_budget_is_held_against_the_upper_end_of_the_cost():
     worse[:, 0] *= 1 + 0.01 + 0.2 * torch.randn(200, generator=generator, dtype=torch.float64)
     current = [base]
 
-    def language() -> dict[str, object]:
-        by_text = current[0]
-        loss = float(by_text[:, 0].sum() / by_text[:, 2].sum())
-        return {"loss": loss, "lms": 1 / (1 + loss), "by_text": by_text}
-
-    scorer = Scorer(GENDERS, lambda: torch.tensor([[0.5, 0.4]]), language, masked=False)
+    scorer = Scorer(GENDERS, lambda: torch.tensor([[0.5, 0.4]]), Language(lambda: current[0]))
     start = scorer.score(GENDERS, 0.0, 0.0, None)
     current[0] = worse
     point = scorer.score(GENDERS, 1.0, 0.1, start)
@@ -82,8 +76,8 @@ def test_the_budget_is_held_against_the_upper_end_of_the_cost():
 
 def test_figures_of_single_texts_add_up(tmp_path: Path):
     trainer = trainer_of(adapted("bert"), "bert", tmp_path)
-    language = trainer.scorer().language_modelling()
-    by_text = language["by_text"]
+    language = trainer.scorer().language
+    figures, by_text = language.score(), language.by_text()
     assert by_text.shape[1] == 3 and len(by_text) > 1
-    assert language["loss"] == pytest.approx(float(by_text[:, 0].sum() / by_text[:, 2].sum()))
-    assert language["lms"] == pytest.approx(float(by_text[:, 1].sum() / by_text[:, 2].sum()))
+    assert figures["loss"] == pytest.approx(float(by_text[:, 0].sum() / by_text[:, 2].sum()))
+    assert figures["lms"] == pytest.approx(float(by_text[:, 1].sum() / by_text[:, 2].sum()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
+from hf_erasure.fitting.gradiend import LanguageModelling
 from hf_erasure.fitting.gradiend.gradients import EncodedValues, encoded, joint_metrics
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, goal_by_name, scan
 
 GENDERS = ("female", "male")
+
+
+class Language:
+    """Replaces the `LanguageModelling` of a causal model with rows of texts that are written out."""
+
+    reader = SimpleNamespace(task="causal")
+    figures_of = LanguageModelling.figures_of
+
+    def __init__(self, by_text: Callable[[], torch.Tensor]) -> None:
+        self.by_text = by_text
 
 
 @settings(deadline=None, derandomize=True)
@@ -127,7 +140,8 @@ def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list
     monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.edited", edited)
     monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.COST_LIMIT", far)
     p = torch.tensor([[0.5, 0.5]])
-    scorer = Scorer(GENDERS, lambda: p, lambda: {"loss": 1 + 0.1 * rate[0], "lms": 0.5}, masked=False)
+    language = Language(lambda: torch.tensor([[1 + 0.1 * rate[0], 0.5, 1.0]], dtype=torch.float64))
+    scorer = Scorer(GENDERS, lambda: p, language)
     rates = [8.0, 1.0, 4.0, 2.0]
     _, *points = scan(torch.nn.Identity(), "a", scorer, [GENDERS], 0.07, [1.0], rates)
     assert [point.learning_rate for point in points] == tried
