@@ -264,7 +264,7 @@ def gradiend(name: str, *, quick: bool, timed_too: bool) -> None:
             estimator = ClosedFormEstimator(reader.shapes)
             for batch in pairs:
                 reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0), low_memory=low)
-            feature = estimator.feature(consume=True)
+            feature = estimator.feature()
             feature.decoder.prune(DENSITY), feature.encoder.prune(DENSITY)
 
         def backward() -> None:

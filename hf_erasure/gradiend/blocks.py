@@ -94,13 +94,11 @@ def require_finite(values: Mapping[str, float], what: str = "gradient") -> None:
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a `ValueError` for a saved state that has other names or shapes than `shapes`, or is not finite."""
-    for name in state.keys() - shapes.keys():
-        raise ValueError(f"{name!r} in the state is unknown here: the state is of other blocks or another kind.")
-    for name, shape in shapes.items():
-        if name not in state:
-            raise ValueError(f"The state lacks {name!r}: give what state_dict returned, whole, for the same blocks.")
-        if tuple(state[name].shape) != shape:
-            raise ValueError(f"{name!r} in the state has shape {tuple(state[name].shape)}: it must be {shape}.")
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
+        raise ValueError(
+            "The state is of other blocks or another kind, or it is not whole: give what state_dict returned."
+        )
+    for name in shapes:
         if not bool(torch.isfinite(state[name]).all()):
             raise ValueError(f"{name!r} in the state is not finite: the file is damaged; fit anew.")
 

@@ -130,12 +130,10 @@ class ClosedFormEstimator:
                 mean.copy_(state[f"{prefix}/{name}"])
 
     @torch.no_grad()
-    def feature(self, *, consume: bool = False) -> Feature:
-        """Return the dense feature, in tensors of its own.
+    def feature(self) -> Feature:
+        """Return the dense feature, and free the means block by block, so that the memory does not grow.
 
-        Args:
-            consume: Free the means block by block, so that the memory does not grow; the estimator cannot be used
-                afterwards.
+        The estimator cannot be used afterwards.
 
         Raises:
             ValueError: If there was no batch of a sign, or the mean gradients of the two classes are equal.
@@ -146,18 +144,16 @@ class ClosedFormEstimator:
                     f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
                     "both classes."
                 )
-        take = dict.pop if consume else dict.__getitem__
         source, decoder, bias = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         readings: dict[int, dict[str, float]] = {1: {}, -1: {}}
         for name in self.shapes:
-            means = {sign: take(self._means["source", sign], name) for sign in SIGNS}
+            means = {sign: self._means["source", sign].pop(name) for sign in SIGNS}
             source[name] = means[1] - means[-1]
             for sign, mean in means.items():
                 readings[sign][name] = dot(source[name], mean)
-            plus, minus = (take(self._means["target", sign], name) for sign in SIGNS)
+            plus, minus = (self._means["target", sign].pop(name) for sign in SIGNS)
             decoder[name], bias[name] = (plus - minus).mul_(0.5), (plus + minus).mul_(0.5)
-        if consume:
-            self.counts = {part: {} for part in PARTS}
+        self.counts = {part: {} for part in PARTS}
         for found in readings.values():
             require_finite(found)
         high, low = (sum(readings[sign].values()) for sign in SIGNS)

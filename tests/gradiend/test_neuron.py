@@ -217,11 +217,11 @@ def test_a_state_that_does_not_fit_is_refused_with_nothing_changed():
     before = neuron.state_dict()
     key = "decoder/values/0/up"
     for bad, message in (
-        ({k: v for k, v in before.items() if k != key}, "lacks"),
-        (before | {key: before[key][:-1]}, "has shape"),
+        ({k: v for k, v in before.items() if k != key}, "not whole"),
+        (before | {key: before[key][:-1]}, "not whole"),
         (before | {key: before[key] * math.nan}, "not finite"),
         (FeatureNeuron(SHAPES, activation="identity").state_dict(), "activation"),
-        (before | {"encoder/values/1/up": before[key]}, "unknown here"),
+        (before | {"encoder/values/1/up": before[key]}, "not whole"),
     ):
         with pytest.raises(ValueError, match=message):
             neuron.load_state_dict(bad)

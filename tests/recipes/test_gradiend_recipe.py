@@ -61,7 +61,7 @@ def test_a_template_gives_a_row_for_every_filler_word_and_other_class() -> None:
         ({"templates": ["a {name} [FEATURE] [FEATURE]"]}, "each once"),
         ({"fillers": {"dog": ["a"]}}, "fillers must have a list for each"),
         ({"fillers": None}, "fillers must have a list for each"),
-        ({"words": {**WORDS, "dog": ["dog", "dogs"]}}, "equally many"),
+        ({"words": {**WORDS, "dog": ["dog", "dogs"]}}, "all of one length"),
         ({"words": {**WORDS, "dog": []}}, "write a list of words"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.adapters import GradiendConfig, features_of, gradiend_layers, kept_share, stated_bytes, steer
+from hf_erasure.adapters import GradiendConfig, features_of, kept_share, stated_bytes, steer
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.model import pandas
 from hf_erasure.models.slots import PairBatch, as_pair_batch
@@ -124,11 +124,3 @@ class GradiendAdapter:
                 )
             found[(pair[0], pair[1])] = feature.encoder.encode
         return found
-
-    def __repr__(self) -> str:
-        config = self.config
-        return (
-            f"GradiendAdapter({self.name!r}, feature={config.feature!r}, classes={config.classes}, "
-            f"feature_factor={config.feature_factor:g}, learning_rate={config.learning_rate:g}, "
-            f"modules={len(gradiend_layers(self.model, self.name))})"
-        )

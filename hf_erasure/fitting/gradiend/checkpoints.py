@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from hf_erasure.adapters.common.files import read_tensors, write_tensors
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
@@ -124,11 +123,7 @@ class Progress:
             self.state.save_to_json(str(unfinished / TRAINER_STATE))
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-            limit = self.args.save_total_limit
-            named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-            found = {int(match[1]): path for path in self.root.iterdir() if (match := named.fullmatch(path.name))}
-            for step in sorted(found)[:-limit] if limit is not None and limit > 0 else ():
-                shutil.rmtree(found[step])
+            rotate_checkpoints(str(self.root), self.args.save_total_limit)
             self.control = self.handler.on_save(self.args, self.state, self.control)
         self.processes.wait()
 
@@ -149,17 +144,14 @@ class Progress:
         if checkpoint is None or checkpoint is False:
             return {}, {"start": 0, "step": 0}
         folder = Path(str(checkpoint))
-        for name in (STATE, TRAINER_STATE):
-            if not (folder / name).exists():
-                raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
-        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        self.state.log_history, self.state.global_step = saved["log_history"], saved["global_step"]
         try:
             state, content = read_tensors(folder / STATE)
-        except SafetensorError as error:
+            saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
+                f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer ({error}): resume from an earlier one."
             ) from error
+        self.state.log_history, self.state.global_step = saved["log_history"], saved["global_step"]
         for name, value in content["facts"]["identity"].items():
             if identity.get(name) != value:
                 raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_erasure.adapters import GradiendConfig, gradiend_layers, steer, targeted_parameters
-from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.adapters import gradiend_layers, targeted_parameters
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
@@ -211,20 +210,16 @@ def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = No
     Raises:
         ValueError: If the adapter is merged.
     """
-    if any(adapter_name in layer.merged_adapters for layer in gradiend_layers(model, adapter_name).values()):
+    layers = gradiend_layers(model, adapter_name).values()
+    if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(
             f"The adapter {adapter_name!r} is merged into the weights, whose gradients are not those of the base "
             "model: call unmerge_adapter() first."
         )
-    config = adapter_of(model, adapter_name, GradiendConfig).config
-    rate, has_effect = config.learning_rate, config.fitted
-    if has_effect:
-        steer(model, adapter_name, learning_rate=0.0)
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.suspend(adapter_name))
         yield GradientReader(model, targeted_parameters(model, adapter_name), task)
-    finally:
-        if has_effect:
-            steer(model, adapter_name, learning_rate=rate)
 
 
 # ---- values of the feature neuron ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hf_erasure.models.model import datasets
 from hf_erasure.models.word_tokens import SLOT, PairError, is_unspaced, shortened
 
-from ..counterparts import Counterparts, CounterpartWords
+from ..counterparts import Counterparts, CounterpartWords, read_counterparts
 
 FILLER = "{name}"
 PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
@@ -67,15 +67,9 @@ def pairs_from_sentences(
     present = {label for *_, label, _ in rows}
     if len(present) < 2:
         missing = next(name for name in classes if name not in present)
-        usable = [
-            word
-            for word, (label, others) in table.table.items()
-            if label == missing and any(len(words) == 1 for words in others.values())
-        ]
-        such_as = ", ".join(map(repr, usable[:3])) or "none: each of its words has several counterparts in the table"
         raise PairError(
             f"the sentences make pairs of {sorted(present) or 'no class'} only; add sentences with words of "
-            f"{missing!r}, such as {such_as}"
+            f"{missing!r} that have one counterpart in the table"
         )
     return _as_dataset(rows)
 
@@ -113,18 +107,16 @@ def pairs_from_templates(
         for label, entries in table.items():
             if isinstance(entries, str) or not entries or not all(isinstance(e, str) and e for e in entries):
                 raise PairError(f"{what} of {label!r} are {entries!r}; write a list of words")
-    if len({len(words[label]) for label in classes}) != 1:
-        counts = {label: len(words[label]) for label in classes}
-        raise PairError(f"words at one index are counterparts, so the classes need equally many; they have {counts}")
+    counterparts = read_counterparts(words, classes)
     rows: dict[tuple[str, ...], None] = {}
     for template in templates:
         if template.count(SLOT) != 1 or template.count(FILLER) != 1:
             raise PairError(f"the template {shortened(template)} needs {FILLER} and {SLOT}, each once")
-        for label in classes:
+        for place, label in enumerate(classes):
             for filler in fillers[label]:
                 text = template.replace(FILLER, filler)
-                for index, word in enumerate(words[label]):
-                    for other in classes:
+                for row in counterparts:
+                    for other, counterpart in zip(classes, row, strict=True):
                         if other != label:
-                            rows[text, word, words[other][index], label, other] = None
+                            rows[text, row[place], counterpart, label, other] = None
     return _as_dataset(rows)

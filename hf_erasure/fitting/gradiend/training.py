@@ -27,6 +27,7 @@ from ..processes import Processes, share_the_cpu
 from .checkpoints import PairFit, Progress
 from .gradients import Encode, GradientReader, encode_all, pearson
 from .pairs import Pair, PairSet, Signed
+from .sentences import PAIR_COLUMNS
 
 ESTIMATORS = ("closed_form", "trained")
 # Correlation and loss during training are those of this many latest steps.
@@ -155,9 +156,10 @@ class Training:
         blocks = [(name, list(parameter.shape)) for name, parameter in self.reader.parameters.items()]
         flat = [parameter.detach().flatten() for parameter in self.reader.parameters.values()]
         values = [weight[:: max(1, weight.numel() // SAMPLES)].tolist() for weight in flat]
-        columns = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
+        # The counterfactual class of a row is given by its label if there are two classes.
+        columns = PAIR_COLUMNS if len(self.train.classes) > 2 else PAIR_COLUMNS[:4]
         rows = hashlib.sha256()
-        for row in dataset.select_columns(columns):
+        for row in dataset.select_columns(list(columns)):
             rows.update(repr(sorted(row.items())).encode())
         identity: dict[str, Any] = {
             "estimator": args.estimator,
@@ -199,7 +201,7 @@ class Training:
                 self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
                 if not self.processes.is_main:  # the main process now holds the sum of all
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
-        feature = estimator.feature(consume=True)
+        feature = estimator.feature()
         if self.args.per_device_train_batch_size > 1:
             (high,), (low,) = self._class_means([feature.encoder], map(_single_rows, sides))
             if high > low:  # a positive scale cannot correct classes with the wrong sign

@@ -72,9 +72,9 @@ def test_a_word_with_several_counterparts_is_left_out_in_that_direction() -> Non
 def test_faults() -> None:
     with pytest.raises(TypeError, match="one string"):
         pairs_from_sentences("he ate", {"he": "she"}, CLASSES)
-    with pytest.raises(PairError, match="pairs of no class only; add sentences with words of 'male', such as 'he'"):
+    with pytest.raises(PairError, match="pairs of no class only; add sentences with words of 'male' that have one"):
         pairs_from_sentences(["a dog"], {"he": "she"}, CLASSES)
-    with pytest.raises(PairError, match=r"\['male'\] only; add sentences with words of 'female', such as 'she'"):
+    with pytest.raises(PairError, match=r"\['male'\] only; add sentences with words of 'female' that have one"):
         pairs_from_sentences(["he ate"], {"he": "she"}, CLASSES)
     with pytest.raises(PairError, match=r"sentence 1 .* has a slot already"):
         pairs_from_sentences(["he ate", "[FEATURE] ate"], {"he": "she"}, CLASSES)
