@@ -189,19 +189,19 @@ def activations_of(layer: Any, model: nn.Module, vectors: Tensor) -> Tensor:
 @pytest.mark.parametrize("site", ["output", "input"])
 def test_a_merge_and_an_export_are_of_what_acts(site: str, changed: dict, tmp_path: Path) -> None:
     model, batch = fitted(site=site), small_batch("gpt_neox", seed=5)
-    dial_cache = loaded("gpt_neox", saved(model, tmp_path / "adapter", **changed))
-    acting = outputs_of(dial_cache, batch)
+    dialled = loaded("gpt_neox", saved(model, tmp_path / "adapter", **changed))
+    acting = outputs_of(dialled, batch)
     assert distance(acting, outputs_of(model, batch)) > 100 * TOLERANCE
-    export_to_lora(dial_cache, NAME, tmp_path / "lora")
+    export_to_lora(dialled, NAME, tmp_path / "lora")
     lora = peft.PeftModel.from_pretrained(base("gpt_neox"), tmp_path / "lora")
     assert distance(outputs_of(lora, batch), acting) < TOLERANCE
-    dial_cache.merge_adapter()
-    assert distance(outputs_of(dial_cache, batch), acting) < TOLERANCE
+    dialled.merge_adapter()
+    assert distance(outputs_of(dialled, batch), acting) < TOLERANCE
     with pytest.raises(ValueError, match="is merged into the weights: call unmerge_adapter"):
-        set_strength(dial_cache, NAME, 1)
-    dial_cache.unmerge_adapter()
-    assert same(outputs_of(dial_cache, batch), acting)
-    assert distance(outputs_of(dial_cache.merge_and_unload(), batch), acting) < TOLERANCE
+        set_strength(dialled, NAME, 1)
+    dialled.unmerge_adapter()
+    assert same(outputs_of(dialled, batch), acting)
+    assert distance(outputs_of(dialled.merge_and_unload(), batch), acting) < TOLERANCE
 
 
 @pytest.mark.parametrize("targets", [None, "readers"])

@@ -113,16 +113,7 @@ class ErasureLayer(AdapterChild):
         site = self.erasures[name].holder
         parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
         erasure, readings = site.erasures[name], site.concept_erasure_readings[name]
-        if erasure.dial is None or torch.compiler.is_compiling():
-            return parts if erasure.dial is None else erasure.dial.apply_to(parts, readings)
-        # The result is kept until the dial or the eraser changes.
-        inputs = (*parts, readings)
-        key = (erasure.dial, *(part._version for part in inputs))
-        cache = erasure.dial_cache
-        if cache is None or cache[1] != key or any(a is not b for a, b in zip(cache[0], inputs, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                cache = erasure.dial_cache = inputs, key, erasure.dial.apply_to(parts, readings)
-        return cache[2]
+        return parts if erasure.dial is None else erasure.dial.apply_to(parts, readings)
 
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry in `fitted_sites`."""
@@ -193,8 +184,9 @@ class ErasureLayer(AdapterChild):
             if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
-            parts = site.eraser_state(name) if observer is None else (observer,)
-            hidden = erasure.results.compute(hidden, step, erasure.sharers, parts, rows, is_fitted=observer is not None)
+            stores: Any = site.children()
+            by = [observer] if observer is not None else [erasure.dial, *(store[name] for store in stores)]
+            hidden = erasure.results.compute(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
         return hidden
 
     def _apply_to_rows(self, name: str, rows: RowAdapters, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -279,7 +271,7 @@ class SharedResults:
         *,
         is_fitted: bool = False,
     ) -> Tensor:
-        """Return `make(hidden)`, computed once for this many `modules` with the same eraser parts `by` and `rows`."""
+        """Return `make(hidden)`, computed once for this many `modules` with the same `rows` and the same parts it is made `by`."""
         is_kept = is_fitted if hidden.is_inference() else not (hidden.requires_grad and torch.is_grad_enabled())
         if modules < 2 or type(hidden) is not Tensor or not is_kept:
             return make(hidden)
@@ -313,8 +305,6 @@ class Erasure:
     dial: Dial | None  # how the eraser is changed; None where it is used as it was fitted
     sharers: int = 1  # how many modules use the eraser, where this is their site
     results: SharedResults = field(default_factory=SharedResults)
-    # The last input tensors of the dial; the dial with their versions; and the tensors that it made of them.
-    dial_cache: tuple[tuple[Tensor, ...], tuple[Any, ...], EraserParts] | None = None
 
 
 def _version(part: Any) -> int:
