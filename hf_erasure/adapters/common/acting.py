@@ -269,38 +269,20 @@ def update_model(model: Any, *, deleting: bool = False) -> None:
             vars(wrapper).update(own_adapters=own_adapters & wrapper._adapters, model_reference=model_reference)
         elif isinstance(wrapper, _TrainedWrapper):
             wrapper.restore_class()
-    ignored = base.__dict__.get(_IGNORED)
-    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_adapter_names]
-    if own_adapters:
-        if not isinstance(ignored, AdapterBuffers):
-            setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
-        if not refusing:
-            base.register_forward_pre_hook(refuse_adapter_names, with_kwargs=True)
-        return
-    if isinstance(ignored, AdapterBuffers):
+    others = [name for name in vars(base).get(_IGNORED, ()) if not is_child(name)]
+    children = {f"{child.path}.{child.child_name}": child for child in adapter_children(base)}
+    own = [name for path, child in children.items() for name, _ in child.named_buffers(prefix=path)]
+    if own or others:
+        # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.
+        setattr(base, _IGNORED, [*others, *own, *(PREFIX + name for name in own)])
+    elif _IGNORED in vars(base):
         delattr(base, _IGNORED)
-        if ignored.others:
-            setattr(base, _IGNORED, ignored.others)
-    for key in refusing:
+    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_adapter_names]
+    if own_adapters and not refusing:
+        base.register_forward_pre_hook(refuse_adapter_names, with_kwargs=True)
+    for key in [] if own_adapters else refusing:
         del base._forward_pre_hooks[key]
         base._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@dataclass(eq=False)
-class AdapterBuffers(Iterable[str]):
-    """The names of all present buffers of adapters, which fitting changes, and the names that were there before."""
-
-    model: nn.Module  # the base model
-    others: Iterable[str]  # the names that other code put there
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.others
-        for path, module in self.model.named_modules():
-            if isinstance(module, AdapterChild):
-                for name, _ in module.named_buffers(prefix=path):
-                    yield name
-                    # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.
-                    yield PREFIX + name
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder, prune_together
 from hf_erasure.models.model import class_name
 
+from ..common.acting import update_model
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
@@ -107,6 +108,7 @@ def set_features(
     config.provenance = {**config.provenance, "base_class": class_name(base), "fingerprint": samples}
     for layer in layers.values():
         layer.steer(adapter_name, config)
+    update_model(base)  # the layers have more buffers now
 
 
 def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
