@@ -271,7 +271,7 @@ class SharedResults:
         *,
         is_fitted: bool = False,
     ) -> Tensor:
-        """Return `make(hidden)`, computed once for this many `modules` with the same eraser and dial `by` and `rows`."""
+        """Return `make(hidden)`, computed once for this many `modules` with the same eraser, dial (`by`) and `rows`."""
         is_kept = is_fitted if hidden.is_inference() else not (hidden.requires_grad and torch.is_grad_enabled())
         if modules < 2 or type(hidden) is not Tensor or not is_kept:
             return make(hidden)
