@@ -178,7 +178,7 @@ def test_a_model_without_blocks_says_what_to_write():
 def test_the_word_for_linear_layers_where_there_are_none(config: PeftConfig):
     model = hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
     config.target_modules = "all-linear"
-    with pytest.raises(ValueError, match="'all-linear' stands for linear layers, and ResNetModel has none"):
+    with pytest.raises(ValueError, match=r"target_modules='all-linear' .* stands for no module of ResNetModel"):
         model.add_adapter(config)
 
 

@@ -137,11 +137,11 @@ class ChildTuner(BaseTuner):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         elif not peft_config.fitted and isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
-            if not peft_config.target_modules:
-                raise ValueError(
-                    f"target_modules={targets!r} stands for linear layers, and {type(self.model).__name__} has none: "
-                    "leave target_modules out, which takes the default, or name modules."
-                )
+        if not peft_config.fitted and not peft_config.target_modules:
+            raise ValueError(
+                f"target_modules={targets!r} with layers_to_transform={peft_config.layers_to_transform} stands for no "
+                f"module of {type(self.model).__name__}: name modules, or leave both out, which takes the default."
+            )
         peft_config.has_default_targets |= peft_config.target_modules is not targets
         return peft_config
 

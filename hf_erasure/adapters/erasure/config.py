@@ -148,12 +148,6 @@ class ConceptErasureConfig(ChildConfig):
     readings: list[str] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
-        if self.method == "rlace":
-            raise ValueError(
-                "method='rlace' needs rows of activations, and fitting a model keeps none: fit it on arrays, with "
-                "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
-                "method='orth' computes."
-            )
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
         self.site = self.site or WORDS.get(self.word, "output")

@@ -112,11 +112,6 @@ class GradiendModel(ChildTuner):
         is_default = peft_config.target_modules is None
         super()._prepare_adapter_config(peft_config, model_config)
         if is_default:
-            if not peft_config.target_modules:
-                raise ValueError(
-                    f"No parameter of {type(self.model).__name__} is left for target_modules=None: name the modules "
-                    "whose weights the feature may change."
-                )
             peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the names
         return peft_config
 
@@ -192,7 +187,7 @@ class GradiendModel(ChildTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the weights, in the weights' dtype; `unmerge_adapter` restores them bit for bit.
 
-        Warns when rounding to that dtype loses more than a tenth of the edit, or when there is nothing to merge.
+        Warns when rounding to that dtype loses more than a tenth of the edit.
 
         Raises:
             ValueError: If a weight cannot be merged into; the message names it, and nothing has changed.
@@ -208,18 +203,11 @@ class GradiendModel(ChildTuner):
         for name in names:
             own = [layer for layer in layers if name in layer.adapters]
             kept = rounded_share((x.parameter(at), edit) for x in own for at, edit in x.edits_of(name))
-            message = ""
-            if own and not any(layer.gradiend_on[name] for layer in own):
-                message = (
-                    f"GRADIEND adapter {name!r} is not fitted, or its learning_rate is 0: merging it changes nothing."
-                )
-            elif kept < LEAST_KEPT:
-                message = (
+            if kept < LEAST_KEPT:
+                warn_user(
                     f"Merged into weights of this dtype, {name!r} keeps {kept:.0%} of its edit, since the rest is lost "
                     "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate."
                 )
-            if message:
-                warn_user(message)
         with ExitStack() as undo_merges:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
