@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..common.acting import adapters_now, warn_user
@@ -78,29 +77,20 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
     other weights are only a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Weights that were
     trained further or cannot be read give a warning. After tokens were added or removed, only common rows are compared.
     """
-    try:
-        rename = find_renaming(model, config.fitted_modules)
-        if rename is None:
-            _refuse_absent(model, config)
-        elif rename is not str:
-            rename_modules(config, rename)
-        samples = Provenance.of(config).fingerprint
-        if not samples:
-            warn_user(
-                f"The {config.described} does not say what weights it was fitted on ({_base_text(config)}): whether "
-                "this is the same base cannot be checked."
-            )
-        pairs = _pairs_of(model, config, samples)
-        _compare([pair for pair in pairs if QUANTISED not in pair.dtypes], config, RELATED)
-        _compare([pair for pair in pairs if QUANTISED in pair.dtypes], config, RELATED_QUANTISED)
-    except ValueError as error:
-        merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
-        if not merged:
-            raise
-        raise ValueError(
-            f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
-            "other adapters are loaded, and merge again afterwards."
-        ) from error
+    rename = find_renaming(model, config.fitted_modules)
+    if rename is None:
+        _refuse_absent(model, config)
+    elif rename is not str:
+        rename_modules(config, rename)
+    samples = Provenance.of(config).fingerprint
+    if not samples:
+        warn_user(
+            f"The {config.described} does not say what weights it was fitted on ({_base_text(config)}): whether "
+            "this is the same base cannot be checked."
+        )
+    pairs = _pairs_of(model, config, samples)
+    _compare([pair for pair in pairs if QUANTISED not in pair.dtypes], config, RELATED)
+    _compare([pair for pair in pairs if QUANTISED in pair.dtypes], config, RELATED_QUANTISED)
 
 
 def _pairs_of(model: nn.Module, config: ChildConfig, samples: dict[str, Any]) -> list[_SamplePair]:
@@ -265,7 +255,8 @@ def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> N
     if is_another:
         _refuse_another_base(
             f"The {config.described} was fitted on {_base_text(config)}, and this is another model ({reason})",
-            "Load the adapter into its own base, or fit it on this one.",
+            "Load the adapter into its own base, or fit it on this one. If others are merged here, call "
+            "unmerge_adapter() first.",
         )
         return
     warn_user(
