@@ -192,10 +192,8 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     elif not is_peft and getattr(model, "_hf_peft_config_loaded", False):
         names = model.active_adapters() if configs else ["default"]  # for other methods any name will do
         if not names:  # PEFT asks the first layer, in which the adapter that was deleted may have been the only one
-            known = list(model.peft_config)
             raise ValueError(
-                f"PEFT says that none of the adapters {known} is active, as after delete_adapter: say which one is to "
-                f"be saved, model.set_adapter({known[-1]!r})."
+                f"None of the adapters {[*model.peft_config]} is active: call model.set_adapter(name) first."
             )
         unsaved = [name for name, config in configs.items() if config.sticky and name not in names]
         if unsaved:

@@ -123,6 +123,18 @@ def test_a_model_without_values_has_none_to_save(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("kind", OURS)
+def test_a_save_without_an_active_adapter_asks_for_one(kind: str, tmp_path: Path):
+    model = base("bert")
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]), "lora")
+    OF[kind].add(model, "bert", "a", target_modules=["key"])
+    model.set_adapter("lora")
+    model.delete_adapter("lora")
+    refused(lambda: model.save_pretrained(tmp_path), tmp_path, r"None of the adapters \['a'\] is active")
+    model.set_adapter("a")
+    model.save_pretrained(tmp_path)
+
+
 # ---- what PEFT leaves out --------------------------------------------------------------------------------------------
 
 
