@@ -84,11 +84,9 @@ def test_a_model_without_a_pooling_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_no_module_behind_the_pooling_can_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"acts at 1 modules before it, the first is 'encoder.layer.4.output.LayerNorm'"
-    ):
+    with pytest.raises(ValueError, match=r"acts at 2 modules, \['encoder.layer.4.output.LayerNorm'"):
         export_to_sentence_transformers(fitted(["encoder.layer.4.output.LayerNorm", LAST]), "gender", tmp_path / "new")
-    with pytest.raises(ValueError, match="acts at 1 modules before it"):
+    with pytest.raises(ValueError, match=r"acts at 1 modules, \['encoder.layer.5.output.dense'\]"):
         export_to_sentence_transformers(fitted([LAST.replace("LayerNorm", "dense")]), "gender", tmp_path / "new")
     with pytest.raises(ValueError, match="pooling by 'max' does not commute"):
         export_to_sentence_transformers(fitted(pooling="max"), "gender", tmp_path / "new")

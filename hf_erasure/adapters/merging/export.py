@@ -31,7 +31,7 @@ from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import last_hidden_state
 
 from ..common.acting import adapters_now, kind_of, warn_user
-from ..common.config import ChildConfig, Provenance
+from ..common.config import ChildConfig, Provenance, short
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import adapter_children, innermost
 from ..common.lookup import FoundAdapter, adapter_of
@@ -56,7 +56,6 @@ _ADAPTER = "default"
 _AFFINE_POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
 # Poolings whose weights of tokens do not add up to one.
 _LINEAR_POOLINGS = ("mean_sqrt_len_tokens",)
-_REFIT = "fit one with target_modules=[…] that names only the module which returns the last hidden state"
 
 
 @dataclass(frozen=True)
@@ -442,7 +441,6 @@ def _only_site(found: FoundAdapter[ConceptErasureConfig]) -> ErasureLayer:
     name, owner = found.name, found.owner
     if not found.config.fitted:
         raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
-    layers = erasure_layers(owner, name)
     others = [other for other in adapters_now(owner).acting if other != name]
     merged = [child.path for child in adapter_children(owner) if child.merged]
     if others or merged:
@@ -450,18 +448,15 @@ def _only_site(found: FoundAdapter[ConceptErasureConfig]) -> ErasureLayer:
             f"The erasure {name!r} is exported alone, with the weights of the base model, but {others or merged} "
             "changes the model, too: unmerge merged adapters, and merge the others for good or delete them, first."
         )
-    acting = [path for path, layer in layers.items() if layer.eraser_state(name)[0].shape[-1]]
-    last = next((path for path in acting if _is_last_hidden(owner, layers[path], name)), None)
-    deeper = [path for path in acting if path != last]
-    if last is None or deeper:
-        where = (
-            f"it acts at {len(deeper)} modules before it, the first is {deeper[0]!r}" if deeper else "it does nothing"
-        )
+    acting = [layer for layer in erasure_layers(owner, name).values() if layer.eraser_state(name)[0].shape[-1]]
+    if len(acting) != 1 or not _is_last_hidden(owner, acting[0], name):
         raise ValueError(
-            f"The erasure {name!r} does not only erase the last hidden state of {type(owner).__name__}: {where}. "
-            f"A module after the pooling cannot do this: {_REFIT}, or share the adapter instead."
+            f"The erasure {name!r} does not only erase the last hidden state of {type(owner).__name__}: it acts at "
+            f"{len(acting)} modules, {short([layer.path for layer in acting])}. A module after the pooling cannot do "
+            "this: fit one with target_modules=[…] that names only the module which returns the last hidden state, or "
+            "share the adapter instead."
         )
-    return layers[last]
+    return acting[0]
 
 
 def _is_last_hidden(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
