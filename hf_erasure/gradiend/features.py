@@ -93,15 +93,10 @@ class FeatureEncoder:
         index, keep_values = found
         return replace(self, weight=keep_values(self.weight), index=index)
 
-    @property
-    def count(self) -> int:
-        """The number of stored entries."""
-        return sum(w.numel() for w in self.weight.values())
-
 
 @dataclass(frozen=True, eq=False)
 class FeatureDecoder:
-    """Computes the change of the weights for a value of the feature neuron: `decode(h) = h · Wd + bd`."""
+    """The change of the weights for a value h of the feature neuron: `h · Wd + bd`."""
 
     weight: dict[str, Tensor]  # Name to `(count,)` float32, Wd.
     bias: dict[str, Tensor]  # Name to `(count,)` float32, bd, at the same entries.
@@ -111,14 +106,6 @@ class FeatureDecoder:
 
     def __post_init__(self) -> None:
         _check_blocks(self.index, self.shapes, weight=self.weight, bias=self.bias)
-
-    def decode(self, h: float) -> dict[str, Tensor]:
-        """Name to dense float32 `h · Wd + bd` in the shape of the block, zero outside the kept entries."""
-        decoded = {}
-        for name, shape in self.shapes.items():
-            values = torch.add(self.bias[name], self.weight[name], alpha=h)
-            decoded[name] = dense(values, self.index[name], shape.numel()).view(shape)
-        return decoded
 
     def prune(self, density: float) -> FeatureDecoder:
         """The decoder reduced to the `ceil(density · n)` largest `|Wd|` over all blocks; the first of equals are kept.

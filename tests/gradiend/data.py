@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hf_erasure.gradiend import FeatureDecoder
+from hf_erasure.gradiend.features import dense
+
 SHAPES = {"embed": (40, 16), "norm": (16,), "up": (32, 16), "bias": (32,), "scale": (1,)}
 N = 40 * 16 + 16 + 32 * 16 + 32 + 1
 
@@ -39,3 +42,12 @@ def same_feature(a, b) -> bool:
         and equal(a.decoder.bias, b.decoder.bias)
         and all(getattr(a.encoder, name) == getattr(b.encoder, name) for name in scalars)
     )
+
+
+def decode(decoder: FeatureDecoder, h: float) -> dict[str, Tensor]:
+    """Name to dense float32 `h · Wd + bd` in the shape of the block, zero outside the kept entries."""
+    decoded = {}
+    for name, shape in decoder.shapes.items():
+        values = torch.add(decoder.bias[name], decoder.weight[name], alpha=h)
+        decoded[name] = dense(values, decoder.index[name], shape.numel()).view(shape)
+    return decoded

@@ -11,7 +11,7 @@ import torch
 import hf_erasure.gradiend.blocks as blocks_module
 from hf_erasure.gradiend import FeatureNeuron
 
-from .data import SHAPES, N, equal, gradients, joined, same_feature
+from .data import SHAPES, N, decode, equal, gradients, joined, same_feature
 
 
 @pytest.fixture(params=[1 << 17, 100], ids=["one-piece", "many-pieces"], autouse=True)
@@ -141,7 +141,7 @@ def test_flipping_a_neuron_is_flipping_its_feature():
     neuron.flip()
     flipped = neuron.feature()
     for h in (-1.0, 0.3, 10.0):
-        assert equal(flipped.decoder.decode(-h), before.decoder.decode(h))
+        assert equal(decode(flipped.decoder, -h), decode(before.decoder, h))
     assert equal(flipped.decoder.bias, before.decoder.bias)
     assert flipped.encoder.encode(gradients(3)) == -before.encoder.encode(gradients(3))
 
@@ -152,7 +152,7 @@ def test_a_feature_reads_and_writes_what_the_neuron_does():
     feature = neuron.feature()
     assert feature.encoder.encode(gradients(3)) == pytest.approx(neuron.encode(gradients(3)), abs=1e-12)
     expected = 0.5 * weights(neuron, "decoder")[0] + weights(neuron, "decoder_bias")[0]
-    torch.testing.assert_close(joined(feature.decoder.decode(0.5)), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(joined(decode(feature.decoder, 0.5)), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_feature_stays_when_training_goes_on():

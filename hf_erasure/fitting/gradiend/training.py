@@ -318,8 +318,8 @@ class Training:
         factor = (dense_up - dense_down) / (sparse_up - sparse_down) if sparse_up != sparse_down else math.inf
         if not math.isfinite(factor) or factor == 0:
             raise ValueError(
-                f"The {sparse.count} entries that density={density} leaves of the encoder do not tell the classes "
-                "apart: give GradiendConfig a larger density, or keep_encoder=False."
+                f"What density={density} leaves of the encoder does not tell the classes apart: give GradiendConfig a "
+                "larger density, or keep_encoder=False."
             )
         # scale · (factor · (x − mean of the sparse) + mean of the dense), written as scale' · (⟨w, g⟩ + bias').
         offset = dense_up / factor - sparse_up

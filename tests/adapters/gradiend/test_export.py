@@ -12,6 +12,7 @@ import torch
 from hf_erasure import export_to_lora
 from hf_erasure.adapters import edited, gradiend_layers, steer, targeted_parameters
 from tests.adapters.gradiend.lifecycle import MODELS, NAME, RATE, Gradiends, batch_of, config_of, feature_of, fit
+from tests.gradiend.data import decode
 from tests.small_models import distance, outputs_of, same
 
 # The LoRA's matrices are rounded to float32 and multiplied in another order than the edited weight: 2^-24 relative in
@@ -28,7 +29,7 @@ def test_with_full_rank_the_matrices_are_carried_exactly(name: str, gradiends: G
     parameters = dict(oracle.named_parameters())
     feature = feature_of(targeted_parameters(model, NAME))
     total = left = 0.0
-    for key, delta in feature.decoder.decode(1.0).items():
+    for key, delta in decode(feature.decoder, 1.0).items():
         energy = float((RATE * delta).double().square().sum())
         total += energy
         if key in export.left_out:
@@ -47,7 +48,7 @@ def test_with_full_rank_the_matrices_are_carried_exactly(name: str, gradiends: G
 
 def test_what_a_low_rank_leaves_out_is_stated(gradiends: Gradiends, tmp_path: Path):
     model = gradiends.fitted("bert", 1.0, target_modules="all-linear")
-    decoder = feature_of(targeted_parameters(model, NAME)).decoder.decode(1.0)
+    decoder = decode(feature_of(targeted_parameters(model, NAME)).decoder, 1.0)
     matrices = [delta.double() for delta in decoder.values() if delta.dim() == 2]
     total = sum(float(delta.square().sum()) for delta in decoder.values())
     for rank in (1, 8, 32):

@@ -37,6 +37,7 @@ from tests.adapters.gradiend.lifecycle import (
     fit,
     state_of,
 )
+from tests.gradiend.data import decode
 from tests.in_turn import in_turn
 from tests.small_models import distance, inputs_of, outputs_of, same
 
@@ -163,7 +164,7 @@ def test_a_small_edit_vanishes_in_bfloat16_and_merging_warns(gradiends: Gradiend
     feature = feature_of(targeted_parameters(model, "default"))
     with edited(model, "default", learning_rate=1e-4):
         for name, parameter in targeted_parameters(model, "default").items():
-            delta = 1e-4 * feature.decoder.decode(1.0)[name].double()
+            delta = 1e-4 * decode(feature.decoder, 1.0)[name].double()
             wanted += float(delta.square().sum())
             product += float((delta * (parameter.double() - before[name])).sum())
     assert kept_share(model, "default", learning_rate=1e-4) == pytest.approx(product / wanted, rel=1e-4)
@@ -291,7 +292,7 @@ def test_threads_that_wait_inside_one_module_see_the_edit_whoever_leaves_first(o
     feature = feature_of(targeted_parameters(model, NAME))
     set_features(model, NAME, [feature], [PAIR])
     steer(model, NAME, learning_rate=RATE)
-    value = 1 + RATE * feature.decoder.decode(1.0)["gate.weight"]
+    value = 1 + RATE * decode(feature.decoder, 1.0)["gate.weight"]
     doors, results = [threading.Event() for _ in range(3)], {}
     original = model.gate.weight
     original.requires_grad_(True)
@@ -332,7 +333,7 @@ def test_a_module_that_calls_itself_is_edited_once(gradiends: Gradiends):
     model.add_module("nested", Nested())
     peft.inject_adapter_in_model(GradiendConfig(target_modules=["nested"], density=1.0), model, NAME)
     feature = fit(model)
-    value = 1 + RATE * feature.decoder.decode(1.0)["nested.weight"]
+    value = 1 + RATE * decode(feature.decoder, 1.0)["nested.weight"]
     with torch.no_grad():
         assert torch.allclose(model.nested(torch.ones(4)), value**4, rtol=1e-6)
     assert not model.nested.__dict__.keys() & {"weight"}

@@ -12,6 +12,7 @@ from hf_erasure.fitting.gradiend import compare_features
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, choose
 from tests.fitting.gradiend.test_evaluation import GENDERS, Language
 from tests.fitting.gradiend.test_trainer import adapted, trainer_of
+from tests.gradiend.data import decode
 
 
 def test_features_beside_each_other_are_as_their_vectors_say(tmp_path: Path):
@@ -23,7 +24,7 @@ def test_features_beside_each_other_are_as_their_vectors_say(tmp_path: Path):
         trainer.train()
         decoder = trainer.fitted[0].feature.decoder
         decoder = decoder.prune(0.02) if name == "sparse" else decoder
-        decoded = zip(decoder.decode(1.0).values(), decoder.decode(-1.0).values(), strict=True)
+        decoded = zip(decode(decoder, 1.0).values(), decode(decoder, -1.0).values(), strict=True)
         vectors[name] = torch.cat([(a - b).flatten() for a, b in decoded]).double() / 2
     found = compare_features(trainers, top=0.01)
     assert found.names == ["dense", "sparse", "trained"]
