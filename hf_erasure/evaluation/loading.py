@@ -110,20 +110,18 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
 
 
 def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> list[Entry]:
-    """The base, each adapter, GRADIEND adapters at other strengths, and several adapters together.
+    """The base, each adapter, GRADIEND adapters at other strengths (0 is the base), and several adapters together.
 
-    Raises `ValueError` if strengths are given without a GRADIEND adapter, or a strength is 0.
+    Raises `ValueError` if strengths are given without a GRADIEND adapter.
     """
     steered = [adapter for adapter in adapters if isinstance(adapter.config, GradiendConfig)]
     if strengths and not steered:
         raise ValueError("--strengths multiply the learning rate of GRADIEND adapters, and there is none here.")
-    if 0 in strengths:
-        raise ValueError("--strengths 0 is the base itself, which is always measured: leave it out.")
     entries = [Entry(BASE)]
     for adapter in adapters:
         entries.append(Entry(adapter.name, (adapter,)))
         if adapter in steered:
-            entries += [Entry(f"{adapter.name} ×{s:g}", (adapter,), s) for s in strengths if s != 1]
+            entries += [Entry(f"{adapter.name} ×{s:g}", (adapter,), s) for s in strengths if s not in (0, 1)]
     return [*entries, Entry(TOGETHER, tuple(adapters))] if len(adapters) > 1 else entries
 
 
@@ -184,19 +182,3 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
         found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": base}
     with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
-
-
-def verify_entry(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
-    """What `Adapter.acts` says about each adapter of an entry.
-
-    Raises `AdapterDoesNotAct` if one does not act, unless `allow_inactive`.
-    """
-    messages = {}
-    for adapter in entry.adapters:
-        acts, text = adapter.acts(model)
-        messages[adapter.name] = text
-        if not acts and not allow_inactive:
-            raise AdapterDoesNotAct(
-                f"{text} Its numbers would be those of the base. (--allow-inactive measures it nevertheless.)"
-            )
-    return messages

@@ -17,9 +17,10 @@ from hf_erasure.adapters import GradiendConfig
 from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
 from hf_erasure.models.scorer import FINAL
+from hf_erasure.recipes.run import require
 
 from .data import DataFolder, MissingData
-from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verify_entry
+from .loading import BASE, AdapterDoesNotAct, Entry, Loader, entries_of, fingerprints, read_adapters
 from .measures import Measure, leakage_by_depth, measures_of
 from .pictures import neuron_values, plane_of, pronoun_shares
 from .results import Results, reason_of
@@ -55,12 +56,7 @@ def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str 
         raise ValueError(f"--stereoset {plan.stereoset}: write {' or '.join(CAUSAL_CONVENTIONS)}.")
     data = DataFolder(plan.data, plan.limit)
     if plan.harness:
-        try:
-            import_module("lm_eval.models.huggingface")
-        except ImportError as error:
-            raise ImportError(
-                f"--harness needs lm-evaluation-harness ({error}): pip install 'hf-erasure[harness]'"
-            ) from error
+        require("lm_eval")
     return _Run(plan, data, progress, None if output is None else Path(output)).run()
 
 
@@ -87,7 +83,8 @@ class _Run:
         self.too_few = False
 
     def run(self) -> Results:
-        self._verify()
+        for entry in self.entries:  # all of them first, because an adapter that does not act need not be measured
+            self._verify(entry)
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
         for entry in self.entries:
@@ -105,21 +102,26 @@ class _Run:
         self._update_results()
         return self.results
 
-    def _verify(self) -> None:
-        """Verify all entries first, because an adapter that does not act need not be measured."""
-        for entry in self.entries:
-            said: dict[str, str] = {}
-            if entry.adapters:
-                self.progress(f"verify {entry.name}")
-                said = verify_entry(self.loader.load(entry), entry, allow_inactive=self.plan.allow_inactive)
-            kinds = ", ".join(adapter.kind for adapter in entry.adapters)
-            names = [adapter.name for adapter in entry.adapters]
-            concepts = [concept_of_config(adapter.config) for adapter in entry.adapters]
-            self.results.entries.append(
-                {"name": entry.name, "adapters": names, "concepts": concepts, "kind": kinds,
-                 "strength": entry.strength, "of_tokens": [a.name for a in entry.adapters if "tokens" in a.pools],
-                 "verified": said}
-            )  # fmt: skip
+    def _verify(self, entry: Entry) -> None:
+        """Check that the adapters of an entry act, and describe the entry in the results."""
+        said: dict[str, str] = {}
+        if entry.adapters:
+            self.progress(f"verify {entry.name}")
+            model = self.loader.load(entry)
+            for adapter in entry.adapters:
+                acts, said[adapter.name] = adapter.acts(model)
+                if not acts and not self.plan.allow_inactive:
+                    raise AdapterDoesNotAct(
+                        f"{said[adapter.name]} Its numbers would be those of the base. (--allow-inactive measures it "
+                        "nevertheless.)"
+                    )
+        kinds = ", ".join(adapter.kind for adapter in entry.adapters)
+        names = [adapter.name for adapter in entry.adapters]
+        concepts = [concept_of_config(adapter.config) for adapter in entry.adapters]
+        self.results.entries.append(
+            {"name": entry.name, "adapters": names, "concepts": concepts, "kind": kinds, "strength": entry.strength,
+             "of_tokens": [a.name for a in entry.adapters if "tokens" in a.pools], "verified": said}
+        )  # fmt: skip
 
     def _load_subject(self, entry: Entry) -> Subject | None:
         """The model of an entry; None if it cannot be loaded, and then nothing is measured for the entry."""

@@ -32,14 +32,15 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     # The readers of tables and of JSON handle a byte order mark by themselves.
     "parquet": ("parquet", {}), "arrow": ("arrow", {}), "txt": ("text", {"encoding": "utf-8-sig"}),
 }  # fmt: skip
-_EXTRAS = {"matplotlib": "plot", "sklearn": "metrics"}  # optional module → the extra that brings it
+# Optional module → the extra that brings it.
+_EXTRAS = {"matplotlib": "plot", "sklearn": "metrics", "lm_eval": "harness"}
 
 
 def require(*modules: str) -> None:
-    """Raise an `ImportError` that names the optional packages a recipe lacks, before the slow steps."""
+    """Raise an `ImportError` that names the optional packages that are missing, before the slow steps."""
     if missing := [name for name in modules if find_spec(name) is None]:
         extras = ",".join(_EXTRAS[name] for name in missing)
-        raise ImportError(f"The recipe needs {' and '.join(missing)}: pip install 'hf-erasure[{extras}]'")
+        raise ImportError(f"This needs {' and '.join(missing)}: pip install 'hf-erasure[{extras}]'")
 
 
 @contextmanager
