@@ -64,7 +64,6 @@ def evaluate(
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
     typer.echo("+ better, - worse; no mark where the interval contains the base's value.")
-    typer.echo(results.pooling())
     for note in results.notes():
         typer.echo(f"Not measured: {note}")
     for rows in results.bad_rows():

@@ -277,7 +277,7 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
 def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
     """The measures of a suite, capability at the end; a measure of pooled states is there once for each pool.
 
-    The key of a measure has the pool's name except for the first pool; its title, unless the mean is the only pool.
+    Its title names the pool, and its key too except for the first pool.
     """
     if suite not in SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
@@ -290,7 +290,5 @@ def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) 
             continue
         for pool in pools:
             key = measure.key if pool == pools[0] else f"{measure.key}_{pool}"
-            title = measure.title if pools == ("mean",) else f"{measure.title}, {IN_WORDS[pool]}"
-            says = f"{measure.says}; pooled: {IN_WORDS[pool]}"
-            found.append(replace(measure, key=key, title=title, says=says, pool=pool))
+            found.append(replace(measure, key=key, title=f"{measure.title}, {IN_WORDS[pool]}", pool=pool))
     return found

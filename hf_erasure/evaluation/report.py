@@ -254,7 +254,7 @@ def html_page(results: Results) -> str:
     return environment.get_template("report.html.j2").render(
         results=results, sections=_sections(results) if has_pictures else [], tables=results.tables(), limits=LIMITS,
         marks=[names[i % len(names)] for i in range(len(results.names))], numbers=_number_tables(results),
-        pools=results.pooling(), no_pictures="" if has_pictures else NO_PICTURES,
+        no_pictures="" if has_pictures else NO_PICTURES,
     )  # fmt: skip
 
 

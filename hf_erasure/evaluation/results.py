@@ -11,7 +11,6 @@ from typing import Any
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.fitting.report import badness, verdict
 from hf_erasure.metrics.readers import LeftOutRows
-from hf_erasure.models.pooling import IN_WORDS
 
 from .loading import BASE
 
@@ -42,8 +41,7 @@ class Results:
     """The results of one run; everything in it is plain data."""
 
     about: dict[str, Any]  # model, data, suite, seed, limit and versions
-    # The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, which of them were fitted for all tokens
-    # (`of_tokens`), and what `verify_adapter` said.
+    # The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, and what `verify_adapter` said.
     entries: list[dict[str, Any]] = field(default_factory=list)
     measures: list[dict[str, Any]] = field(default_factory=list)  # the rows: facts of the measures of some entry
     # Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
@@ -162,16 +160,6 @@ class Results:
                 rows.append([f"  {row['measure']['title']}", row["direction"], *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def pooling(self) -> str:
-        """The vectors by which probes read a text, in a sentence; empty if the results do not name them."""
-        words = [IN_WORDS[pool] for pool in self.about.get("pools", []) if pool in IN_WORDS]
-        if not words:
-            return ""
-        first = f"; layers and embeddings by {words[0]}" if len(words) > 1 else ""
-        guarded = ", ".join(dict.fromkeys(name for entry in self.entries for name in entry.get("of_tokens", [])))
-        guarded = f" {guarded}: fitted for {IN_WORDS['tokens']}, probed by their mean." if guarded else ""
-        return f"Probes and SEAT read a text by {' and by '.join(words)}{first}.{guarded}"
 
     def notes(self) -> list[str]:
         """What could not be measured, a sentence for each."""

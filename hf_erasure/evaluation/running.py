@@ -120,7 +120,7 @@ class _Run:
         concepts = [concept_of_config(adapter.config) for adapter in entry.adapters]
         self.results.entries.append(
             {"name": entry.name, "adapters": names, "concepts": concepts, "kind": kinds, "strength": entry.strength,
-             "of_tokens": [a.name for a in entry.adapters if "tokens" in a.pools], "verified": said}
+             "verified": said}
         )  # fmt: skip
 
     def _load_subject(self, entry: Entry) -> Subject | None:

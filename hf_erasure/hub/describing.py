@@ -15,7 +15,6 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import most_different_weight
 from hf_erasure.adapters.saving import digest_of
 from hf_erasure.fitting.report import concept_of_config
-from hf_erasure.models.pooling import IN_WORDS
 
 from .cards import config_in, own_adapters
 from .facts import Measured, hub_id, read_object, state_of
@@ -120,13 +119,11 @@ def evaluation_rows(path: str | Path, config: ChildConfig, folder: Path) -> list
         before, after = (content["values"].get(entry, {}).get(measure["key"]) for entry in (BASE, name))
         if not before or not after:
             continue
-        better, ideal, title = measure["better"], measure["ideal"], measure["title"]
-        pool = IN_WORDS.get(str(measure.get("pool")))
-        title += f", {pool}" if pool and not title.endswith(pool) else ""
+        better, ideal = measure["better"], measure["ideal"]
         better = f"closer to {ideal:g}" if better == "closer" else better
         is_other = measure["purpose"] == "bias" and measure.get("concept") not in (None, concept)
         rows.append(Measured(
-            measure["key"], title, before["value"], after["value"], better, data, before["interval"],
+            measure["key"], measure["title"], before["value"], after["value"], better, data, before["interval"],
             after["interval"], ideal, is_other,
         ))  # fmt: skip
     return rows

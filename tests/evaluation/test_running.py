@@ -31,6 +31,7 @@ from hf_erasure.evaluation import (
     Evaluation,
     evaluate,
     pictures,
+    report,
     running,
 )
 from hf_erasure.evaluation.data import read_sentence, read_treebank
@@ -492,7 +493,9 @@ def test_probes_read_a_text_by_the_pool_of_each_adapter(
     results = evaluate(Evaluation(story, few, [str(first), str(adapters[0])], limit=18, resamples=10))
     assert all(set(values) == {"gender_linear", "gender_linear_mean"} for values in results.values.values())
     assert [measure["pool"] for measure in results.measures] == ["cls", "mean"]
-    assert results.measures[0]["title"].endswith(", the first token") and "by the first token" in results.pooling()
+    titles = [f"Gender, linear probe − majority, {words}" for words in ("the first token", "the mean of the tokens")]
+    assert [measure["title"] for measure in results.measures] == titles
+    assert "biographies are drawn for cls" in report.html_page(results)
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(story).eval(), AutoTokenizer.from_pretrained(story)
     found = DataFolder(few, 18).biographies()
     rows = [tokenizer(text, truncation=True, max_length=256, return_tensors="pt") for text in found.texts]
@@ -501,13 +504,3 @@ def test_probes_read_a_text_by_the_pool_of_each_adapter(
     given = linear_leakage.held_out_answers(states, found.genders, seed=0)
     expected = sum(a == b for a, b in zip(given, found.genders, strict=True)) / len(given)
     assert results.values["base"]["gender_linear"]["details"]["accuracy"] == pytest.approx(expected)
-
-
-def test_an_erasure_for_all_tokens_is_said_to_be_probed_by_their_mean(
-    story: str, few: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(running, "measures_of", lambda *_: measures_of("gender", DataFolder(few))[:1])
-    every = erasure_folder(assets, story, tmp_path / "every", "tokens")
-    results = evaluate(Evaluation(story, few, [str(every)], limit=18, resamples=10))
-    said = "Probes and SEAT read a text by the mean of the tokens. every: fitted for every token, probed by their mean."
-    assert results.pooling() == said
