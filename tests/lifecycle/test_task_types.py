@@ -42,9 +42,7 @@ def trained(kind: str, task: str, **fields: Any) -> peft.PeftModel:
     """A `PeftModel` with an adapter that acts, and with a trained head if the task has one."""
     architecture, _, _, targets = TASKS[task]
     config = OF[kind].config(**{"task_type": task, "target_modules": targets, **fields})
-    wants = config.modules_to_save
     model = peft.get_peft_model(base(task), config, "a")
-    assert kind == "LoRA" or config.modules_to_save == wants  # unchanged, since the caller may use it for another model
     OF[kind].fit(model, architecture, "a", 0)
     train(model)
     return model.eval()
@@ -106,16 +104,6 @@ def test_no_adapter_is_put_on_a_head_that_is_copied(task: str, kind: str):
     with pytest.raises(ValueError, match=r"modules_to_save|matches no module|All modules were excluded"):
         peft.get_peft_model(model, OF[kind].config(task_type=task, target_modules=TASKS[task][2]))
     assert not children(model) and not hasattr(model, "peft_config")
-
-
-@pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize("task", WITH_HEADS)
-def test_nothing_is_left_to_the_class_of_a_task(task: str, kind: str, monkeypatch: pytest.MonkeyPatch):
-    """That class would set up the head after the adapter is attached, and a failure there would not be undone."""
-    left: list[Any] = []
-    monkeypatch.setattr(peft.peft_model, "_set_trainable", lambda *_, module_names, **__: left.append(module_names))
-    model = peft.get_peft_model(base(task), OF[kind].config(task_type=task, target_modules=TASKS[task][3]))
-    assert left == [None] and heads(model) == TASKS[task][2]
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -153,12 +153,6 @@ class ChildConfig(PeftConfig):
         config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
         return config
 
-    def forget_modules_to_save(self, count: int) -> None:
-        """Keep `count` of the `modules_to_save`, in place, after a task class of PEFT has added its head to them."""
-        if self.modules_to_save:
-            del self.modules_to_save[count:]
-            self.modules_to_save = self.modules_to_save or None
-
     def adopt_fit(self, saved: ChildConfig) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one."""
         if saved.fitted and not self.fitted:

@@ -8,13 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    PeftModelForQuestionAnswering,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -35,10 +29,9 @@ _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 _SPARE_NAMES = 10_000
 
 
-# The heads that PEFT's task classes add to modules_to_save. The first class does so before it calls
-# `PeftModel.__init__`, the others afterwards, which is too late to keep an adapter off the heads.
+# The heads that two of PEFT's task classes add to modules_to_save after they have called `PeftModel.__init__`, which is
+# too late to keep an adapter off the heads.
 _HEADS: dict[type[PeftModel], tuple[str, ...]] = {
-    PeftModelForSequenceClassification: ("classifier", "score"),
     PeftModelForTokenClassification: ("classifier", "score"),
     PeftModelForQuestionAnswering: ("qa_outputs",),
 }
@@ -51,8 +44,6 @@ class ChildTuner(BaseTuner):
     # Configuration → the modules that its default, or a word, stands for; None where it names the modules itself.
     _resolve_targets: Callable[[Any], list[str] | None]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
-    # The configuration that a caller made a `PeftModel` with, and how many modules_to_save it has.
-    caller_config: tuple[ChildConfig, int] | None = None
 
     def __init__(
         self,
@@ -68,13 +59,6 @@ class ChildTuner(BaseTuner):
                 "or delete that adapter first."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The child modules. PEFT asks for them after adding its head to the caller's configuration: undone here."""
-        if self.caller_config is not None:
-            (config, count), self.caller_config = self.caller_config, None
-            config.forget_modules_to_save(count)
-        return super().named_children()
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
@@ -368,15 +352,11 @@ def make_peft_model(
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> None:
-    """`PeftModel.__init__`: the head that a task class adds to the configuration goes into a copy."""
+    """`PeftModel.__init__`: an adapter gets a copy of the configuration, with the head that a task class will add."""
     if isinstance(peft_config, ChildConfig):
         heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
-        if isinstance(wrapped, PeftModelForSequenceClassification):
-            peft_config.forget_modules_to_save(len(peft_config.modules_to_save or ()) - len(heads))
         with acting.undone_on_failure(model, adapter_name, is_ours=True):
             original(model, peft_config.copied(heads), adapter_name, **kwargs)
-        tuner: Any = wrapped.base_model
-        tuner.caller_config = peft_config, len(peft_config.modules_to_save or ())
     else:
         original(model, peft_config, adapter_name, **kwargs)
 
