@@ -237,7 +237,11 @@ class Spread:
         """
         if shrinkage != "oas":
             return float(shrinkage or 0.0)
-        mean_square = self.sigma.mean_square(scale)
+        squares = 0.0  # of all d² entries: those above the diagonal count twice
+        for start, _, column in self.sigma.standardised(scale):
+            squares += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
+            squares += float(torch.linalg.vector_norm(column[start:])) ** 2
+        mean_square = squares / self.sigma.dim**2
         excess = (self.effective_rows + 1) * (mean_square - 1 / self.sigma.dim)
         return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
 
@@ -296,8 +300,9 @@ class Factor:
 def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     """Shrink and factor a covariance in standardised coordinates.
 
-    The jitter grows by factors of ten until the factorisation succeeds. The guarantee of the methods holds for any
-    positive definite matrix in place of Σ, so a jitter costs optimality only.
+    `upperᵀ · upper = (1 − share) · standardised + (share + jitter) · I`. The jitter grows by factors of ten until the
+    factorisation succeeds. The guarantee of the methods holds for any positive definite matrix in place of Σ, so a
+    jitter costs optimality only.
     """
     check_shrinkage(shrinkage)
     # The jitter is added to the diagonal of the correlation matrix, whose variances are 1.
@@ -307,9 +312,16 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     diagonal = _floored(torch.maximum(sigma.values[sigma.diagonal], jitter * _floored(spread.variance)))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     share = spread.share(shrinkage, scale)
+    full = sigma.values.new_empty(sigma.dim, sigma.dim)
+    # The transpose has the memory layout of LAPACK and is factored in place, without a copy or a second matrix.
+    upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
     while jitter <= 10:
-        upper = sigma.cholesky(scale, share, jitter)
-        if upper is not None:
+        full.zero_()
+        for start, stop, column in sigma.standardised(scale):
+            full[start:stop, :stop] = column.mul_(1 - share).T
+        full.diagonal().add_(share + jitter)
+        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
+        if int(info) == 0:
             return Factor(upper, scale)
         jitter *= 10
     raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
@@ -384,7 +396,8 @@ def leace_factors(
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
-    left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
+    if beside:
+        left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits if features are nearly collinear. One correction makes right · left the
     # identity again, and so the projection exact.

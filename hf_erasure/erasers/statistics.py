@@ -175,7 +175,9 @@ class PackedGram:
     ) -> None:
         """Start with zeros, or with `values` in this layout."""
         self.dim = dim
-        self._edges = self._edges_of(dim)
+        # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
+        block = 128 if dim <= 1024 else 256
+        self._edges = [(start, min(start + block, dim)) for start in range(0, dim, block)]
         offset, positions = 0, []
         for start, stop in self._edges:
             width = stop - start
@@ -184,16 +186,10 @@ class PackedGram:
         self.diagonal = torch.cat(positions)
         self.values = torch.zeros(offset, dtype=dtype, device=device) if values is None else values
 
-    @staticmethod
-    def _edges_of(dim: int) -> list[tuple[int, int]]:
-        # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
-        block = 128 if dim <= 1024 else 256
-        return [(start, min(start + block, dim)) for start in range(0, dim, block)]
-
     @classmethod
     def size_of(cls, dim: int) -> int:
         """The number of values for a matrix of `dim` rows."""
-        return sum(stop * (stop - start) for start, stop in cls._edges_of(dim))
+        return cls(dim, torch.device("meta")).values.numel()
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
         """Every block column `[:stop, start:stop]`, as `(start, stop, view)`."""
@@ -221,14 +217,6 @@ class PackedGram:
             standard[start:].fill_diagonal_(1.0)
             yield start, stop, standard
 
-    def mean_square(self, scale: Tensor) -> float:
-        """The mean of the squares of all `dim²` entries of the standardised matrix."""
-        total = 0.0
-        for start, _, column in self.standardised(scale):
-            total += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
-            total += float(torch.linalg.vector_norm(column[start:])) ** 2
-        return total / self.dim**2
-
     def quadratic(self, forms: Tensor) -> Tensor:
         """`forms · matrix · formsᵀ` for float64 `(r, dim)` forms."""
         total = forms.new_zeros(forms.shape[0], forms.shape[0])
@@ -236,20 +224,6 @@ class PackedGram:
             above = forms[:, :start] @ column[:start] @ forms[:, start:stop].T
             total += above + above.T + forms[:, start:stop] @ column[start:] @ forms[:, start:stop].T
         return total
-
-    def cholesky(self, scale: Tensor, share: float, jitter: float) -> Tensor | None:
-        """The upper factor `U` of the shrunk standardised matrix; None if it is not positive definite.
-
-        `Uᵀ U = (1 − share) · standardised + (share + jitter) · I`.
-        """
-        full = self.values.new_zeros(self.dim, self.dim)
-        for start, stop, column in self.standardised(scale):
-            full[start:stop, :stop] = column.mul_(1 - share).T
-        full.diagonal().add_(share + jitter)
-        # The transpose has the memory layout of LAPACK and is factored in place, without a copy or a second matrix.
-        upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
-        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
-        return upper if int(info) == 0 else None
 
     def dense(self) -> Tensor:
         """The full matrix, `(dim, dim)`, exactly symmetric."""
