@@ -17,8 +17,8 @@ LIMITS = {
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
     "load_adapter": (10, 79),
-    "GradiendTrainer.train": (20, 138),
-    "select, 1 × 1": (16, 110),
+    "GradiendTrainer.train": (20, 135),
+    "select, 1 × 1": (15, 107),
     "steer": (7, 16),
     "forward with GRADIEND": (4, 17),
 }

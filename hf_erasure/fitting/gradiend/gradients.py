@@ -137,10 +137,8 @@ class GradientReader(SlotReader):
                 for kind, filled in (("factual", right), ("counterfactual", wrong))
                 if kind in wanted or "difference" in wanted
             }
-        losses: dict[str, Tensor] = {}
-        for kind, filled in (("factual", right), ("counterfactual", wrong)):
-            if kind in wanted:
-                losses[kind] = _mean_nll(logits[kind], filled)
+        sides = (("factual", right), ("counterfactual", wrong))
+        losses = {kind: _mean_nll(logits[kind], filled) for kind, filled in sides if kind in wanted}
         if "difference" in wanted and batch.apart is None:
             at = logits["factual"]
             other, one = (at.gather(1, filled.tokens.to(at.device)[:, None])[:, 0] for filled in (wrong, right))

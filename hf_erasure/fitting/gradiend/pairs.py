@@ -53,7 +53,11 @@ class PairSet:
         self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
         self.origin = origin_of(dataset, "the columns factual, counterfactual and label")
         pairs = _read_rows(dataset, self.classes)
-        _check_classes(pairs, self.classes)
+        present = {pair.label for pair in pairs}
+        if len(present) < 2:
+            only = self.classes[present.pop()]
+            needed = ", ".join(repr(name) for name in self.classes if name != only)
+            raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {needed}")
         # For each class its factual and counterfactual words, each once.
         self.words: list[dict[str, None]] = [{} for _ in self.classes]
         standing = [(pair.label, pair.factual) for pair in pairs]
@@ -236,14 +240,6 @@ def _class_of(index: int, row: Mapping[str, Any], column: str, features: Mapping
     if value not in classes:
         raise _fault(index, row["text"], f"{column} is {value!r}; write one of {classes}")
     return classes.index(value)
-
-
-def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
-    present = {pair.label for pair in pairs}
-    if len(present) < 2:
-        only = classes[next(iter(present))]
-        needed = [name for name in classes if name != only]
-        raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {', '.join(map(repr, needed))}")
 
 
 def _encode_rows(

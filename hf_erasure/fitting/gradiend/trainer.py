@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
+from hf_erasure.adapters import GradiendConfig, kept_share, set_features, stated_bytes, steer
 from hf_erasure.adapters.common.acting import warn_of_inactive
 from hf_erasure.adapters.common.config import ACTIVE, CARD_FACTS, RECIPE
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
@@ -324,10 +324,10 @@ class GradiendTrainer:
         bar = tqdm(scanned, total=total, desc=f"select {goal}", disable=self.args.disable_tqdm)
         base, *points = list(bar)
         best = choose(base, points, goal, budget)
-        adapter = GradiendAdapter.of(self.model, self.adapter_name)
-        adapter.steer(best.feature_factor, best.learning_rate, best.pair)
+        edit = {"feature_factor": best.feature_factor, "learning_rate": best.learning_rate, "pair": best.pair}
+        steer(self.model, self.adapter_name, **edit)
         selection = Selection(goal, budget, best, base, tuple(points))
-        kept = adapter.kept_share() if best.learning_rate else 1.0
+        kept = kept_share(self.model, self.adapter_name) if best.learning_rate else 1.0
         if kept < LEAST_KEPT:
             warnings.warn(
                 f"Merged into these weights, {kept:.0%} of the chosen edit is left: the rest is below the spacing of "
