@@ -137,7 +137,7 @@ class Row:
 
 
 NO_BIAS = "would need a bias"
-TIED = "goes into 'lm_head', whose weight is shared by"
+TIED = "the weight of 'lm_head' is shared by"
 RETURNED = "is part of what {} returns"
 TABLE = [
     Row("bert", r"encoder.layer.\d.attention.output.LayerNorm", "goes into `add`"),

@@ -89,11 +89,11 @@ _NORM_REFUSALS = {
     "bert": "goes into `add`",
     "distilbert": "goes into `add`",
     "roberta": "goes into `add`",
-    "gpt2": "goes into 'lm_head', whose weight is shared by",
+    "gpt2": "the weight of 'lm_head' is shared by",
     "gpt_neox": None,
     "llama": None,
     "qwen3": None,
-    "gemma": "goes into 'lm_head', whose weight is shared by",
+    "gemma": "the weight of 'lm_head' is shared by",
     "t5": "'encoder.final_layer_norm' .* is part of what T5ForConditionalGeneration returns",
     "vit": "'layernorm' .* is part of what ViTModel returns",
 }

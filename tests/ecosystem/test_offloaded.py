@@ -411,7 +411,7 @@ def test_a_tied_weight_is_refused_though_its_placeholders_differ(kinds, tmp_path
         base = placement.place(kind.base(name), name, tmp_path)
         wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", adapter_name=NAME)
         before = outputs(wrapped, name)
-        with pytest.raises(ValueError, match=r"cannot be merged: its weight is shared by"):
+        with pytest.raises(ValueError, match=r"cannot be merged: the weight of '\w*\.?embed_tokens' is shared by"):
             wrapped.merge_adapter()
         check(outputs(wrapped, name), before)
 

@@ -120,7 +120,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
             layer.sticky_adapters = dict.fromkeys(layer.adapters, False)
-        plan = plan_merge(base, [name], Probe(base), allow_tied=True)
+        plan = plan_merge(base, [name], Probe(base))
     finally:
         before.restore()
     loras: dict[str, _ModuleLora] = {}

@@ -22,7 +22,7 @@ from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
 from . import record
-from .probe import Probe, SiteUses, advise_targets, check_drift, describe_tie, trace_uses, why_not_foldable
+from .probe import Probe, SiteUses, advise_targets, check_drift, trace_uses, why_not_foldable
 
 T = TypeVar("T")
 Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
@@ -44,7 +44,6 @@ class MergePlan:
     # Name of a layer → the erasers that are in it after this merge, the one next to the weight first.
     erasers: dict[str, list[record.EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # name of a layer → the layer
-    tied: dict[str, list[str]] = field(default_factory=dict)  # name of a layer with a tied weight → all its names
 
     def add(self, layer: ErasureLayer, name: str, target: str, places: list[Place], side: str) -> None:
         """Plan that an adapter's eraser at a site goes into weights of a module, at one side of each weight."""
@@ -57,12 +56,12 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
     """Write erasers into a model's weights, as `ConceptErasureModel.merge_adapter` says, and check the outputs."""
     refuse_sharded(model)
     probe = Probe(model)
-    plan = plan_merge(model, names, probe, allow_tied=untie)
+    plan = plan_merge(model, names, probe)
     if not plan.erasers:
         return
     _refuse_other_changes(model, plan)
+    modules, untied = list(plan.modules.values()), _tied_weights(model, plan, untie=untie)
     _refuse_lost_means(model, plan)
-    modules, untied = list(plan.modules.values()), _tied_weights(model, plan)
     layers = {path: layer for path, layer in erasure_layers(model).items() if path in plan.orders}
     # Rounding is measured on the weights themselves, so none of them may be offloaded.
     obstacle = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
@@ -98,8 +97,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         raise
     if untied is not None:
         warn_user(
-            f"{sorted(plan.tied)} had tied weights and have their own weights now: the model is {untied.bytes:,} "
-            "bytes larger, and its configuration has tie_word_embeddings=False."
+            f"The modules that shared {list(untied.owners)} have weights of their own now: the model is "
+            f"{untied.bytes:,} bytes larger, and its configuration has tie_word_embeddings=False."
         )
     if before is None:
         warn_user(
@@ -107,8 +106,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         )
 
 
-def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
-    """Find the layers that take the erasers of adapters, tied ones if `allow_tied`; raise if a site has none."""
+def plan_merge(model: nn.Module, names: list[str], probe: Probe) -> MergePlan:
+    """Find the layers that take the erasers of adapters, also tied ones; raise an error if a site has none."""
     plan, layers = MergePlan(), erasure_layers(model)
     folded: dict[str, list[str]] = {}  # site → the adapters whose erasers go into the layers that take its activation
     merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
@@ -122,20 +121,18 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         layer, weights = layers[path], {name: _own_weights(model, layers[path], name) for name in here}
         own = {name: places for name, places in weights.items() if places is not None}
         if own:
-            _refuse_own_weights(model, layer, own, plan, allow_tied=allow_tied)
+            _refuse_own_weights(layer, own)
             plan.modules[path] = layer.host
             for name, places in own.items():
                 plan.add(layer, name, path, places, layer.erasures[name].side)
         if len(own) < len(here):
             folded[path] = [name for name in here if name not in own]
     if folded:
-        uses = _folded_uses(model, {path: layers[path] for path in folded}, names, probe, allow_tied=allow_tied)
+        uses = _folded_uses(model, {path: layers[path] for path in folded}, names, probe)
         for path, others in folded.items():
             for target in dict.fromkeys(weight.module for weight in uses[path].weights):
                 places = [(w.parameter, w.axis) for w in uses[path].weights if w.module == target]
                 plan.modules[target] = model.get_submodule(target)
-                if (tied := placement.tied_to(model, target)) is not None:
-                    plan.tied[target] = tied
                 for name in others:
                     plan.add(layers[path], name, target, places, "input")
     _sort_erasers(plan, layers, sites)
@@ -205,22 +202,11 @@ def _refuse_other_changes(model: nn.Module, plan: MergePlan) -> None:
             )
 
 
-def _refuse_own_weights(
-    model: nn.Module, layer: ErasureLayer, weights: dict[str, list[Place]], plan: MergePlan, *, allow_tied: bool
-) -> None:
+def _refuse_own_weights(layer: ErasureLayer, weights: dict[str, list[Place]]) -> None:
     """Refuse a module whose weights cannot take the erasers at its own sides."""
-    path, host, tied = layer.path, layer.host, placement.tied_to(model, layer.path)
+    path, host = layer.path, layer.host
     if isinstance(host, BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
-    if tied:
-        if not allow_tied:
-            head = getattr(model, "get_output_embeddings", lambda: None)()
-            left = "the head's input stays un-erased" if host is head else "the embeddings stay un-erased"
-            raise ValueError(
-                f"The erasure at {path!r} cannot be merged: its weight {describe_tie(model, path, tied)}. Or fit it "
-                f"again with exclude_modules=[{path!r}]; then {left}."
-            )
-        plan.tied[path] = tied
     for name, places in weights.items():
         site = layer.erasures[name].side
         width = len(layer.eraser_state(name)[0])
@@ -243,7 +229,7 @@ def _refuse_own_weights(
 
 
 def _folded_uses(
-    model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
+    model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe
 ) -> dict[str, SiteUses]:
     """What takes the activations of sites that are not linear layers; raise an error unless linear layers do."""
     refused = f"The erasure at {next(iter(sites))!r} cannot be merged: the layers that take its activation are found by"
@@ -258,7 +244,7 @@ def _folded_uses(
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
     uses, weight_uses = trace_uses(model, probe.run, sites, names)
-    found = {path: why_not_foldable(model, path, uses[path], weight_uses, allow_tied=allow_tied) for path in uses}
+    found = {path: why_not_foldable(model, path, uses[path], weight_uses) for path in uses}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
         return uses
@@ -346,13 +332,21 @@ def _refuse_lost_means(model: nn.Module, plan: MergePlan) -> None:
     )
 
 
-def _tied_weights(model: nn.Module, plan: MergePlan) -> record.TiedWeights | None:
-    """An object that will untie the weights that erasers go into; None where none of them is tied."""
-    for target, names in plan.tied.items():
-        reason = record.why_not_untied(model, target)
-        if reason is not None:
-            raise ValueError(
-                f"The erasure cannot be merged into {target!r}, whose weight is shared by {names}: {reason}. Fit it "
-                f"again with exclude_modules=[{target!r}], or use the adapter unmerged."
-            )
-    return record.TiedWeights(model) if plan.tied else None
+def _tied_weights(model: nn.Module, plan: MergePlan, *, untie: bool) -> record.TiedWeights | None:
+    """An object that will untie the weights that erasers go into; None where none is tied. Refuse ties that stay."""
+    changed = [target for target, erasers in plan.erasers.items() if erasers]
+    tied = {target: names for target in changed if (names := placement.tied_to(model, target)) is not None}
+    reasons = {target: record.why_not_untied(model, target) for target in tied}
+    refused = [target for target, reason in reasons.items() if reason is not None or not untie]
+    if refused:
+        first, layers = refused[0], erasure_layers(model)
+        way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
+        if reasons[first] is not None:
+            way = f"It cannot be untied: {reasons[first]}"
+        sites = list(dict.fromkeys(eraser.path for target in refused for eraser in plan.erasers[target]))
+        raise ValueError(
+            f"The erasure at {sites[0]!r} cannot be merged: the weight of {first!r} is shared by {tied[first]}, which "
+            f"would change too. {way}. {advise_targets(model, [layers[site] for site in sites])}Or fit it again with "
+            f"exclude_modules={sites}, or use the adapter unmerged."
+        )
+    return record.TiedWeights(model) if tied else None

@@ -27,7 +27,7 @@ from ..common.layer import innermost
 from ..common.placement import has_quantised, is_offloaded, tied_to
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .record import axis_of, takes_mean, why_not_mergeable, why_not_untied
+from .record import axis_of, takes_mean, why_not_mergeable
 
 # A merge may change the outputs so many times as much as another rounding of the weights does. That rounding is only
 # one random sample, and other samples are larger.
@@ -205,9 +205,7 @@ def _record_use(graph: Graph, use: Use, axis: int, uses: SiteUses) -> None:
         uses.weights += [weight] * (weight not in uses.weights)
 
 
-def why_not_foldable(
-    model: nn.Module, path: str, uses: SiteUses, weight_uses: dict[Weight, set[str]], *, allow_tied: bool
-) -> str | None:
+def why_not_foldable(model: nn.Module, path: str, uses: SiteUses, weight_uses: dict[Weight, set[str]]) -> str | None:
     """The reason why a site cannot be folded into the layers that take its activation; None when it can."""
     if not uses.runs:
         return "it was not reached when the model ran on a dummy input"
@@ -225,10 +223,9 @@ def why_not_foldable(
         return "no layer of the model takes its activation"
     for weight in uses.weights:
         target = weight.module
-        if not allow_tied and (names := tied_to(model, target)):
-            return f"it goes into {target!r}, whose weight {describe_tie(model, target, names)}"
-        others = sorted(weight_uses[weight] - {path, *(["<embedding>"] if allow_tied else [])})
-        if others:
+        others = sorted(weight_uses[weight] - {path})
+        # A table that an embedding shares gets a copy of its own before a merge.
+        if others and not (others == ["<embedding>"] and tied_to(model, target)):
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
     return None
 
@@ -262,7 +259,7 @@ def sites_without_bias(
         quantised = [Weight(module, "weight", 1) for module in use.quantised]
         whole = replace(use, weights=[*use.weights, *quantised], quantised=[])
         known = {weight: traced[1].get(weight, {path}) for weight in whole.weights}
-        if why_not_foldable(model, path, whole, known, allow_tied=True) is not None:
+        if why_not_foldable(model, path, whole, known) is not None:
             return set()
         places[path] = [(model.get_submodule(w.module), w.parameter, "input") for w in whole.weights]
     without = set()
@@ -295,12 +292,3 @@ def advise_targets(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
             advice = "'Where to erase' in the documentation shows how much the figures differ"
             return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({advice}). "
     return ""
-
-
-def describe_tie(model: nn.Module, path: str, names: list[str]) -> str:
-    """Say which names share a weight and whether a merge may untie it, in words that follow "its weight"."""
-    reason = why_not_untied(model, path)
-    way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
-    return (
-        f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
-    )
