@@ -379,7 +379,7 @@ class Graph(TorchDispatchMode):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
                 if any(out is t for out in floats_of(output) for t in inputs) or "out" in kwargs:
                     self._last_writes[_storage(made)] = (self._time, node, made)
-        if not _is_view(func):
+        if not (func.is_view or name in _VIEWS):
             result = next((self._value(t).node for t in floats_of(output)), None) if values else None
             calls = tuple(call.index for call in self._stack)
             self.uses += [Use(value.node, result, name, calls) for value in values.values()]
@@ -544,7 +544,7 @@ def _axes_after(func: Any, args: tuple, axes: tuple[int | None, ...], result: Te
         return axes
     if name == "index" and result.dim() >= len(axes) - 1 and all(i is None for i in args[1][1:]):
         return (*[None] * (result.dim() - len(axes) + 1), *axes[1:])
-    if not _is_view(func) or _storage(result) != _storage(tensor):
+    if not (func.is_view or name in _VIEWS) or _storage(result) != _storage(tensor):
         return None
     # An axis of a view is known by its stride and its length; one that is cut keeps the stride alone.
     is_cut = name in ("slice", "split", "split_with_sizes", "chunk")
@@ -553,10 +553,6 @@ def _axes_after(func: Any, args: tuple, axes: tuple[int | None, ...], result: Te
     )
     known = {place: axis for place, size, axis in zip(old, tensor.shape, axes, strict=True) if size > 1}
     return tuple(known.get(place) for place in new)
-
-
-def _is_view(func: Any) -> bool:
-    return func.is_view or func.overloadpacket.__name__ in _VIEWS
 
 
 def _storage(tensor: Tensor) -> int:
