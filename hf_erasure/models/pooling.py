@@ -5,8 +5,6 @@ One backward pass from the head's output shows what it reads: the positions of t
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from .model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
+from .flow import blocks_of
+from .model import Runner, evaluating, floats_of, last_hidden_state, on_cpu, unwrapped
 
 POOLS = ("tokens", "mean", "cls", "last")
 IN_WORDS = {
@@ -82,7 +82,6 @@ class Reading:
 def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
     """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
 
-    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept.
     `model` is the caller's, since a module of the caller around a bare model may be the head. `rows` are two rows of
     different lengths, the shorter one padded; `real_of` returns, for a last hidden state `(batch, seq, width)`, the
     positions that are not padding, `(batch, seq)`. If the model fails on the rows, the reading is not clear.
@@ -129,53 +128,47 @@ def _gradient(
     model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of the output with respect to the last hidden state, and that state; None for a bare model."""
-    calls = Counter[nn.Module]()
-    makers: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
-    maker: tuple[nn.Module, int, Any, Any] | None = None
-    returned: Any = None
-    leaf: Tensor | None = None
+    returned: list[Any] = []
 
-    def record_or_replace(module: nn.Module, args: Any, output: Any) -> Any:
-        """Note which module returns each tensor; in the second pass, turn gradients on at the last hidden state."""
-        nonlocal returned, leaf
-        calls[module] += 1
-        if maker is None:
-            makers.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
-            returned = output if module is backbone else returned
-            return None
-        if maker[:2] != (module, calls[module]):
+    def start(module: nn.Module, *given: Any) -> Any:
+        """Turn gradients on in the last block, so that no activations of the blocks before it are kept."""
+        if torch.is_grad_enabled() or next(floats_of(given), None) is None:
             return None
         torch.set_grad_enabled(True)  # until the surrounding no_grad ends
-        leaf = _tensors(output)[maker[2]].detach().clone().requires_grad_()
-        # A clone, since the layers that follow cannot change a leaf in place.
-        return _replaced(output, maker[2], leaf.clone())
+        return tree_map_only(Tensor, _with_gradient, given)
 
-    with ExitStack() as hooks:
-        for module in model.modules():
-            hooks.callback(module.register_forward_hook(record_or_replace).remove)
-        output = forward()
+    # Reformer turns gradients off around its blocks: then they are turned on at the model's first activation.
+    for part in (*blocks_of(backbone)[-1:], model):
+        with torch.no_grad(), ExitStack() as hooks:
+            for module in part.modules():
+                hooks.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
+            hooks.callback(backbone.register_forward_hook(lambda module, args, out: returned.append(out)).remove)
+            output = forward()
         if is_bare and not _logits(output):
             return None
-        states = returned.get("hidden_states") if isinstance(returned, Mapping) else None
-        hidden = states[-1] if states and returned.get("last_hidden_state") is None else last_hidden_state(returned)
+        found = returned[-1]
+        states = found.get("hidden_states") if isinstance(found, Mapping) else None
+        hidden = states[-1] if states and found.get("last_hidden_state") is None else last_hidden_state(found)
         if hidden.dim() != 3:
             raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
-        # The innermost module that returned this very tensor, the number of its call, and the place in its output.
-        maker = next((each for each in makers if each[3]() is hidden), None)
-        if maker is None:
-            raise ValueError("no module returns the last hidden state")
-        calls.clear()
-        output = forward()
+        if hidden.requires_grad:
+            break
     read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
     read = [tensor for tensor in read if tensor.requires_grad]
-    if leaf is None or not read:
+    if not hidden.requires_grad or not read:
         raise ValueError("its output does not depend on the last hidden state")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.enable_grad():
         # Random weights, since plain sums of normalised numbers have no gradient.
         weights = [torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) for tensor in read]
         total = sum((tensor * weight).float().sum() for tensor, weight in zip(read, weights, strict=True))
-        return torch.autograd.grad(total, leaf)[0], hidden  # type: ignore[arg-type]
+        return torch.autograd.grad(total, hidden)[0], hidden.detach()  # type: ignore[arg-type]
+
+
+def _with_gradient(tensor: Tensor) -> Tensor:
+    """A copy of a tensor; it is not a leaf, since layers cannot change a leaf in place."""
+    copied = tensor.detach().clone()
+    return copied.requires_grad_().clone() if copied.is_floating_point() else copied
 
 
 def _tensors(output: Any) -> dict[Any, Tensor]:
@@ -187,15 +180,6 @@ def _tensors(output: Any) -> dict[Any, Tensor]:
     if isinstance(output, (tuple, list)):
         return {index: value for index, value in enumerate(output) if isinstance(value, Tensor)}
     return {}
-
-
-def _replaced(output: Any, key: Any, tensor: Tensor) -> Any:
-    if key is None:
-        return tensor
-    if isinstance(output, Mapping):
-        output[key] = tensor  # type: ignore[index]
-        return output
-    return type(output)([tensor if index == key else value for index, value in enumerate(output)])
 
 
 def _logits(output: Any) -> list[Tensor]:

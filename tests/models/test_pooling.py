@@ -16,6 +16,7 @@ from hf_erasure.fitting.layouts import Layouts, few_rows
 from hf_erasure.fitting.sites import pool_for
 from hf_erasure.models import pooled
 from hf_erasure.models.model import Runner
+from tests.breadth.zoo import build
 from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
 
 EOS = 2
@@ -39,6 +40,9 @@ TEXTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "llama": (lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_GROUPED)), "last"),
     "t5": (lambda: hf.T5ForSequenceClassification(hf.T5Config(**T5)), "last"),
     "bart": (lambda: hf.BartForSequenceClassification(hf.BartConfig(**BART)), "last"),
+    # The blocks of these run without gradients, or are called past their hooks.
+    "reformer": (lambda: build("reformer", hf.AutoModelForSequenceClassification), "cls"),
+    "squeezebert": (lambda: build("squeezebert", hf.AutoModelForSequenceClassification), "cls"),
     "bert tokens": (lambda: hf.BertForTokenClassification(hf.BertConfig(**_TEXT)), "tokens"),
     "bert masked": (lambda: hf.BertForMaskedLM(hf.BertConfig(**_TEXT)), "tokens"),
     "llama causal": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)), "tokens"),
