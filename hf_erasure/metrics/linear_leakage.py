@@ -131,7 +131,7 @@ def accuracy(answers: list[Any], labels: list[Any], groups: list[Any] | None = N
     majority = max(counts.values()) / len(labels)
     found = resampling.bootstrap(
         lambda index: {"leakage": correct[index].mean() - majority, "accuracy": correct[index].mean()},
-        len(labels), clusters=groups if groups is not None else list(range(len(labels))), **drawing,
+        len(labels), clusters=groups, **drawing,
     )  # fmt: skip
     return {**found, "majority": majority, "rows": len(labels), "classes": len(counts)}
 
