@@ -67,7 +67,8 @@ def explained_errors(repo_id: str) -> Iterator[None]:
         if not isinstance(reason, HTTPError):
             raise
         what = f" ({plain(error).rstrip('.')})" if isinstance(error, RuntimeError) else ""
-        status = _status_of(reason)
+        response = reason.response if isinstance(reason, HfHubHTTPError) else None
+        status = None if response is None else response.status_code
         if status is None:
             why = f"the connection to the Hub broke ({type(reason).__name__}: {plain(reason, _LONGEST)}). {_RETRY}"
         else:
@@ -77,16 +78,10 @@ def explained_errors(repo_id: str) -> Iterator[None]:
         raise PushError(f"Pushing to {repo_id!r} failed{what}: {why}", status) from error
 
 
-def _status_of(error: HTTPError) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-
-
 # Name of a file → its present text in the repository; None if the repository lacks the file.
 RemoteText = Callable[[str], str | None]
 # The files of a model's repository, by suffix; training states and pickles are left out.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
-# How often a push is tried if somebody else commits in between.
-_ATTEMPTS = 3
 # The heading in Trainer's card above the text on the training run.
 _TRAINING = "## Training procedure"
 
@@ -112,7 +107,7 @@ def push_adapter(
         folder: An adapter's folder, or a folder with adapters in folders of their names.
         repo_id: `user/name`.
         private: Make the repository private if it is created.
-        revision: The branch; it is created if it does not exist.
+        revision: The branch; it is created if it does not exist, except for a pull request.
         subfolder: The folder within the repository, so that a repository can hold several adapters.
         create_pr: Open a pull request instead.
         token: The token for the Hub; the one of `hf auth login` when None.
@@ -207,31 +202,21 @@ def _push(
     create_pr: bool,
     token: str | bool | None,
 ) -> CommitInfo:
-    """Commit files to a repository; try again if somebody else commits in between."""
+    """Commit files to a repository, all of them or none."""
     validate_repo_id(repo_id)
-    api, attempts = HfApi(token=token), 0
+    api = HfApi(token=token)
     with explained_errors(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr/"):
-            try:
-                api.create_branch(repo, branch=revision, exist_ok=True)
-            except HfHubHTTPError as error:
-                # A user who may only propose changes cannot create branches; the commit fails if the branch is missing.
-                if not create_pr or _status_of(error) != 403:
-                    raise
-        while True:
-            head = api.model_info(repo, revision=revision).sha
-            remote_text = functools.partial(_download_card, repo, head or revision, token)
-            attempts += 1
-            try:
-                return api.create_commit(
-                    repo, list(files(remote_text, repo)), commit_message=message, revision=revision,
-                    create_pr=create_pr, parent_commit=head,
-                )  # fmt: skip
-            except HfHubHTTPError as error:
-                # 412: the README.md that ours was made from is no longer the latest.
-                if _status_of(error) != 412 or attempts == _ATTEMPTS:
-                    raise
+        # A pull request is for a branch that exists, since its author may not be allowed to create one.
+        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        head = api.model_info(repo, revision=revision).sha
+        remote_text = functools.partial(_download_card, repo, head or revision, token)
+        # The Hub answers 412 if somebody else commits in between: our README.md was not made from the latest one.
+        return api.create_commit(
+            repo, list(files(remote_text, repo)), commit_message=message, revision=revision, create_pr=create_pr,
+            parent_commit=head,
+        )  # fmt: skip
 
 
 def _download_card(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
