@@ -253,7 +253,7 @@ def html_page(results: Results) -> str:
     has_pictures = find_spec("matplotlib") is not None
     return environment.get_template("report.html.j2").render(
         results=results, sections=_sections(results) if has_pictures else [], tables=results.tables(), limits=LIMITS,
-        marks=[names[i % len(names)] for i in range(len(results.names))], numbers=_number_tables(results),
+        marks=[names[i % len(names)] for i in range(len(results.names))],
         no_pictures="" if has_pictures else NO_PICTURES,
     )  # fmt: skip
 
@@ -289,19 +289,4 @@ def _sections(results: Results) -> list[dict[str, Any]]:
             drawn, failed = [], f"This could not be drawn: {reason_of(error)}."
         if drawn or failed:
             found.append({"key": key, "title": title, "text": failed or about, "figures": drawn})
-    return found
-
-
-def _number_tables(results: Results) -> list[dict[str, Any]]:
-    """What is drawn beside the measures, as tables for readers who cannot see the drawings."""
-    found = []
-    for concept, entries in results.depth.items():
-        layers = zip(*entries.values(), strict=True)
-        rows = [[layer[0]["layer"], *[number_text(row["leakage"]) for row in layer]] for layer in layers]
-        found.append({"title": f"Leakage of {concept} by depth", "head": ["layer", *entries], "rows": rows})
-    if results.shifts:
-        jobs = [row["occupation"] for row in next(iter(results.shifts.values()))["occupations"]]
-        shares = [{r["occupation"]: r["she"] for r in part["occupations"]} for part in results.shifts.values()]
-        rows = [[job, *[f"{share[job]:.1%}" for share in shares]] for job in jobs]
-        found.append({"title": "Share of “she”", "head": ["occupation", *results.shifts], "rows": rows})
     return found

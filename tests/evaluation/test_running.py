@@ -478,7 +478,7 @@ def test_without_matplotlib_the_report_has_its_tables_and_names_the_extra(tmp_pa
     done = prepared.run(prepared.run_code, code, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pip install &#39;hf-erasure[plot]&#39;" in done.stdout and "<svg" not in done.stdout
-    assert "CrowS-Pairs, % stereotype" in done.stdout and "Leakage of gender by depth" in done.stdout
+    assert "CrowS-Pairs, % stereotype" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore:pool=")
