@@ -49,14 +49,13 @@ class Measure:
     compute: Callable[[Subject], dict[str, Any]]
     needs_head: bool = False  # whether the model must predict words
     source: str = ""  # paper and address, if the measure is an established one
-    harness: str | None = None  # the task of lm-evaluation-harness that measures the same on causal models
     concept: str | None = None  # the concept that it measures; None if it measures none
     pool: str | None = None  # the pool, if it reads pooled states; None otherwise
 
     def described(self) -> dict[str, Any]:
         """The facts of the measure for the results."""
         ideal = self.ideal if math.isfinite(self.ideal) else None
-        names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness", "concept", "pool")
+        names = ("key", "title", "purpose", "figure", "better", "says", "source", "concept", "pool")
         return {**{name: getattr(self, name) for name in names}, "ideal": ideal}
 
 
@@ -66,8 +65,7 @@ def _metric_measure(
     """A measure whose direction, ideal and source are those of a metric."""
     facts = METRICS[metric].facts
     given: dict[str, Any] = {
-        "figure": facts.figure, "better": facts.better, "ideal": facts.ideal, "harness": facts.harness,
-        "purpose": "bias", **changed,
+        "figure": facts.figure, "better": facts.better, "ideal": facts.ideal, "purpose": "bias", **changed,
     }  # fmt: skip
     return Measure(key, title, says=says, compute=compute, source=f"{facts.paper}, {facts.url}", **given)
 
