@@ -320,10 +320,7 @@ def merged_metadata(present: Any, ours: ModelCardData) -> ModelCardData:
     named = [name for name in base if hub_id(name)] if isinstance(base, list) else hub_id(base)
     found.base_model = ours.base_model or named or None
     relation = ours.get("base_model_relation") or present.get("base_model_relation")
-    if found.base_model is not None and relation:
-        found["base_model_relation"] = relation
-    else:
-        found.pop("base_model_relation")
+    found["base_model_relation"] = relation if found.base_model else None
     found.tags = [tag for tag in _union(present.tags) if not tag.startswith(REPLACED_TAGS)]
     found.eval_results = [r for r in present.eval_results or [] if (r.metric_args or {}).get("measured_by") != OURS]
     _add_metadata(found, ours)
@@ -351,9 +348,8 @@ def _add_metadata(data: Any, more: Any) -> None:
         data[name] = data.get(name) or more.get(name)
     data.tags, data.datasets = _union(data.tags, more.tags) or None, _union(data.datasets, more.datasets) or None
     if more.eval_results:
-        known = data.eval_results or []
-        new = [r for r in more.eval_results if not any(r.is_equal_except_value(other) for other in known)]
-        kept = [next((r for r in more.eval_results if r.is_equal_except_value(k)), k) for k in known]
+        new = more.eval_results
+        kept = [r for r in data.eval_results or [] if not any(r.is_equal_except_value(other) for other in new)]
         data.eval_results, data.model_name = [*kept, *new], data.model_name or more.model_name
 
 
