@@ -128,15 +128,6 @@ class Results:
         write_text(path, self.to_json())
         return path
 
-    @classmethod
-    def read(cls, folder: str | Path) -> Results:
-        """Read what `save` wrote. Raises `ValueError` if the folder holds no evaluation."""
-        path = Path(folder) / RESULTS_FILE
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{folder} holds no evaluation that this version reads: run `hf-erasure evaluate` again.")
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
-
     def tables(self) -> list[dict[str, Any]]:
         """The measures under their headings (`title`), in words: `measure`, `direction` and `cells` of every row."""
         return [{"title": title, "rows": [self._row(measure) for measure in group]} for title, group in self.groups()]

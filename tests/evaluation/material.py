@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def _cut_biographies(source: Path, target: Path) -> None:
 def run(*arguments: object) -> Result:
     """Run `hf-erasure evaluate`."""
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--no-progress"])
+
+
+def saved(folder: Path) -> Results:
+    """The results that a run wrote into a folder."""
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return Results(**{name: content[name] for name in Results.__dataclass_fields__})
 
 
 def made_up(entries: int = 3) -> Results:

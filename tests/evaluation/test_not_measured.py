@@ -25,9 +25,8 @@ from hf_erasure.evaluation import (
 )
 from hf_erasure.evaluation.loading import Entry, Loader
 from hf_erasure.evaluation.measures import measures_of
-from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.subject import Subject
-from tests.evaluation.material import run, small_data
+from tests.evaluation.material import run, saved, small_data
 
 # ---- of a model, or of a folder --------------------------------------------------------------------------------------
 
@@ -101,7 +100,7 @@ def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
     monkeypatch.setattr(report, "interval_bars", _raising(error))
     result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
-    results = Results.read(tmp_path / "out")
+    results = saved(tmp_path / "out")
     assert results.about["finished"]
     assert set(results.values["base"]) == set(others)
     reasons = {note["measure"]: note["reason"] for note in results.not_measured}
@@ -137,7 +136,7 @@ def test_a_killed_run_leaves_what_it_measured(
     monkeypatch.setattr(measures.benchmarks, "winobias", _raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         evaluate(Evaluation(story, few, limit=18, resamples=10), output=tmp_path / "out")
-    left = Results.read(tmp_path / "out")
+    left = saved(tmp_path / "out")
     assert not left.about["finished"]
     probes = ["gender_linear", "gender_mlp", "gender_rbf", "gender_mdl"]
     assert list(left.values["base"]) == [*probes, "tpr_gap", "seat_gender"]
@@ -214,7 +213,7 @@ def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
     with pytest.warns(UserWarning, match="1 row is left out"):
         result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
-    results = Results.read(tmp_path / "out")
+    results = saved(tmp_path / "out")
     assert {"gender_linear", "crows_pairs_gender"} <= set(results.values["base"])
     found = {Path(entry["file"]).name: (entry["count"], entry["rows"][0]) for entry in results.left_out}
     assert found == {

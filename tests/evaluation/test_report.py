@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hf_erasure.evaluation import report
-from hf_erasure.evaluation.results import OTHER, Results
+from hf_erasure.evaluation.results import OTHER
 from tests.evaluation.browser import Browser, chromium
-from tests.evaluation.material import made_up
+from tests.evaluation.material import made_up, saved
 
 # Elements without an end tag.
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -149,7 +149,7 @@ def test_every_colour_that_is_used_is_defined(page: str) -> None:
 def test_results_survive_the_file(tmp_path: Path) -> None:
     results = made_up()
     data, page = report.write(results, tmp_path)
-    again = Results.read(tmp_path)
+    again = saved(tmp_path)
     assert again == results
     assert data.read_text(encoding="utf-8") == again.to_json()
     assert page.read_text(encoding="utf-8") == report.html_page(again)

@@ -41,7 +41,7 @@ from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.subject import FINAL, Subject
 from hf_erasure.metrics import linear_leakage
 from tests import prepared
-from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run, small_data
+from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run, saved, small_data
 
 # ---- end to end -----------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def whole(
         patch.setattr(pictures, "_NEURON_TEXTS", 6)  # for each class; their gradients are taken one by one
         result = run(story, *adapters, "--data", data, "--output", out, "--limit", 15, "--resamples", 10)
     assert result.exit_code == 0, result.output
-    return Results.read(out), result.stdout, out
+    return saved(out), result.stdout, out
 
 
 def test_every_entry_has_every_measure(whole: tuple[Results, str, Path]) -> None:
