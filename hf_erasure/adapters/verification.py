@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import callee_of, distance, evaluating, forked_rng, inputs_of, tensors_of
+from hf_erasure.models.model import callee_of, distance, evaluating, floats_of, forked_rng, inputs_of
 
 from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
@@ -189,7 +189,7 @@ def _runner(model: nn.Module, found: FoundAdapter[ChildConfig], batch: dict[str,
     def output() -> Tensor:
         with evaluating(callee), forked_rng(callee):
             returned = callee(**inputs)
-        tensor = next((tensor for tensor in tensors_of(returned) if tensor.is_floating_point()), None)
+        tensor = next(floats_of(returned), None)
         if tensor is None:
             raise ValueError(f"The model returns a {type(returned).__name__}, in which no tensor to compare was found.")
         return tensor.detach().float()

@@ -24,7 +24,7 @@ from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import Runner, distance, evaluating, forked_rng, tensors_of
+from hf_erasure.models.model import Runner, distance, evaluating, floats_of, forked_rng
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from hf_erasure.recipes.run import naming_the_model
 
@@ -65,7 +65,7 @@ class Adapter:
 
         def outputs() -> list[torch.Tensor]:
             with forked_rng(model):
-                return [tensor for tensor in tensors_of(runner(batch)) if tensor.is_floating_point()]
+                return list(floats_of(runner(batch)))
 
         with evaluating(model):
             now = outputs()

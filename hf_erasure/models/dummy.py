@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import Runner, evaluating, forked_rng, input_device, is_encoder_decoder, on_cpu
+from .model import bare_model, callee_of, evaluating, forked_rng, input_device, is_encoder_decoder, on_cpu
 
 ROWS = 2
 # Tokens of a text; an odd number, unlike widths, counts of heads and windows.
@@ -33,22 +33,26 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     of the model, and must make it; what it sees for an input that the model refuses does not count. Raises a
     `ValueError` if the model accepts none of these inputs.
     """
-    runner, reasons = Runner(model), []
-    base = runner.model
+    base, reasons = bare_model(model), []
+    callee = base if base is model else callee_of(model, base)  # FSDP gathers weights at its outermost wrapper
+    takes = inspect.signature(base.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    # The cache of a model that mixes kinds of layers may not accept a short text.
+    cache = {"use_cache": False} if "use_cache" in takes else {}
     dtype = next((value.dtype for value in base.parameters() if value.is_floating_point()), torch.float32)
     for inputs in _candidate_inputs(base):
         # A model's own inputs may hold None for an input that is not given. Images and sounds get the weights' dtype.
-        batch = {name: value.to(input_device(base)) for name, value in inputs.items() if isinstance(value, Tensor)}
+        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        batch = {name: value.to(input_device(base)) for name, value in given.items() if takes_any or name in takes}
         batch |= {name: value.to(dtype) for name, value in batch.items() if value.is_floating_point()}
-        call = partial(runner, batch, runner.callee if runner.is_sharded else base)
+        call = partial(callee, **batch, **cache)
         try:
             with evaluating(base), forked_rng(base):
                 call() if watch is None else watch(call)
         except Exception as error:
             reasons.append(f"{'+'.join(inputs)}: {type(error).__name__}: {error}")
             continue
-        # The cache of a model that mixes kinds of layers may not accept a short text.
-        return batch | ({"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {})
+        return batch | cache
     raise ValueError(
         f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs. "
         f"Tried: {'; '.join(' '.join(reason.split())[:120] for reason in reasons) or 'nothing'}."

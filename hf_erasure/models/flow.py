@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from .graph import REARRANGING
-from .model import floats_of, is_norm, tensors_of
+from .model import floats_of, is_norm
 
 _SUMS = {"add", "add_", "sub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
@@ -133,8 +133,8 @@ class NormFinder(TorchDispatchMode):
             for _, value in parts:  # the loop extends the list
                 parts += value.items() if isinstance(value, Mapping) else ()
             # The last hidden states in the output of a model: the tensors with such a name, or else the first tensor.
-            states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
-            ends = [self._traces.get(tensor, _NO_TRACE).output_of for tensor in states or tensors_of(output)[:1]]
+            states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in floats_of(value)]
+            ends = [self._traces.get(tensor, _NO_TRACE).output_of for tensor in states or [*floats_of(output)][:1]]
             self._found_norms |= {last for last in ends if last is not None}
         if isinstance(module, nn.Embedding):
             for rows in floats_of(output):

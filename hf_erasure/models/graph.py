@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from .model import axis_of_kind, floats_of, is_norm, tensors_of
+from .model import axis_of_kind, floats_of, is_norm
 
 # Operations whose result holds entries of their input, in other places or fewer of them.
 REARRANGING = {
@@ -195,7 +195,7 @@ class Graph(TorchDispatchMode):
                     hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
             with self:
                 output = call()
-        self.returned = {value.node for tensor in tensors_of(output) if (value := self._values.get(tensor)) is not None}
+        self.returned = {value.node for tensor in floats_of(output) if (value := self._values.get(tensor)) is not None}
 
     @cached_property
     def called(self) -> dict[str, list[Call]]:

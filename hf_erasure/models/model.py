@@ -340,23 +340,15 @@ def _raise_if_too_long(model: Any, inputs: dict[str, Any], error: Exception) -> 
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of tensors."""
-    if is_dataclass(output) and not isinstance(output, dict):
-        output = {field.name: getattr(output, field.name) for field in fields(output)}
-    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
-    if len(leaves) == 1 and leaves[0] is output:
-        return [output] if isinstance(output, Tensor) else []
-    return [tensor for leaf in leaves for tensor in tensors_of(leaf)]
-
-
 def floats_of(tree: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in the input or output of a module or an operation."""
+    """The floating-point tensors in a tensor, or in tuples, lists, dicts and dataclasses of tensors."""
     # There are thousands of operations, with plain arguments: `tree_leaves` would take several times as long.
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    elif isinstance(tree, Tensor):
+    if isinstance(tree, Tensor):
         tree = (tree,)
+    elif isinstance(tree, dict):
+        tree = tuple(tree.values())
+    elif is_dataclass(tree):
+        tree = tuple(getattr(tree, entry.name) for entry in fields(tree))
     for part in tree if type(tree) in (tuple, list) else tree_leaves(tree):
         if isinstance(part, Tensor):
             if part.is_floating_point():
@@ -374,8 +366,6 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
         return float("inf")
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        if not b.is_floating_point():
-            continue
         finite = torch.isfinite(b)
         a, b = a[finite].double(), b[finite].double()
         if not bool(torch.isfinite(a).all()):

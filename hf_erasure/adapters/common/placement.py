@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
-from .layer import innermost, ordinary
+from .layer import ordinary
 
 # This text is given instead of a dtype where a quantiser has packed the numbers.
 QUANTISED = "quantised"
@@ -64,7 +65,8 @@ def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     """
     path, _, own = name.rpartition(".")
     try:
-        module = innermost(model.get_submodule(path))
+        module = model.get_submodule(path)
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         parameter = module.get_parameter(own)
     except AttributeError:
         return None, ""

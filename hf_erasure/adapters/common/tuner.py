@@ -41,8 +41,8 @@ class ChildTuner(BaseTuner):
     """A tuner that adds a child to every targeted module; the modules themselves stay in place."""
 
     tuner_layer_cls: type[AdapterChild]
-    # Configuration → the modules that its default, or a word, stands for; None where it names the modules itself.
-    _resolve_targets: Callable[[Any], list[str] | None]
+    find_default: Callable[[nn.Module], list[str]]  # the names of the modules for `target_modules=None`
+    _find_word: Callable[[Any], list[str]]  # the names of the modules for a word, from the configuration with it
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
 
     def __init__(
@@ -113,15 +113,21 @@ class ChildTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Replace `target_modules=None` and words by the modules that they stand for."""
+        if peft_config.fitted:
+            return peft_config
         targets = peft_config.target_modules
-        names = None if peft_config.fitted else self._resolve_targets(peft_config)
+        text, names = targets.lower() if isinstance(targets, str) else "", None
+        if targets is None:
+            names = keep_layers(self.find_default(self.model), peft_config)
+        elif text in peft_config.words:
+            names = self._find_word(peft_config)
+        elif text == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
         if names is not None:
             peft_config.target_modules = exact_targets(names, self.model)
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
-        elif not peft_config.fitted and isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
-        if not peft_config.fitted and not peft_config.target_modules:
+        if not peft_config.target_modules:
             raise ValueError(
                 f"target_modules={targets!r} with layers_to_transform={peft_config.layers_to_transform} stands for no "
                 f"module of {type(self.model).__name__}: name modules, or leave both out, which takes the default."

@@ -105,12 +105,11 @@ class ConceptErasureModel(ChildTuner):
 
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
+    find_default = staticmethod(default_targets)
 
-    def _resolve_targets(self, config: Any) -> list[str] | None:
-        if config.word:
-            config.weights = weights_of_word(self.model, config)
-            return list(config.fitted_modules)
-        return keep_layers(default_targets(self.model), config) if config.target_modules is None else None
+    def _find_word(self, config: Any) -> list[str]:
+        config.weights = weights_of_word(self.model, config)
+        return list(config.fitted_modules)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, untie: bool = False

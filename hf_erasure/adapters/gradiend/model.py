@@ -17,7 +17,7 @@ from hf_erasure.models.heads import HEAD_MODULES
 from ..common.acting import warn_user
 from ..common.layer import AdapterChild, RowAdapters, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
-from ..common.tuner import ChildTuner, exact_targets, keep_layers
+from ..common.tuner import ChildTuner, exact_targets
 from .config import GradiendConfig
 from .forward import rounded_share
 from .layer import GradiendLayer
@@ -100,9 +100,7 @@ class GradiendModel(ChildTuner):
 
     prefix: str = "gradiend_"
     tuner_layer_cls = GradiendLayer
-
-    def _resolve_targets(self, config: Any) -> list[str] | None:
-        return keep_layers(default_owners(self.model), config) if config.target_modules is None else None
+    find_default = staticmethod(default_owners)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The ids of the parameters that the new adapter already changes; a tied weight belongs to its first owner.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, Weight, sibling_experts, whole_axis
-from hf_erasure.models.model import distance, evaluating, forked_rng, is_norm, tensors_of
+from hf_erasure.models.model import distance, evaluating, floats_of, forked_rng, is_norm
 from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.acting import warn_user
@@ -57,14 +57,14 @@ class Probe:
             self.failure = f"{type(error).__name__}: {error}"
 
     def run(self) -> list[Tensor]:
-        """The tensors that the model returns; the state of random generators stays as it was."""
+        """The floating-point tensors that the model returns; the state of random generators stays as it was."""
         with (
             torch.inference_mode(False),
             evaluating(self.model),
             torch.autocast(self._device, enabled=False),
             forked_rng(self.model),
         ):
-            return tensors_of(self.model(**self.inputs))
+            return list(floats_of(self.model(**self.inputs)))
 
 
 def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
