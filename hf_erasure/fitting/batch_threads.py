@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -279,8 +280,7 @@ class Record(TorchDispatchMode):
         self._storages: dict[int, StorageWeakRef] = {}
         self._count = 0
         self._unfilled: set[int] = set()  # The numbers of storages that were made again without their bytes.
-        self._on_disk: dict[int, int] = {}  # Number of a storage → how many of its bytes are on disk, in this order.
-        self._in_memory: dict[int, Tensor] = {}  # Number of a storage on an accelerator → its bytes.
+        self._read: dict[int, np.ndarray] = {}  # Number of a storage → its bytes, until it is filled with them.
         self._is_usable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -372,37 +372,27 @@ class Record(TorchDispatchMode):
 
     def _fill_storages(self) -> None:
         """Fill the storages with their bytes, when the pass is where it was."""
-        for number, content in self._in_memory.items():
+        for number, content in self._read.items():
             if (storage := self._live_storage(number)) is not None:
-                _bytes_of(storage).copy_(content)
-        with self._path.open("rb") as file:
-            for number, size in self._on_disk.items():
-                if (storage := self._live_storage(number)) is None:
-                    file.seek(size, os.SEEK_CUR)
-                else:
-                    file.readinto(_bytes_of(storage).numpy().data)
-        self._unfilled -= {*self._in_memory, *self._on_disk}
-        self._in_memory = {}
+                _bytes_of(storage).copy_(torch.from_numpy(content))
+        self._unfilled -= self._read.keys()
+        self._read = {}
 
     def write(self) -> None:
-        """Write the operations and the bytes of live storages to disk (bytes of an accelerator to main memory)."""
+        """Write the operations and the bytes of live storages to disk."""
         if not self._is_usable:
             return
         alive = {number: storage for number in self._storages if (storage := self._live_storage(number)) is not None}
-        self._on_disk = {number: s.nbytes() for number, s in alive.items() if s.device.type == "cpu"}
-        self._in_memory = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in self._on_disk}
+        content = {number: _bytes_of(storage).cpu().numpy() for number, storage in alive.items()}
         with self._path.open("wb") as file:
-            for number in self._on_disk:
-                file.write(_bytes_of(alive[number]).numpy().data)
-        with self._path.with_suffix(".operations").open("wb") as file:
-            pickle.dump((self._entries, self._count), file, pickle.HIGHEST_PROTOCOL)
+            pickle.dump((self._entries, self._count, content), file, pickle.HIGHEST_PROTOCOL)
         self._entries, self._position = [], 0
 
     def read(self) -> None:
         """Read the operations, and begin the pass again."""
         self._numbers, self._storages, self._unfilled = {}, {}, set()
-        with self._path.with_suffix(".operations").open("rb") as file:
-            self._entries, self._count = pickle.load(file)  # written by this process, into its own folder
+        with self._path.open("rb") as file:  # written by this process, into its own folder
+            self._entries, self._count, self._read = pickle.load(file)
         self._position = 0
 
     def forget(self) -> None:

@@ -80,8 +80,8 @@ def fit_concept_erasure(
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
             disturbed, and do not affect the guarantee.
         resident_batches: In sequential fitting, how many batches keep their inputs and activations in memory. Those of
-            the others wait on disk (activations of an accelerator wait in main memory). None keeps all inputs and the
-            activations of 256 batches in memory. The erasers are the same for any number.
+            the others wait on disk. None keeps all inputs and the activations of 256 batches in memory. The erasers are
+            the same for any number.
         checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
             is started again with the same batches in the same order continues there, and ends with the same erasers.
         pair_rank: For batches with counterfactuals (`concept_dataloader(…, counterfactual_words=…)`): how many of the
