@@ -133,12 +133,11 @@ class ErasureReport:
     def to_pandas(self) -> pandas.DataFrame:
         """The lines as rows, indexed by site; columns are attributes of `SiteReport`; `attrs` has pool and rows.
 
-        It has a column `visit` if a module is called several times in one forward pass; this column has no value in
-        the row of all visits together.
+        The column `visit` has no value in the row of all visits together.
         """
         frame = pandas.DataFrame([asdict(site) for site in self.sites]).set_index("site")
         frame.attrs |= {"pool": self.pool, "reader": self.reader, "measured_on": self.measured_on}
-        return frame.astype({"visit": "Int64"}) if self._has_visits else frame.drop(columns="visit")
+        return frame.astype({"visit": "Int64"})
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain data, and `measured_on`, `leakage` and `shortfall`."""
@@ -164,10 +163,6 @@ class ErasureReport:
 
     def _table(self) -> list[Sequence[str]]:
         return [_COLUMNS, *map(_table_row, self.sites)]
-
-    @property
-    def _has_visits(self) -> bool:
-        return any(line.visit is not None for line in self.sites)
 
     def __getitem__(self, site: str) -> SiteReport:
         """The line of one site, all its visits together.
@@ -292,10 +287,8 @@ class ErasureReport:
             "moved: sqrt(E|r(x) - x|^2 / Var x)."
         )
         if self.eval_examples:
-            visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
-            note = visits if self._has_visits else ""
             groups = "environments" if self.eval_environments else "sequences"
-            note += (
+            note = (
                 f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
                 f"direction of one half judged on the other, [95 % by Fisher's z over {groups}].\n"
                 "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
@@ -305,7 +298,7 @@ class ErasureReport:
         return "\n".join([title, "", *lines, "", *filter(None, [self.shortfall, note])])
 
     def plot(self, path: str | None = None) -> figures.Figure:
-        """Leakage by depth, before and after, and how far activations moved.
+        """Leakage by depth, before and after.
 
         Args:
             path: A file to which the figure is also written, or None.
@@ -316,8 +309,8 @@ class ErasureReport:
         """
         if not self.leakage:
             raise ValueError("Leakage was not measured, so it cannot be plotted: fit with eval_batches=….")
-        figure = figures.Figure(figsize=(9, 6), layout="constrained")
-        leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        figure = figures.Figure(figsize=(9, 5), layout="constrained")
+        axes = figure.subplots()
         measured = [line for line in self.sites if line.correlation_before is not None]
         sites = [
             {
@@ -328,16 +321,13 @@ class ErasureReport:
             }
             for line in measured
         ]
-        draw_leakage(leakage, sites, f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
-        positions = range(len(measured))
-        moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
-        moved.set_ylabel("relative change")
+        draw_leakage(axes, sites, f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
         # Names without the parts that all modules begin with.
         names = [line.name for line in measured]
         around = [name.split(".")[:-1] for name in names if "last_hidden_state" not in name]
         common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*around, strict=False)))
         short = [name if "last_hidden_state" in name else ".".join(name.split(".")[common:]) for name in names]
-        moved.set_xticks(positions, short, rotation=90, fontsize=7)
+        axes.set_xticks(range(len(measured)), short, rotation=90, fontsize=7)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
