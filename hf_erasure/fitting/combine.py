@@ -169,10 +169,8 @@ def _add_adapter(model: Any, configs: dict[str, ConceptErasureConfig], into: str
 
 def _check_combinable(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, ConceptErasureConfig], Any]:
     """Check that adapters can be combined, and return their configurations and the model that holds them."""
-    if isinstance(names, str) or len(set(names)) < 2:
-        raise ValueError(f"names={names!r}: give the names of at least two adapters, as in ['gender', 'pos'].")
-    if len(set(names)) < len(names):
-        raise ValueError(f"names={list(names)} has an adapter twice: give each once.")
+    if isinstance(names, str) or len(set(names)) < max(2, len(names)):
+        raise ValueError(f"names={names!r}: give the names of at least two adapters, each once, as ['gender', 'pos'].")
     adapters = [adapter_of(model, name, ConceptErasureConfig) for name in names]
     holder = adapters[0].holder
     if any(entry.owner is not adapters[0].owner for entry in adapters):
@@ -238,20 +236,15 @@ def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, lis
     """The weights at the sites of all adapters; modules that share an eraser in one must share it in the others."""
     combined: dict[str, list[list]] = {}
     groups: dict[str, str] = {}
+    has_names = any(config.weights is None for config in configs.values())
     for config in configs.values():
         for site, weights in (config.weights or {}).items():
             same = all(groups.setdefault(module, site) == site for module, *_ in weights)
-            if not same or combined.setdefault(site, weights) != weights:
+            if has_names or not same or combined.setdefault(site, weights) != weights:
                 raise ValueError(
                     f"The adapters share the eraser at {site!r} among different modules: fit all of them with the same "
-                    "target_modules and exclude_modules."
+                    "target_modules ('readers', 'writers', or names) and exclude_modules."
                 )
-    if combined and any(config.weights is None for config in configs.values()):
-        form = {name: "names" if config.weights is None else "a word" for name, config in configs.items()}
-        raise ValueError(
-            f"The adapters were added with {form} for target_modules: fit all of them with the same word, 'readers' or "
-            "'writers', or with names."
-        )
     return combined or None
 
 
@@ -383,22 +376,18 @@ def _fitted_in_one_pass(folder: str | Path) -> ConceptErasureConfig:
 def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
     """Check what `FitCheckpoint` does not; it checks sites, labels, method and pool."""
     known, others = Provenance.of(one), Provenance.of(other)
-    if (one.strength, one.target) != (other.strength, other.target):
-        raise ValueError(
-            f"The two erasures have strength={one.strength:g} and {other.strength:g}, target={one.target!r} and "
-            f"{other.target!r}: write the same into both adapter_config.json first."
-        )
-    if known.fingerprint != others.fingerprint:
-        raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
+    compared: dict[str, tuple[Any, Any]] = {
+        "strength": (one.strength, other.strength),
+        "target": (one.target, other.target),
+        "base model": (known.fingerprint, others.fingerprint),
+        "other active adapters": (known.active_adapters or [], others.active_adapters or []),
+    }
     for site, size in (one.fitted_sites or {}).items():
         there = (other.fitted_sites or {}).get(site, size)
-        if any(size.get(key) != there.get(key) for key in ("axis", "examples")):
-            raise ValueError(f"The two erasures act along different axes at {site!r}: fit both on batches of one form.")
-    if (known.active_adapters or []) != (others.active_adapters or []):
-        raise ValueError(
-            "The two erasures were fitted with different adapters active: their activations cannot be added. Fit both "
-            "with the same active adapters."
-        )
+        first, second = ((at.get("axis"), at.get("examples")) for at in (size, there))
+        compared[f"axes at {site!r}"] = first, second
+    if different := [what for what, (first, second) in compared.items() if first != second]:
+        raise ValueError(f"The two erasures differ in their {different[0]}: fit and save both with the same.")
 
 
 def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:

@@ -456,7 +456,7 @@ def test_refusals_leave_the_model_as_it_was(lifecycle: Lifecycle):
         add(model, "linear", small_batches("bert"), affine=False, labels=LABELS)
     for names in ([], ["gender"], "gender", ["gender", "gender"]):
         refuse(model, names, "both", "give the names of at least two adapters")
-    refuse(model, ["gender", "kind", "gender"], "both", "has an adapter twice: give each once")
+    refuse(model, ["gender", "kind", "gender"], "both", "give the names of at least two adapters, each once")
     refuse(model, ["gender", "kind"], "tuned", "into='tuned' is the name of an adapter that is there already")
     refuse(model, ["gender", "x"], "both", r"'x' is not a concept erasure .*; those here are \['gender', 'kind'")
     refuse(model, ["gender", "tuned"], "both", "'tuned' is not a concept erasure of this model .*, but a LORA adapter")

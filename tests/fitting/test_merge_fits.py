@@ -122,5 +122,5 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     options = {"sequential": False, "checkpoint_dir": tmp_path / "b" / "fit", "progress": False}
     fit_concept_erasure(model, small_batches("bert", 2), **options)
     model.save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="different base models"):
+    with pytest.raises(ValueError, match="differ in their base model"):
         merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "out")

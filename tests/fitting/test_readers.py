@@ -201,5 +201,5 @@ def test_combined_readers_share_erasers_and_erase_both() -> None:
         ConceptErasureConfig(labels=["c", "d"], target_modules=r"lm_head", site="input"), adapter_name="named"
     )
     fit_concept_erasure(model, other, "named", pool="tokens", progress=False)
-    with pytest.raises(ValueError, match="were added with"):
+    with pytest.raises(ValueError, match=r"among different modules: .*, or names"):
         combine_adapters(model, ["both", "named"], "all")
