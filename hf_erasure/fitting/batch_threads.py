@@ -325,7 +325,7 @@ class Record(TorchDispatchMode):
             storage, content = leaf.untyped_storage(), None
             number = self._numbers.get(storage._cdata)
             if number is None:
-                if any(_storage_address(tensor) == storage._cdata for tensor in inputs):
+                if any(tensor.untyped_storage()._cdata == storage._cdata for tensor in inputs):
                     viewed += 1
                     continue
                 number, content = self._number_storage(storage), _small_values(leaf)
@@ -441,10 +441,6 @@ def _small_values(tensor: Tensor) -> bytes | None:
         return None
     values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return _bytes_of(values.untyped_storage()).numpy().tobytes()
-
-
-def _storage_address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

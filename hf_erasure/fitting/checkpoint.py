@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class FitCheckpoint:
         sequential: bool,
         processes: int = 1,
         active: Iterable[dict[str, Any]] = (),
-        samples: Mapping[str, Any] = MappingProxyType({}),
+        samples: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
@@ -77,7 +76,7 @@ class FitCheckpoint:
             self.identity["processes"] = processes
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / MANIFEST
-        weights = {name: digest_of_data(sample) for name, sample in samples.items()}
+        weights = {name: digest_of_data(sample) for name, sample in (samples or {}).items()}
         if not manifest.exists():
             self.identity[_WEIGHTS] = weights
             write_text(manifest, json.dumps(self.identity))

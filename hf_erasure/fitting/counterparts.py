@@ -131,10 +131,8 @@ class CounterpartWords:
     def load(cls, source: str | Path | Counterparts, classes: Sequence[str]) -> CounterpartWords:
         """Load a table, a table that comes with the package by its name, or a YAML or JSON file.
 
-        A file has `{class: [words]}`, or several such tables under names of their own, such as `words:` and `names:`.
-
         Args:
-            source: The table, `"english_gender"`, or the path of a file.
+            source: The table, `"english_gender"`, or the path of a file with `{class: [words]}`.
             classes: Names of the classes, as in the file; capital letters do not matter.
 
         Raises:
@@ -153,18 +151,15 @@ class CounterpartWords:
             read = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML or JSON: {error}") from error
-        has_several = isinstance(read, dict) and all(isinstance(table, dict) for table in read.values())
-        tables = list(read.values()) if has_several else [read]
         # Data may write "Female" where a table has "female".
-        named = [{str(name).casefold(): words for name, words in t.items()} for t in tables if isinstance(t, dict)]
+        table = {str(name).casefold(): words for name, words in read.items()} if isinstance(read, dict) else {}
         own = [str(label).casefold() for label in classes]
-        if not tables or len(named) < len(tables) or not all(set(own) <= set(table) for table in named):
+        if not set(own) <= set(table):
             raise PairError(
-                f"{path} must have a list of words for each of {list(classes)}: it has "
-                f"{sorted({name for table in named for name in table})}. Rename the classes, or give your own table."
+                f"{path} must have a list of words for each of {list(classes)}: it has {sorted(table)}. Rename the "
+                "classes, or give your own table."
             )
-        words = {label: [w for table in named for w in table[name]] for label, name in zip(classes, own, strict=True)}
-        return cls(words, classes)
+        return cls({label: list(table[name]) for label, name in zip(classes, own, strict=True)}, classes)
 
     def found_in(self, text: str) -> list[Occurrence]:
         """Where words of the table stand in a text, in their order."""

@@ -413,11 +413,8 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         # The batch that was read last: a thread that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
-            torch.save((labels.batch, labels._frames), self._path(len(self._shared)))
+            torch.save((labels.batch, labels._frames), Path(self._folder.name, str(len(self._shared))))
             self._shared.append((labels.source, labels._pool, labels._axes))
-
-    def _path(self, index: int) -> Path:
-        return Path(self._folder.name) / str(index)
 
     def __len__(self) -> int:
         return len(self._shared)
@@ -426,7 +423,8 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         if not 0 <= which < len(self):
             raise IndexError(which)
         if self._last is None or self._last[0] != which:
-            batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
+            path = Path(self._folder.name, str(which))
+            batch, frames = torch.load(path, weights_only=False)  # a file of this process
             source, pool, axes = self._shared[which]
             self._last = which, BatchLabels(batch, source, pool, axes, frames)
         return self._last[1]
