@@ -55,17 +55,25 @@ def describe(
     )
 
 
-def describe_config(config: ChildConfig, *, base_model: str | None = None, **details: Any) -> None:
+def describe_config(
+    config: ChildConfig,
+    *,
+    datasets: Sequence[str] | str | None = None,
+    labels_from: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: Sequence[str] | str | None = None,
+) -> None:
     """Write the arguments of `describe` into a configuration. Raises `ValueError` if a name is not a repository's."""
-    datasets = details.get("datasets")
-    details["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
-    for name in [*details["datasets"], *([base_model] if base_model else [])]:
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
+    for name in [*datasets, *([base_model] if base_model else [])]:
         if hub_id(name) is None:
             raise ValueError(f"{name!r} is not a name on the Hub: write it as in 'user/name', not as a folder.")
     if base_model:
         config.base_model_name_or_path = base_model
     card = config.provenance.get(CARD_FACTS)
     card = card if isinstance(card, dict) else {}
+    details = {"datasets": datasets, "labels_from": labels_from, "license": license, "language": language}
     config.provenance = config.provenance | {CARD_FACTS: card | {key: value for key, value in details.items() if value}}
 
 

@@ -498,6 +498,8 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
         assert words in refused(chosen)
     assert "not a name on the Hub" in invoke("card", folder, "--base-model", "./base").output
     assert "there is one in ['no-gender']" in invoke("card", tmp_path).output
+    with pytest.raises(TypeError, match="unexpected keyword argument 'licence'"):
+        describe_folder(folder, licence="mit")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     # A copy saved by a model is the same adapter; an adapter that is fitted anew is another one.
