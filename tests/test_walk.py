@@ -16,7 +16,7 @@ LIMITS = {
     "fit_concept_erasure, one pass": (23, 219),
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
-    "load_adapter": (10, 79),
+    "load_adapter": (10, 75),
     "GradiendTrainer.train": (20, 135),
     "select, 1 × 1": (15, 107),
     "steer": (7, 16),

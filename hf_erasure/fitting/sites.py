@@ -326,7 +326,7 @@ def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tup
     names = None
     known = list(fits)
     if all(fit.readings is not None for fit in known):
-        labels = config.labels or config.readings_of(())
+        labels = config.labels or config.value_rows
         shares = torch.stack([fit.shares for fit in known]).amin(0).tolist()
         rows = [row for row in range(len(labels)) if config.labels is None or shares[row] > 0]
         names = [labels[row] for row in rows]

@@ -268,7 +268,7 @@ def test_what_the_message_says_to_write_works(lifecycle: Lifecycle):
         encoder=lifecycle.base("bert"), decoder=transformers.BertLMHeadModel(config)
     )
     with pytest.raises(
-        ValueError, match=r"BertModel.*this EncoderDecoderModel does not have.*call model\.encoder\.load"
+        ValueError, match=r"BertModel.*this EncoderDecoderModel does not have.*has them, model\.encoder\.load_adapter"
     ):
         model.load_adapter(lifecycle.folder(CELL))
     model.encoder.load_adapter(lifecycle.folder(CELL))

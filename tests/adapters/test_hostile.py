@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,12 @@ def test_names_of_adapters_that_lead_elsewhere(name: str, lifecycle: Lifecycle):
 def test_files_that_cannot_be_looked_at_are_not_loaded(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch):
     """A server may answer the first request with an error, and the second one with an adapter."""
 
-    def fail(self: Any, name: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("503 Service Unavailable")
 
-    monkeypatch.setattr(load.Source, "file", fail)
+    of = load.Source.of
+    monkeypatch.setattr(load.Source, "of", lambda *given: replace(of(*given), is_folder=False))
+    monkeypatch.setattr(load, "hf_hub_download", fail)
     for way in WAYS[:2]:
         refused(
             way, lifecycle.base("bert"), lifecycle.folder(CELL), "could not be checked before they are loaded .*503"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -276,8 +276,11 @@ class ConceptErasureConfig(ChildConfig):
                 f"strength={self.strength!r} must lie between 0, which erases nothing, and {_MOST_STRENGTH:g}, which "
                 "mirrors activations at the mean."
             )
-        if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
-            raise field_error(f"readings={short(self.readings)} differ from {short(named)}")
+        if self.readings is not None:
+            known = set(self.readings)
+            rows = self.value_rows if self.labels is None else [label for label in self.labels if label in known]
+            if self.readings != rows:
+                raise field_error(f"readings={short(self.readings)} differ from {short(rows)}")
         if self.target is None:
             return
         if isinstance(self.target, str):
@@ -305,12 +308,10 @@ class ConceptErasureConfig(ChildConfig):
         if missing:
             raise ValueError(f"target={short(self.target)}: no row was labelled {missing} when it was fitted.")
 
-    def readings_of(self, present: Iterable[str]) -> list[str]:
-        """The names of the rows of `readings`: the labels that are present, or the origin and the columns of values."""
-        if self.labels is None:
-            return [_ORIGIN, *map(str, range(1, self.z_dim + 1))]
-        known = set(present)
-        return [label for label in self.labels if label in known]
+    @property
+    def value_rows(self) -> list[str]:
+        """The names of the rows of `readings` of a concept without classes: the origin, and the columns of values."""
+        return [_ORIGIN, *map(str, range(1, self.z_dim + 1))]
 
     def _shares(self) -> dict[str, float]:
         """Row of `readings` → its share in the target."""
@@ -319,7 +320,7 @@ class ConceptErasureConfig(ChildConfig):
         values = [float(value) for value in self.target or ()]
         if self.labels is None:
             values = [1 - sum(values), *values]
-        return dict(zip(self.labels or self.readings_of(()), values, strict=True))
+        return dict(zip(self.labels or self.value_rows, values, strict=True))
 
     @property
     def dial(self) -> Dial | None:

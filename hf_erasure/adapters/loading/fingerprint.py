@@ -89,8 +89,11 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             "this is the same base cannot be checked."
         )
     pairs = _pairs_of(model, config, samples)
-    _compare([pair for pair in pairs if QUANTISED not in pair.dtypes], config, RELATED)
-    _compare([pair for pair in pairs if QUANTISED in pair.dtypes], config, RELATED_QUANTISED)
+    for is_packed, related in ((False, RELATED), (True, RELATED_QUANTISED)):
+        group = [pair for pair in pairs if (QUANTISED in pair.dtypes) is is_packed]
+        changed = [pair for pair in group if bool(pair.differ().any())]
+        if changed:
+            _judge_change(changed, group, config, related)
 
 
 def _pairs_of(model: nn.Module, config: ChildConfig, samples: dict[str, Any]) -> list[_SamplePair]:
@@ -112,8 +115,9 @@ def _pairs_of(model: nn.Module, config: ChildConfig, samples: dict[str, Any]) ->
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        actual = torch.tensor(_sample_weight(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
-        pair = _SamplePair(name, actual, values, {dtype, sample["dtype"]}, len(shape) > 1)
+        # Only these values are read, whatever the strides; `None` gives a weight without axes one axis.
+        actual = weight[None][torch.unravel_index(positions.to(weight.device), (1, *weight.shape))]
+        pair = _SamplePair(name, actual.to("cpu", torch.double), values, {dtype, sample["dtype"]}, len(shape) > 1)
         if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.actual):
@@ -237,10 +241,8 @@ def _without_new_rows(pair: _SamplePair, rows: Tensor, last_changed: int, config
     return replace(pair, actual=pair.actual[~new], fitted=pair.fitted[~new])
 
 
-def _compare(pairs: list[_SamplePair], config: ChildConfig, related: float) -> None:
-    changed = [pair for pair in pairs if bool(pair.differ().any())]
-    if not changed:
-        return
+def _judge_change(changed: list[_SamplePair], pairs: list[_SamplePair], config: ChildConfig, related: float) -> None:
+    """Refuse the weights of another model; warn of weights that were trained further."""
     correlation, drift = _correlation(pairs)
     if related == RELATED_QUANTISED and correlation >= ROUNDED:
         return  # a quantiser's rounding cannot be told from further training
@@ -337,10 +339,11 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     missing = [site for site in sites if not {site, prefix + site, site.removeprefix(prefix)} & names]
     missing = missing or [site for site in sites if site not in names]
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
+    part = next((n for n, _ in model.named_children() if all(f"{n}.{site}" in names for site in sites)), "part")
     raise ValueError(
         f"The {config.described} was fitted on {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
         f"{type(model).__name__} does not have. Load it into the model it was fitted on, or into the part of this "
-        "model that has these modules, model.part.load_adapter(…), or fit it again with targets that both models have."
+        f"model that has them, model.{part}.load_adapter(…), or fit it again with targets that both models have."
     )
 
 
@@ -367,7 +370,7 @@ def _weights_to_sample(model: nn.Module, sites: list[str]) -> list[str]:
 
 
 def _sample_weight(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
-    # Only these values of the weight are read, whatever its strides; `None` gives a weight without axes one axis.
+    # As in `_pairs_of`, only these values are read.
     values = weight[None][torch.unravel_index(positions.to(weight.device), (1, *weight.shape))].to("cpu", torch.double)
     return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values.tolist()}
 

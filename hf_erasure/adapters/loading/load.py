@@ -65,16 +65,28 @@ class Source:
         return cls(name, subfolder, download_options, Path(name, subfolder), os.path.isdir(name))
 
     def file(self, name: str) -> Path | None:
-        """A file of the adapter, which is downloaded if needed; None if the adapter has no file of that name."""
-        if self.is_folder:
-            path = self.folder / name
-            return path if os.path.lexists(path) else None
-        try:
-            return Path(hf_hub_download(self.name, name, subfolder=self.subfolder or None, **self.options))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
+        """A file of the adapter, which is downloaded if needed; None if the adapter has no file of that name.
+
+        A link must lead into the folder or, in a cache of the Hub, to the repository's own blobs.
+        """
+        if not self.is_folder:
+            try:
+                return Path(hf_hub_download(self.name, name, subfolder=self.subfolder or None, **self.options))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                return None
+        path = self.folder / name
+        if not path.is_symlink():
+            return path if path.exists() else None
+        folder, target = Path(os.path.realpath(self.name)), Path(os.path.realpath(path))
+        inside = [folder]
+        for place in (folder, *folder.parents):
+            if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+                inside.append(place.parent.parent / "blobs")
+        if not any(target.is_relative_to(place) for place in inside):
+            raise ValueError(f"{str(path)!r} is a link to a place outside of its folder: put the file itself there.")
+        return path
 
 
 @dataclass(frozen=True)
@@ -242,11 +254,11 @@ def read_adapter(
     try:
         file = source.file(CONFIG)
     except Exception as error:
-        if isinstance(config, ChildConfig):
+        if isinstance(config, ChildConfig) or source.is_folder:
             raise
         return AdapterFiles(why_unchecked=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
     stamps, caller_config = _stamps(file), None
-    saved = config if file is None else _config_of(file, source)
+    saved = config if file is None else _config_of(file)
     if is_given and isinstance(config, ChildConfig):
         caller_config, config = config, config.copied()
         if saved is not None and type(saved) is type(config):
@@ -294,10 +306,8 @@ def _check_same_meaning(present: ChildConfig, saved: ChildConfig, base: nn.Modul
         check_base(base, saved)
 
 
-def _config_of(file: Path, source: Source) -> PeftConfig:
+def _config_of(file: Path) -> PeftConfig:
     """The configuration in a file if it is of this package; an empty `PeftConfig` if it is of another method."""
-    if source.is_folder:
-        _check_link(file, source)
     content = read_config(file)
     kind = content.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -319,22 +329,7 @@ def _weights_of(source: Source, config: Path | None) -> Path:
     if weights is None:
         pickled = " It has a pickle, which could run any code and is never loaded." if source.file(PICKLE) else ""
         raise ValueError(f"{str(source.folder)!r} has no {WEIGHTS}.{pickled} Copy or download the complete adapter.")
-    if source.is_folder:
-        _check_link(weights, source)
     return weights
-
-
-def _check_link(file: Path, source: Source) -> None:
-    """Refuse a link, unless it leads into the folder or, in a cache of the Hub, to the repository's own blobs."""
-    if not file.is_symlink():
-        return
-    folder, target = Path(os.path.realpath(source.name)), Path(os.path.realpath(file))
-    inside = [folder]
-    for place in (folder, *folder.parents):
-        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-            inside.append(place.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in inside):
-        raise ValueError(f"{str(file)!r} is a link to a place outside of its folder: put the file itself there.")
 
 
 def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
@@ -352,9 +347,25 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
-    """Compare names, types and shapes in a file with its configuration; `saved` are the modules that it must hold."""
-    found = rename_tensors(read_header(file), config, prefix_of(model))
-    where = f"in {str(file)!r}"
+    """Compare the header of a safetensors file with a configuration; `saved` are the modules that it must hold."""
+    state, where = file.stat(), f"in {str(file)!r}"
+    if not stat.S_ISREG(state.st_mode):  # reading a pipe might never end
+        raise ValueError(f"{str(file)!r} is not an ordinary file.")
+    size, on_disk = state.st_size, getattr(state, "st_blocks", None)
+    if on_disk is not None and size > _SMALL_FILE and on_disk * 512 < size // 8:
+        raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is not a mapping
+            header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in tensors.items()}
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError if it cannot be mapped into memory
+        raise ValueError(
+            f"{str(file)!r} is damaged, or is not a safetensors file ({error}): copy or download it again."
+        ) from error
+    found = {name.removeprefix(PREFIX): entry for name, entry in header.items()}
+    if len(found) < len(header):
+        raise ValueError(f"{str(file)!r} is damaged: it has a tensor twice, with and without {PREFIX!r}.")
+    found = rename_tensors(found, config, prefix_of(model))
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
     if config.modules_to_save or len(own) < len(found):
@@ -373,28 +384,6 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
 def _refuse_tensors(names: Iterable[str], message: str) -> None:
     if found := sorted(names):
         raise ValueError(f"{found[0]!r} and {len(found) - 1} other tensors {message}")
-
-
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix."""
-    state = file.stat()
-    if not stat.S_ISREG(state.st_mode):  # reading a pipe might never end
-        raise ValueError(f"{str(file)!r} is not an ordinary file.")
-    size, on_disk = state.st_size, getattr(state, "st_blocks", None)
-    if on_disk is not None and size > _SMALL_FILE and on_disk * 512 < size // 8:
-        raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
-    try:
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is not a mapping
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in tensors.items()}
-    except (SafetensorError, RuntimeError) as error:  # RuntimeError if it cannot be mapped into memory
-        raise ValueError(
-            f"{str(file)!r} is damaged, or is not a safetensors file ({error}): copy or download it again."
-        ) from error
-    named = {name.removeprefix(PREFIX): entry for name, entry in found.items()}
-    if len(named) < len(found):
-        raise ValueError(f"{str(file)!r} is damaged: it has a tensor twice, with and without {PREFIX!r}.")
-    return named
 
 
 def _check_saved_modules(
