@@ -16,7 +16,8 @@ from .model import datasets, evaluating
 from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
-_LONGEST = 512  # tokens of a neutral text, unless the tokenizer, the model or the caller sets a smaller limit
+_LONGEST = 512  # tokens of a neutral text, unless the tokenizer or the model sets a smaller limit
+_MASK_SHARE = 0.15  # of the tokens of a text, as in the training of BERT; at least one is masked
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,11 @@ def _neutral_texts(
     layout: Layout,
     feature_words: Iterable[str],
     config: Any,
-    max_length: int | None,
     *,
     in_pieces: bool = False,
 ) -> list[NeutralText]:
     """Neutral texts as tokens; texts that are too long lose their ends, or are cut into pieces."""
-    longest = longest_input(tokenizer, config, _LONGEST if max_length is None else max_length) or _LONGEST
+    longest = longest_input(tokenizer, config, _LONGEST) or _LONGEST
     lead, trail = special_ends(tokenizer)
     room = max(1, longest - len(lead) - len(trail))
     forms, special = word_forms(tokenizer, feature_words), set(tokenizer.all_special_ids)
@@ -82,13 +82,13 @@ def neutral_batches(
     *,
     batch_size: int,
     seed: int = 0,
-    max_length: int | None = None,
     config: Any = None,
 ) -> list[PairBatch]:
     """Batches of neutral texts: in each text one token that is not a feature word is masked, or predicted.
 
     It is never a special token, and is punctuation only if a text has nothing else. Its counterfactual is another such
-    token, drawn from all the texts. For classification both are labels of the model, drawn at random.
+    token, drawn from all the texts. For classification both are labels of the model, drawn at random. Texts that are
+    longer than the model's limit, or 512 tokens, are cut.
 
     Args:
         dataset: The data set, with a column ``text``.
@@ -97,7 +97,6 @@ def neutral_batches(
         feature_words: The words of all classes.
         batch_size: Rows in each batch.
         seed: The seed of the draws.
-        max_length: The longest text in tokens; by default the model's limit, at most 512.
         config: The model's configuration; see `PairSet`.
 
     Raises:
@@ -106,7 +105,7 @@ def neutral_batches(
     if batch_size < 1:
         raise PairError(f"batch_size is {batch_size}; it must be at least 1")
     layout = Layout.of(tokenizer, task, config)
-    texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length)
+    texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config)
     neutral_rows = _neutral_labels if layout.task == "classification" else _neutral_words
     rows = neutral_rows(texts, layout, config, random.Random(seed))
     return [collate(layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -142,7 +141,7 @@ def _neutral_labels(
 class LanguageModelling:
     """Measures how well a model still models neutral texts; they are tokenised once, and can be scored many times.
 
-    * masked: a share of the tokens, drawn by seed and never of a feature word, is masked; ``lms`` is the share of these
+    * masked: 15 % of the tokens, drawn by seed and never of a feature word, are masked; ``lms`` is the share of these
       that the model gets right, ``loss`` their mean negative log-likelihood;
     * causal: ``loss`` is the mean negative log-likelihood of every token given the tokens before it (the first token
       has none before it and is not scored); ``lms = 1 / (1 + loss)``;
@@ -152,7 +151,7 @@ class LanguageModelling:
     * classification: there is no language to model; ``lms`` is the share of texts to which the model gives the same
       label as when this object was made, ``loss`` the mean negative log-likelihood of those first labels.
 
-    Padding never counts.
+    Padding never counts. Texts that are longer than the model's limit, or 512 tokens, are cut into pieces.
 
     Args:
         reader: A reader of the model (`SlotReader` or `GradientReader`). A call scores the model as it is at that time,
@@ -162,9 +161,6 @@ class LanguageModelling:
         feature_words: The words of all classes, which are never masked.
         batch_size: Texts in each forward pass; texts of similar length go together.
         seed: The seed of the draw of masked tokens.
-        mask_share: The share of a text's tokens that is masked; at least one token is.
-        max_length: The longest text in tokens; by default the model's limit, at most 512. Longer texts are cut into
-            pieces.
         mask_draws: How often each text is scored, each time with other tokens masked or cut out: the accuracy on few
             tokens is a noisy measure. Causal models and classification draw no tokens, and ignore it.
 
@@ -181,21 +177,18 @@ class LanguageModelling:
         feature_words: Iterable[str] = (),
         batch_size: int = 32,
         seed: int = 0,
-        mask_share: float = 0.15,
-        max_length: int | None = None,
         mask_draws: int = 1,
     ) -> None:
-        if not 0 < mask_share < 1 or batch_size < 1 or mask_draws < 1:
-            sizes = f"batch_size {batch_size} and mask_draws {mask_draws} (at least 1)"
-            raise PairError(f"mask_share is {mask_share} (between 0 and 1), {sizes}")
+        if batch_size < 1 or mask_draws < 1:
+            raise PairError(f"batch_size is {batch_size} and mask_draws {mask_draws}; both must be at least 1")
         self.reader = reader
         config, task = reader.model.config, reader.task
         layout = Layout.of(tokenizer, task, config)
-        texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
+        texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, in_pieces=True)
         generator = random.Random(seed)
         draws = mask_draws if task in ("masked", "seq2seq") else 1
         rows = [(number, text) for _ in range(draws) for number, text in enumerate(texts)]
-        drawn = [(text.tokens, _scored_positions(text, task, mask_share, generator), number) for number, text in rows]
+        drawn = [(text.tokens, _scored_positions(text, task, generator), number) for number, text in rows]
         kept = [entry for entry in drawn if entry[1] or task == "classification"]
         if not kept:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
@@ -233,10 +226,10 @@ class LanguageModelling:
         return found[found[:, 2] > 0]
 
 
-def _scored_positions(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:
+def _scored_positions(text: NeutralText, task: str, generator: random.Random) -> list[int]:
     """The positions of one text that are scored."""
     if task == "causal":
         # Every token except the first, feature words too: the loss on the unchanged text.
         return list(range(text.first + 1, len(text.tokens)))
-    count = min(len(text.usable), max(1, round(share * len(text.usable))))
+    count = min(len(text.usable), max(1, round(_MASK_SHARE * len(text.usable))))
     return sorted(generator.sample(text.usable, count))

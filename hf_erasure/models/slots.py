@@ -134,13 +134,8 @@ class Layout:
             raise PairError(
                 "seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config"
             )
-        sentinels = []
-        for number in range(_SENTINELS):
-            name = f"<extra_id_{number}>"
-            token = tokenizer.convert_tokens_to_ids(name)
-            if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
-                break
-            sentinels.append(token)
+        known, names = tokenizer.get_vocab(), [f"<extra_id_{number}>" for number in range(_SENTINELS)]
+        sentinels = [known[name] for name in names if name in known]
         if not sentinels and tokenizer.mask_token_id is None:
             raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
         slot_token = sentinels[0] if sentinels else tokenizer.mask_token_id

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_erasure.fitting.gradiend import LanguageModelling, PairError, SlotReader, word_tokens
+from hf_erasure.models import neutral as neutral_texts
 from hf_erasure.models.slots import SlotInputs
 from tests.fitting.gradiend.language_models import NAMES, model_of, neutral, task_name, tokenizer_of
 
@@ -48,9 +49,10 @@ def test_causal_loss_is_transformers_own_over_all_tokens(name: str, side: str) -
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
-def test_masked_accuracy(name: str) -> None:
+def test_masked_accuracy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neutral_texts, "_MASK_SHARE", 0.4)
     model, tokenizer = model_of(name), tokenizer_of(name)
-    scored = language(name, model, mask_share=0.4)
+    scored = language(name, model)
     got = scored.score()
     hits, loss, count, masked = 0, 0.0, 0, []
     model.eval()
@@ -77,10 +79,11 @@ def test_masked_accuracy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_seq2seq_spans(name: str) -> None:
+def test_seq2seq_spans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: the labels are those that the models are trained with; only the tokens that were cut out count."""
+    monkeypatch.setattr(neutral_texts, "_MASK_SHARE", 0.3)
     model, tokenizer = model_of(name).eval(), tokenizer_of(name)
-    scored = language(name, model, mask_share=0.3)
+    scored = language(name, model)
     got = scored.score()
     holes = [f"<extra_id_{i}>" for i in range(5)] if name == "t5" else [tokenizer.mask_token] * 9
     loss, count, texts = 0.0, 0, []
@@ -125,14 +128,15 @@ def test_scores_follow_the_weights_and_repeat(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "bart"])
-def test_further_draws_take_other_tokens_of_every_text(name: str) -> None:
+def test_further_draws_take_other_tokens_of_every_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neutral_texts, "_MASK_SHARE", 0.3)
     model = model_of(name)
-    once, often = language(name, model, mask_share=0.3), language(name, model, mask_share=0.3, mask_draws=3)
+    once, often = language(name, model), language(name, model, mask_draws=3)
     first, more = ([b for filled in scored.batches for b in hidden(filled)] for scored in (once, often))
     assert len(more) == 3 * len(first) == 3 * len(TEXTS)
     assert not Counter(first) - Counter(more), "the first draw is the one there is without further ones"
     assert len(set(more)) > len(set(first))
-    assert language(name, model, mask_share=0.3, mask_draws=3).score() == often.score() != once.score()
+    assert language(name, model, mask_draws=3).score() == often.score() != once.score()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -155,7 +159,8 @@ def test_longer_texts_are_cut_into_pieces() -> None:
     model = model_of("gpt2")
     text = "the king said that he was late because a dog ran over the hill and"
     tokens = len(tokenizer_of("gpt2")(text)["input_ids"])
-    scored = language("gpt2", model, texts=Dataset.from_dict({"text": [text]}), max_length=7)
+    model.config.max_position_embeddings = 7
+    scored = language("gpt2", model, texts=Dataset.from_dict({"text": [text]}))
     assert sum(len(filled.tokens) for filled in scored.batches) == tokens - -(-tokens // 7)
     assert max(filled.inputs["input_ids"].shape[1] for filled in scored.batches) == 7
 
@@ -164,8 +169,6 @@ def test_faults() -> None:
     model = model_of("bert")
     with pytest.raises(PairError, match="no neutral text has a token that could be scored"):
         language("bert", model, texts=Dataset.from_dict({"text": ["dog", "dog dog"]}))
-    with pytest.raises(PairError, match=r"mask_share is 1\.5"):
-        language("bert", model, mask_share=1.5)
     with pytest.raises(PairError, match="mask_draws 0"):
         language("bert", model, mask_draws=0)
     with pytest.raises(ValueError, match="has no head"):

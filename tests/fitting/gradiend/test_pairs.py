@@ -330,9 +330,11 @@ def test_neutral_texts_may_be_cut() -> None:
     config = model_of("bert").config
     batch = neutral_batches(long, tokenizer_of("bert"), "masked", ["dog"], batch_size=2, config=config)[0]
     assert batch.inputs["input_ids"].shape[1] == 64
-    cut = neutral_batches(long, tokenizer_of("bert"), "masked", ["dog"], batch_size=2, max_length=9)[0]
+    tokenizer = tokenizer_of("bert")
+    tokenizer.model_max_length = 9
+    cut = neutral_batches(long, tokenizer, "masked", ["dog"], batch_size=2, config=config)[0]
     assert cut.inputs["input_ids"].shape[1] == 9
-    assert cut.inputs["input_ids"][0, -1] == tokenizer_of("bert").sep_token_id
+    assert cut.inputs["input_ids"][0, -1] == tokenizer.sep_token_id
 
 
 def test_neutral_faults() -> None:
