@@ -22,9 +22,9 @@ from hf_erasure.adapters.loading.fingerprint import fingerprint, resample
 from hf_erasure.adapters.merging.export import class_for
 from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import Runner, distance, evaluating, floats_of, forked_rng
+from hf_erasure.models.pooling import POOLS
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from hf_erasure.recipes.run import naming_the_model
 

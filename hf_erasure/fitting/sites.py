@@ -22,9 +22,8 @@ from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import FoundAdapter, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
-from hf_erasure.models import POOLS, check_pool, reading_of
 from hf_erasure.models.model import Runner, on_cpu
-from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.pooling import IN_WORDS, POOLS, check_pool, reading_of
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
 from .layouts import Layouts, few_rows, observed, pairs_of, visit_of

@@ -59,12 +59,6 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     )
 
 
-@on_cpu()
-def text_alone(base: Any) -> dict[str, Tensor]:
-    """Texts of `LENGTH` tokens without padding, for a bare model that reads texts."""
-    return _text_inputs(base, inspect.signature(base.forward).parameters, torch.Generator().manual_seed(0))
-
-
 def _candidate_inputs(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
     own = getattr(base, "dummy_inputs", None)
@@ -76,7 +70,7 @@ def _candidate_inputs(base: Any) -> Iterator[dict[str, Tensor]]:
         return
     takes = inspect.signature(base.forward).parameters
     noise = torch.Generator().manual_seed(0)
-    text = _text_inputs(base, takes, noise) if "input_ids" in takes or main == "input_ids" else {}
+    text = text_inputs(base, noise) if "input_ids" in takes or main == "input_ids" else {}
     media = [*_image_inputs(config, noise), *_sound_inputs(config, noise)]
     if main == "input_ids":
         both = [{**text, **more} for more in media]
@@ -98,8 +92,10 @@ def _get(config: Any, *names: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _text_inputs(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
-    config = base.config
+@on_cpu()
+def text_inputs(base: Any, noise: torch.Generator) -> dict[str, Tensor]:
+    """Texts of `LENGTH` tokens without padding, for a bare model that reads texts."""
+    config, takes = base.config, inspect.signature(base.forward).parameters
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     words = _get(text, "vocab_size") or _get(config, "vocab_size", "src_vocab_size") or 100
     # Tokens that stand for images or sounds have a meaning of their own; usually they have the largest ids.

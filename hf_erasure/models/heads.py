@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from .dummy import text_alone
+from .dummy import text_inputs
 from .model import Runner, bare_model, evaluating, forked_rng, is_encoder_decoder
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
@@ -127,7 +127,7 @@ def check_next_word(model: nn.Module) -> None:
     base, runner = bare_model(model), Runner(model)
     if runner.is_sharded or any(parameter.device.type == "meta" for parameter in base.parameters()):
         return
-    batch = text_alone(base)
+    batch = text_inputs(base, torch.Generator().manual_seed(0))
     other = batch["input_ids"].clone()  # with another last token, taken from the same text
     other[:, -1] = torch.where(other[:, 0] == other[:, -1], other[:, 1], other[:, 0])
     texts = (batch, batch | {"input_ids": other})

@@ -257,10 +257,6 @@ def feature_axis(
         raise ValueError(f"{where!r} gives {len(shapes[0])} axes, then another number: choose another target module.")
     same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
     kind = axis_of_kind(module, len(shapes[0]))
-    channels = {getattr(module, "in_channels", None), getattr(module, "out_channels", None)} - {None}
-    if kind is None and channels:
-        # A convolution that turns the axes around: its features are as many as its input or output channels.
-        same = [axis for axis in same if shapes[0][axis] in channels]
     found = set(same)
     if len(same) > 1:
         found &= {kind} if kind in same and kind is not None else set(graph_axes())

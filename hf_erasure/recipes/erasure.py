@@ -30,9 +30,8 @@ from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
 from hf_erasure.metrics.fresh_probes import control_labels
 from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocessing
-from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
-from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.pooling import IN_WORDS, POOLS, pooled
 
 from .occupations import SOURCE, occupation_sentences
 from .run import difference, finished_run, load_base, load_source, names_on_hub, require, set_aside, table_of, write_run

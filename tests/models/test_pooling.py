@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.layouts import Layouts, few_rows
 from hf_erasure.fitting.sites import pool_for
-from hf_erasure.models import pooled
 from hf_erasure.models.model import Runner
+from hf_erasure.models.pooling import pooled
 from tests.breadth.zoo import build
 from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
 
