@@ -114,9 +114,10 @@ def bare_model(model: Any) -> Any:
 
     If a module holds several transformers models side by side, or none, the module itself is the model.
     """
-    inner = unwrapped(model)
-    while inner is not model:
-        model, inner = inner, unwrapped(inner)
+    if isinstance(model, PreTrainedModel):
+        return model
+    while (inner := unwrapped(model)) is not model:
+        model = inner
     modules = model.named_modules()
     within = {path: m for path, m in modules if isinstance(m, PreTrainedModel) or configs_on(m) is not None}
     outermost = next(iter(within), "")
