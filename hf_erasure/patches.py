@@ -56,7 +56,7 @@ def patches() -> tuple[Patch, ...]:
 def _library_patches() -> tuple[Patch, ...]:
     models, tuners, mixin = "peft.peft_model", "peft.tuners.tuners_utils", "transformers.integrations.peft"
     return (
-        # The class of a task changes the caller's configuration, and the adapter stays if it fails afterwards.
+        # The class of a task names its head after an adapter is attached, and the adapter stays if it then fails.
         Patch(models, "PeftModel.__init__", ("model", "peft_config", "adapter_name"), wrapper=tuner.make_peft_model),
         # It lacks the same as load_adapter of transformers, below. Values that a file lacks stay those of the former
         # adapter, and it fails if the class of a task needs a head that was not saved.
