@@ -153,8 +153,7 @@ def _gradient(
             raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
         if hidden.requires_grad:
             break
-    read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
-    read = [tensor for tensor in read if tensor.requires_grad]
+    read = [tensor for tensor in _logits(output) or list(floats_of(output))[:1] if tensor.requires_grad]
     if not hidden.requires_grad or not read:
         raise ValueError("its output does not depend on the last hidden state")
     generator = torch.Generator("cpu").manual_seed(0)
@@ -171,20 +170,9 @@ def _with_gradient(tensor: Tensor) -> Tensor:
     return copied.requires_grad_().clone() if copied.is_floating_point() else copied
 
 
-def _tensors(output: Any) -> dict[Any, Tensor]:
-    """The tensors of an output: their places in it → the tensors."""
-    if isinstance(output, Tensor):
-        return {None: output}
-    if isinstance(output, Mapping):
-        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
-    if isinstance(output, (tuple, list)):
-        return {index: value for index, value in enumerate(output) if isinstance(value, Tensor)}
-    return {}
-
-
 def _logits(output: Any) -> list[Tensor]:
-    found = _tensors(output)
-    return [tensor for key, tensor in found.items() if isinstance(key, str) and "logits" in key]
+    named = output.items() if isinstance(output, Mapping) else ()
+    return [tensor for name, tensor in named if "logits" in str(name) and isinstance(tensor, Tensor)]
 
 
 # ---- what it shows ---------------------------------------------------------------------------------------------------
