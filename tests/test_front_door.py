@@ -229,7 +229,7 @@ def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
     [
         ("", "is empty"),
         ("text,gender\n", "rows"),
-        ("text,gender\na,f\nb,f\n", "at least two classes"),
+        ("text,gender\na,f\nb,f\n", "data.csv: 'gender' is 'f' in all rows"),
         ("bio,job,gender\na,x,f\nb,y,m\n", "Write --text bio or --text job"),
         ("text,gender\na,f\nb,\nc,m\n", "1 rows have no 'gender'"),
         ("text,gender\na,0.5\nb,0.7\n", "not one class a row"),

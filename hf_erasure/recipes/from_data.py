@@ -155,6 +155,8 @@ def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
             "classes; fit other concepts with fit_concept_erasure."
         )
     names, found = getattr(rows.features[column], "names", None), set(values)
+    if len(found) < 2:
+        raise ValueError(f"{source}: {column!r} is {values[0]!r} in all rows: a concept needs at least two labels.")
     return [name for name in names if name in found] if names else [label_text(value) for value in sorted(found)]
 
 

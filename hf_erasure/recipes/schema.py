@@ -38,9 +38,14 @@ class _Loader(yaml.SafeLoader):
     """Reads numbers such as 1e-4 as numbers; YAML 1.1 reads them as text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Writes text that `_Loader` would read as a number in quotes."""
+
+
+for _own in (_Loader, Dumper):
+    _own.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def fields_of(kind: type, *above: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,7 +14,7 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 
 from hf_erasure.recipes import erasure, occupation_sentences, run
-from hf_erasure.recipes.erasure import DataRecipe, check_output, pooled_states, read_recipe, run_recipe
+from hf_erasure.recipes.erasure import DataRecipe, Recipe, check_output, pooled_states, read_recipe, run_recipe
 from hf_erasure.recipes.run import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
@@ -59,6 +61,13 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
 def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Path, override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_recipe(path, [override])
+
+
+def test_a_label_that_looks_like_a_number_stays_a_label_in_the_recipe_that_is_written(path: Path) -> None:
+    recipe = read_recipe(path, ["labels=['1e5', '2e5', '1', 'yes']", "adapter.strength=1e-5"])
+    model = SimpleNamespace(save_pretrained=lambda folder: None)
+    run.write_run(path.parent, model, asdict(recipe), Recipe, {})
+    assert read_recipe(path) == recipe and recipe.adapter["strength"] == 1e-5
 
 
 def test_what_is_not_installed_is_said_before_the_model_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
