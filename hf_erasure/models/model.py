@@ -133,7 +133,8 @@ def class_name(model: nn.Module) -> str:
 
 def callee_of(model: nn.Module, bare: nn.Module) -> Any:
     """The module to call to run the bare model inside `model`: FSDP gathers weights at its outermost wrapper."""
-    path = next(path for path, module in model.named_modules() if module is bare)
+    # Accelerate's compiled regions are not around the bare model.
+    path = next((path for path, module in model.named_modules() if module is bare), "")
     return next((m for m in modules_along(model, path) if isinstance(m, _SHARDED)), bare)
 
 

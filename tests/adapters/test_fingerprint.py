@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -369,6 +370,13 @@ def test_weights_that_are_out_of_reach_are_left_out_and_it_is_said_once(
     assert re.search(r"was checked in part: 15 of the \d+ weights .* cannot be read here", told)
     with pytest.raises(ValueError, match="another model"):  # the weights that can be read show it
         llama(seed=7).load_adapter(str(folder))
+
+
+def test_a_copy_that_is_trained_is_not_taken_for_the_weight():
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler.dense"])
+    model = peft.get_peft_model(copy.deepcopy(small_model("bert")), config).get_base_model()
+    assert placement.values_and_dtype(model, "pooler.dense.weight") == (None, "")
+    assert placement.values_and_dtype(model, "pooler.dense.original_module.weight")[1] == "float32"
 
 
 def test_an_adapter_without_a_fingerprint_says_so(tmp_path: Path):

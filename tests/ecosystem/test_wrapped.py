@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.gradiend.lifecycle import lora
 from tests.adapters.lifecycle import MERGE_TOLERANCE
 from tests.ecosystem.placements import NAME, Erasure, Gradiend, Kind, outputs
 from tests.ecosystem.wrapped_processes import KINDS, WAYS, main
 from tests.prepared import together
-from tests.small_models import same
+from tests.small_models import LABELS, same
 
 TABLE = "Several processes"
 TITLES = {
@@ -212,6 +213,15 @@ def test_names_follow_the_adapters(kind, adapters):
     assert left < both and left <= set(getattr(model, IGNORED))
     model.delete_adapter("second")
     assert not hasattr(model, IGNORED)
+
+
+def test_names_of_an_adapter_that_a_part_of_the_model_has(adapters):
+    model = adapters["erasure"].base("llama")
+    model.model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["k_proj"]), "part")
+    with pytest.warns(UserWarning, match="are of different models"):
+        model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["q_proj"]), "whole")
+    both = ours(model)
+    assert {name.rpartition(".")[2] for name in both} == {"part", "whole"} and both <= set(getattr(model, IGNORED))
 
 
 @every_kind

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate.utils import compile_regions
 from peft import LoraConfig
 from torch import nn
 
@@ -134,3 +135,13 @@ def test_an_adapter_of_weights_is_verified(build: Callable[[], nn.Module]):
     steer(model, "ours", feature_factor=1.0, learning_rate=0.1)
     verified = verify_adapter(model, "ours")
     assert verified, str(verified)
+
+
+def test_compiled_regions_do_not_hide_the_reason():
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    with pytest.raises(ValueError, match="Blocks has no dummy input"):
+        dummy_batch(compile_regions(Blocks(), backend="eager"))

@@ -270,7 +270,7 @@ def update_model(model: Any, *, deleting: bool = False) -> None:
         elif isinstance(wrapper, _TrainedWrapper):
             wrapper.restore_class()
     others = [name for name in vars(base).get(_IGNORED, ()) if not is_child(name)]
-    children = {f"{child.path}.{child.child_name}": child for child in adapter_children(base)}
+    children = {path: module for path, module in base.named_modules() if isinstance(module, AdapterChild)}
     own = [name for path, child in children.items() for name, _ in child.named_buffers(prefix=path)]
     if own or others:
         # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.

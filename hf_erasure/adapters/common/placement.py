@@ -66,9 +66,11 @@ def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     path, _, own = name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        parameter = module.get_parameter(own)
     except AttributeError:
+        return None, ""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    parameter = module._parameters.get(own)  # not of the copy that PEFT trains of a module
+    if parameter is None:
         return None, ""
     hook, is_elsewhere = _hook_of(module), parameter.device.type == "meta"
     if is_quantised(parameter):
