@@ -63,7 +63,6 @@ class FitCheckpoint:
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
-        self.read_so_far = 0, ""  # How many batches of the present pass were read, and what identifies them.
         self.identity: dict[str, Any] = {
             "sequential": sequential,
             "pool": pool,
@@ -180,29 +179,21 @@ class FitCheckpoint:
         """
         name = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
         facts, digest, written, writing_took = self.load_moments(name, source), hashlib.sha256(), time.monotonic(), 0.0
-        batches_before, self.read_so_far = facts.get("batches", 0), (0, "")
+        batches_before, number = facts.get("batches", 0), 0
         for number, labels in enumerate(batches, 1):
             update_hash(digest, labels.batch)
-            self.read_so_far = number, digest.hexdigest()
             if number == batches_before:
                 self.check_data(facts["data"], digest.hexdigest())
             if number > batches_before:
                 yield labels  # its moments have been added when the next batch is asked for
                 started = time.monotonic()
                 if started - written >= writing_took / WRITING_SHARE:
-                    self.save_moments(name, source, *self.read_so_far)
+                    self.save_moments(name, source, number, digest.hexdigest())
                     written = time.monotonic()
                     writing_took = written - started
-        if self.read_so_far[0] < batches_before:
-            self.check_data(facts["data"], self.read_so_far[1])
-        self.save_moments(name, source, *self.read_so_far)
-
-    def save_sum(self, source: Source, processes: Processes) -> None:
-        """Save the moments of all processes, as if one had gathered them; a continued fit reads those of each share."""
-        states = processes.gathered([self.read_so_far])
-        if processes.count > 1 and processes.is_main:
-            batches, data = sum(seen for seen, _ in states), joint_digest([data for _, data in states])
-            self.save_moments(source.key, source, batches, data)
+        if number < batches_before:
+            self.check_data(facts["data"], digest.hexdigest())
+        self.save_moments(name, source, number, digest.hexdigest())
 
     def _prefix(self, visit: str) -> str:
         """The prefix of the names of the tensors of a site, or of a later visit of it."""

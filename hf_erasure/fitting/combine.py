@@ -328,7 +328,10 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     ]
     labelled, background = _add_up(checkpoints, Source(config)), _add_up(checkpoints, Source(None, key="background"))
     if not labelled.moments:
-        raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
+        raise ValueError(
+            f"{one} and {other} hold no moments of one process: fit with fit.sequential=false fit.checkpoint=true, and "
+            "without several processes."
+        )
     sources = [labelled, background] if background.moments else [labelled]
     weights = load_file(Path(one) / WEIGHTS)
     old_sites, config.fitted_sites = config.fitted_sites or {}, {}

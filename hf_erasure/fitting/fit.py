@@ -274,8 +274,6 @@ def _gather_moments(task: FitTask, source: Source, checkpoint: FitCheckpoint | N
             f"{source.title} gave {earlier} examples in one pass over them and {source.examples} in the next: with so "
             "many wide sites they are read several times. Give a list, or a data set that gives the same rows again."
         )
-    if checkpoint is not None:
-        checkpoint.save_sum(source, task.processes)
 
 
 # ---- after the solution ----------------------------------------------------------------------------------------------
