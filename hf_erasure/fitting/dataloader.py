@@ -164,17 +164,10 @@ class ConceptCollator:
 
     def check_labels(self, wanted: Sequence[str] | None) -> None:
         """Raise a `ValueError` if an adapter, whose labels are `wanted`, numbers its classes differently."""
-        if self.labels is None or wanted is None:
-            return
-        if unknown := [label for label in self.labels if label not in wanted]:
+        if self.labels is not None and wanted is not None and list(self.labels) != list(wanted):
             raise ValueError(
-                f"The batches have the class {unknown[0]!r}, and the adapter has {list(wanted)}: name it in "
-                "ConceptErasureConfig(labels=[…]), or filter its rows out of the data and write "
-                "concept_dataloader(…, labels=config.labels)."
-            )
-        if list(self.labels) != list(wanted):
-            raise ValueError(
-                f"The batches number their classes {list(self.labels)}, the adapter {list(wanted)}. Give both the same "
+                f"The batches number their classes {list(self.labels)}, the adapter {list(wanted)}. Name every class "
+                "in ConceptErasureConfig(labels=[…]), or filter its rows out of the data, and give both the same "
                 "order: concept_dataloader(…, labels=config.labels)."
             )
 

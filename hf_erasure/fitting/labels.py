@@ -217,23 +217,17 @@ class Source(SiteStatistics):
                 f"concept_labels label tokens, and at none of the sites, such as {absent[0]!r}, are the rows those of "
                 "the tokens: give labels of whole sequences, or name modules on the side whose tokens are labelled."
             )
-        if absent and len(absent) == len(sites) and self.concept:
-            raise ValueError(
-                f"None of the {self.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
-                "-100, or the forward pass does not call this module, as when another module reads its weight itself. "
-                "Name modules that are called."
-            )
         if mixed := [site for site in sites if site in self.covered & self.uncovered]:
             raise ValueError(
                 f"Some of the {self.title} label the tokens at {mixed[0]!r}, and others label those of another side: "
                 "label the tokens of one side in all of them."
             )
-        if absent and not may_lack:
+        if absent and (not may_lack or (self.concept and len(absent) == len(sites))):
             raise ValueError(
-                f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over "
-                f"{self.title}: give batches that use them (decoder inputs for a decoder), or leave out what the "
-                "forward pass does not call, such as a module whose weight another module reads itself: "
-                f"exclude_modules={absent}."
+                f"{absent[0]!r} and {len(absent) - 1} other sites were never reached by a row that counts while the "
+                f"model ran over {self.title}: concept_labels are -100, or the forward pass does not call these "
+                "modules. Give batches that use them (decoder inputs for a decoder), or leave out what it does not "
+                f"call, such as a module whose weight another module reads itself: exclude_modules={absent}."
             )
         return [site for site in sites if site not in absent]
 

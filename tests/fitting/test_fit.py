@@ -320,7 +320,7 @@ def _refused() -> dict[str, tuple[Any, dict[str, Any], str]]:
         "all ignored": (
             [{**batches[0], "concept_labels": torch.full((16,), -100)}],
             {},
-            "no labelled position|None of",
+            "never reached by a row that counts.*concept_labels are -100",
         ),
         "one class": ([broken], {}, "class"),
         "class id out of range": ([{**batches[0], "concept_labels": torch.full((16,), 5)}], {}, "class id 5"),
@@ -374,7 +374,7 @@ def test_a_module_outside_the_forward_pass_is_named() -> None:
     model = copy.deepcopy(small_model("bert"))
     model.unused = torch.nn.Linear(4, 4)
     model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["unused"]), adapter_name="no_gender")
-    with pytest.raises(ValueError, match="None of the 48 examples"):
+    with pytest.raises(ValueError, match=r"never reached.*the forward pass does not call"):
         fit(model, small_batches("bert"))
 
 
@@ -389,7 +389,7 @@ def test_label_order_of_loader_and_adapter_must_agree(assets: Path) -> None:
 def test_a_class_that_the_adapter_does_not_have_is_named(assets: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets / "models/story-mlm")
     rows = Dataset.from_dict({"text": ["a dog", "a cat", "a hen"], "label": ["female", "male", "other"]})
-    with pytest.raises(ValueError, match=r"have the class 'other', and the adapter has \['female', 'male'\]: name it"):
+    with pytest.raises(ValueError, match=r"\['female', 'male', 'other'\], the adapter \['female', 'male'\]. Name"):
         fit(with_adapter(), concept_dataloader(rows, tokenizer))
 
 
