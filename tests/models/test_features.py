@@ -88,6 +88,28 @@ def test_norms_behind_convolutions_with_computed_weights_and_before_rectifiers_t
         assert graph.features_at(mixed[1], "output") == expected
 
 
+def test_a_norm_of_each_head_that_takes_a_gate_too_has_the_features_along_its_vector() -> None:
+    class GatedNorm(nn.Module):  # as in Kimi
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return self.weight * nn.functional.rms_norm(x, (6,)) * gate.sigmoid()
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(12, 12), GatedNorm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.linear(x).view(*x.shape[:2], 2, 6), torch.ones(6))
+
+    model, x = Heads(), torch.randn(3, 5, 12)
+    with torch.no_grad():
+        assert Graph(model, lambda: model(x)).features_at(model.norm, "output") == {3}
+
+
 def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
