@@ -37,6 +37,21 @@ _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixe
 _NOT_CONTENT = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
+@dataclasses.dataclass
+class ObservedBatches:
+    """Held-out batches, and a function that is called while they are measured.
+
+    `observer(erased, site, activation, selection)` is called at each visit of a site and at the last hidden states,
+    without the erasure and with it; the activation is aligned with the labels.
+    """
+
+    batches: Iterable[Any]
+    observer: Callable[[bool, str, Tensor, Selection], None]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
 def measure(
     task: FitTask,
     batches: Iterable[Any],
@@ -64,6 +79,8 @@ def measure(
     concept = task.config.copied()
     concept.environment_rank = concept.kept = None
     measurement, processes = _Measurement(task, concept, erase), task.processes
+    if isinstance(batches, ObservedBatches):
+        measurement.observer, batches = batches.observer, batches.batches
     source, fitted = Source(concept, map(without_counterfactuals, batches)), 0
     fitted_rows, measured_rows = set().union(*processes.gathered([fitted_on or set()])), set[int]()
     what = f"measuring {task.name}"
@@ -145,6 +162,7 @@ class _Measurement:
         # For each pair of environments, which one is in the first half; the same in every process.
         self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         self.environments: set[int] = set()  # The ids of the environments that were seen.
+        self.observer: Callable[[bool, str, Tensor, Selection], None] | None = None
 
     def measure_batch(self, labels: BatchLabels) -> None:
         """Run the model over a batch without and with the erasure."""
@@ -175,6 +193,8 @@ class _Measurement:
             elif erased:
                 before, hidden = now, self._erase(site, hidden)
                 now, _ = labels.select(hidden, where)
+            if self.observer is not None:
+                self.observer(erased, site, now, selection)
             self._add_activation(visit, half_of, selection, now, before)
             return hidden
 

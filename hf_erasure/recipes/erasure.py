@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -24,7 +23,8 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
-from hf_erasure.fitting.labels import BatchLabels, Source, length_of
+from hf_erasure.fitting.heldout import ObservedBatches
+from hf_erasure.fitting.labels import BatchLabels, Selection, Source, length_of
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
@@ -195,13 +195,15 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         held_out = _batches(recipe, named, tokenizer, share=True, environment_column=_GROUP)
     else:
         held_out = _batches(recipe, test, tokenizer, share=True)
+    is_whole = isinstance(test, Dataset) and Processes().count == 1
+    test_states = _PooledStates(_pool_of_probes(recipe.fit.pool)) if is_whole else None
     report = fit_concept_erasure(
         model,
         _batches(recipe, rows, tokenizer, share=True, **extra_fields),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=held_out,
+        eval_batches=held_out if test_states is None else ObservedBatches(held_out, test_states),
         background=background,
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
@@ -209,7 +211,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     )
     if not Processes().is_main:
         return None
-    table = probe(recipe, model, tokenizer, data, progress)
+    table = probe(recipe, model, tokenizer, data, progress, test_states)
     config = model.peft_config[ADAPTER_NAME]
     config.provenance[RECIPE] = recipe.data.origin() | {"results": _card_rows(recipe.data, table, config)}
     write_run(recipe.output, model, asdict(recipe), Recipe, table.to_dict("index"))
@@ -307,14 +309,32 @@ def _length_order(texts: Iterable[Any], shares: int = 1) -> list[int]:
     return [place for share in range(shares) for place in order[share::shares]]
 
 
-def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
+class _PooledStates:
+    """The pooled states of rows at each site, without the erasure and with it."""
+
+    def __init__(self, pool: str) -> None:
+        self.pool, self._vectors = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
+
+    def __call__(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
+        """Keep one vector for each sequence of a batch."""
+        self._vectors[erased].setdefault(site, []).append(pooled(aligned.float(), selection.real, self.pool).cpu())
+
+    def states(self, erased: bool) -> dict[str, Tensor]:
+        """Site → `(sequences, width)`, float32."""
+        return {site: torch.cat(parts) for site, parts in self._vectors[erased].items()}
+
+
+def probe(
+    recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool, test_states: _PooledStates | None = None
+) -> pd.DataFrame:
     """Probe accuracy by layer, before and after the erasure, on the test split of the recipe's data.
 
     A probe is fitted anew on the erased training states. If the erasure was fitted on the same states, the theorem of
     LEACE says that the probe learns nothing. The column "refitted" is a harder test: a probe is fitted on one half of
     the erased test rows, whose cues the erasure has not seen, and judged on the other half. With groups, the halves of
     "refitted by group" share no group. "control" is the accuracy for labels that are exchanged in half of the groups;
-    it shows how much of "refitted" comes from groups that are recognised.
+    it shows how much of "refitted" comes from groups that are recognised. The test rows of `test_states` are not read
+    again.
 
     Returns one row per site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
@@ -332,8 +352,11 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
         labels |= {(split, column): [str(value) for value in rows[column]] for column in columns}
         original_order = torch.tensor(_length_order(rows[recipe.data.text_column])).argsort()
         for when, erased in (("before", False), ("after", True)):
-            batches = _batches(recipe, rows, tokenizer)
-            found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
+            if split == "test" and test_states is not None:
+                found = test_states.states(erased)
+            else:
+                batches = _batches(recipe, rows, tokenizer)
+                found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
             states[split, when] = {site: vectors[original_order] for site, vectors in found.items()}
     table = {}
     for site, before in states["test", "before"].items():
@@ -431,13 +454,13 @@ def pooled_states(
     """
     layers = site_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
     runner = Runner(model, layers.values())
-    vectors, current = defaultdict[str, list[Tensor]](list), list[BatchLabels]()
+    collected, current = _PooledStates(pool), list[BatchLabels]()
 
     def collect(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
             hidden = layers[site].apply_eraser(adapter_name, hidden)
         aligned, selection = current[0].select(hidden, runner.side_of(site))
-        vectors[site].append(pooled(aligned.float(), selection.real, pool).cpu())
+        collected(erased, site, aligned, selection)
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
@@ -451,7 +474,7 @@ def pooled_states(
             shown.update()
     if not current:
         raise ValueError("There are no batches to read states from.")
-    return {site: torch.cat(parts) for site, parts in vectors.items()}
+    return collected.states(erased)
 
 
 def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:
