@@ -67,6 +67,9 @@ class OracleEraser:
         if isinstance(z, Tensor) and classes == 1 and z.shape == x.shape[:-1]:
             z = z.unsqueeze(-1)
         has_values = isinstance(z, Tensor) and z.shape == (*x.shape[:-1], classes)
+        if isinstance(z, Tensor) and z.is_floating_point() and not has_values:
+            shapes = f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}"
+            raise ValueError(f"{shapes}: give z_dim={classes} values per row, or one integer class id.")
         values = z if has_values else one_hot(_checked_ids(x, z, classes), classes)
         dtype = torch.promote_types(x.dtype, torch.float32)
         offset = (values.double() - self.mean_z.to(z.device)).to(x.device, dtype)

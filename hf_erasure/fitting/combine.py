@@ -390,7 +390,10 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         first, second = ((at.get("axis"), at.get("examples")) for at in (size, there))
         compared[f"axes at {site!r}"] = first, second
     if different := [what for what, (first, second) in compared.items() if first != second]:
-        raise ValueError(f"The two erasures differ in their {different[0]}: fit and save both with the same.")
+        raise ValueError(
+            f"The two erasures differ in their {different[0]}: both need the same. Strength and target can be changed "
+            "in adapter_config.json; the rest needs a new fit."
+        )
 
 
 def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:

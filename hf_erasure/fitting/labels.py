@@ -339,8 +339,7 @@ class BatchLabels:
             if z.shape[:2] != tokens.shape:
                 raise ValueError(
                     f"concept_labels label {z.shape[1]} positions, but {where!r} has {tokens.shape[1]}: tokens "
-                    "cannot be matched. Write one-hot rows as class ids, concept_labels.argmax(1); in an "
-                    "encoder-decoder, target the side whose tokens are labelled."
+                    "cannot be matched. In an encoder-decoder, target the side whose tokens are labelled."
                 )
             counted, labels = torch.zeros_like(real), z
             z = torch.zeros(*real.shape, *labels.shape[2:], dtype=labels.dtype, device="cpu")
@@ -382,6 +381,8 @@ class BatchLabels:
             lengths = {mask.shape[1] for mask in (self._mask(""), self._mask("decoder_")) if mask is not None}
             if labels.shape[1] == 1 and 1 not in lengths:
                 raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
+            if labels.shape[1] == z_dim and lengths and z_dim not in lengths:
+                raise ValueError(f"{of} are not those of tokens: for one-hot rows write concept_labels.argmax(1).")
         strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= z_dim)]
         if self._by_class and strange.numel():
             raise ValueError(

@@ -138,7 +138,7 @@ class Scrubber:
             except OutOfStep as reason:
                 if not self._restored:
                     more = "%s So one site is fitted per pass: %d passes over the data instead of one."
-                    logger.warning(more, reason, len(self.task.layers))
+                    logger.warning(more, reason, len(self.task.layers) + 1)
                     self._one_by_one = True
                     if self.checkpoint is not None and self.task.processes.is_main:
                         self.checkpoint.begin_one_site_a_pass()

@@ -99,6 +99,11 @@ def test_fits_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     fitted(tmp_path / "mean", small_batches("bert", 2, seed=9), pool="mean")
     with pytest.raises(ValueError, match="pool='mean', this one has 'tokens'"):
         merge_fits(tmp_path / "a", tmp_path / "mean", tmp_path / "out")
+    weak = fitted(tmp_path / "weak", small_batches("bert", 2, seed=9))
+    weak.peft_config["default"].strength = 0.5
+    weak.save_pretrained(tmp_path / "weak")
+    with pytest.raises(ValueError, match=r"differ in their strength: .* can be changed in adapter_config\.json"):
+        merge_fits(tmp_path / "a", tmp_path / "weak", tmp_path / "out1")
     background = [inputs_of(b) for b in small_batches("bert", 2, seed=700)]
     fitted(tmp_path / "background", small_batches("bert", 2, seed=9), background=background)
     with pytest.raises(ValueError, match="Only one of the two fits has background moments"):

@@ -192,7 +192,7 @@ def shared_norms(visits: int, width: int = 64) -> nn.Module:
 
 @pytest.mark.parametrize("one_site_a_pass", [False, True])
 def test_nothing_is_left_at_any_visit_of_a_shared_module(
-    one_site_a_pass: bool, monkeypatch: pytest.MonkeyPatch
+    one_site_a_pass: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, batches = with_adapter(shared_norms(2)), small_batches("bert", 4)
     if one_site_a_pass:
@@ -204,6 +204,9 @@ def test_nothing_is_left_at_any_visit_of_a_shared_module(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = fit(model, batches)
+    # One pass for each site, and one for the later visits of all.
+    said = f"one site is fitted per pass: {len(erasure_layers(model)) + 1} passes over the data"
+    assert (said in caplog.text) == one_site_a_pass
     for site in erasure_layers(model):
         assert [(report[site].rank, report[site].visits)] == [(2, 2)]
         # In float32 a share of 1e-5 is rounding; the fit uses the same bound.
