@@ -153,7 +153,7 @@ def model_of(on: Device) -> tuple[Any, list[dict[str, Tensor]]]:
 
 
 def models(on: Device) -> None:
-    """Time scrubbing (also with activations in main memory), and two active adapters in a compiled model."""
+    """Time scrubbing (also with activations on disk), and two active adapters in a compiled model."""
     model, batches = model_of(on)
     for name in ("one", "two"):
         model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name=name)
