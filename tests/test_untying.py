@@ -16,6 +16,8 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters.erasure.layer import erasure_layers
+from hf_erasure.adapters.merging.probe import advise_targets
 from tests.adapters.lifecycle import MERGE_TOLERANCE, State
 from tests.small_models import _TEXT, LABELS, distance, outputs_of, roughen, same, small_batch, small_model
 
@@ -98,6 +100,15 @@ def test_a_tied_table_gets_values_of_its_own_on_request_and_is_tied_again(
     reloaded = type(merged).from_pretrained(tmp_path / "merged")
     assert not reloaded.config.tie_word_embeddings
     assert same(outputs_of(reloaded, batch), after)
+
+
+def test_no_targets_are_advised_where_a_tied_weight_stays_tied() -> None:
+    model: Any = copy.deepcopy(small_model("gpt2"))
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=r"transformer\.ln_f"), "a")
+    layers = list(erasure_layers(model).values())
+    assert "untie=True for ['lm_head']" in advise_targets(model, layers)
+    model.all_tied_weights_keys = {}
+    assert advise_targets(model, layers) == ""
 
 
 def test_a_model_that_computes_something_else_untied_is_refused_as_it_was(tmp_path: Path) -> None:

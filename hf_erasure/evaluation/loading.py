@@ -142,7 +142,7 @@ class Loader:
         own, notes = class_for(config, []), []
         if getattr(config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
-        if self.kind is not own:
+        if self.kind is not own and config.architectures:
             notes.append(
                 f"loaded as {self.kind.__name__} and not as {own.__name__}, which lacks modules of the adapters"
             )

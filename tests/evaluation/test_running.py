@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -241,6 +242,17 @@ def test_strength_multiplies_the_learning_rate(story: str, adapters: tuple[Path,
     inputs = AutoTokenizer.from_pretrained(story)("tom went home.", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(twice(**inputs).logits, by_hand.eval()(**inputs).logits)
+
+
+def test_a_checkpoint_that_names_no_class_lacks_nothing(
+    story: str, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(story, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    loader = Loader(str(tmp_path / "model"), read_adapters([str(adapters[0])]))
+    assert (loader.kind, loader.note) == (BertForMaskedLM, "")
 
 
 def test_an_adapter_of_another_model_type_is_refused_by_name(assets: Path, adapters: tuple[Path, Path]) -> None:

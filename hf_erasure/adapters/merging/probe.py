@@ -27,7 +27,7 @@ from ..common.layer import innermost
 from ..common.placement import has_quantised, is_offloaded, tied_to
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .record import axis_of, takes_mean, why_not_mergeable
+from .record import axis_of, takes_mean, why_not_mergeable, why_not_untied
 
 # A merge may change the outputs so many times as much as another rounding of the weights does. That rounding is only
 # one random sample, and other samples are larger.
@@ -286,8 +286,9 @@ def advise_targets(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
             continue
         side, weights = "input" if word == "readers" else "output", [weight for group in groups for weight in group]
         modules = {weight.module: innermost(model.get_submodule(weight.module)) for weight in weights}
-        if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
-            tied = [name for name in modules if tied_to(model, name)]
+        tied = [name for name in modules if tied_to(model, name)]
+        merge = all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights)
+        if merge and all(why_not_untied(model, name) is None for name in tied):
             untie = f", with untie=True for {tied}" if tied else ""
             advice = "'Where to erase' in the documentation shows how much the figures differ"
             return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({advice}). "
