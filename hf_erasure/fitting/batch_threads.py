@@ -372,11 +372,11 @@ class Record(TorchDispatchMode):
 
     def _fill_storages(self) -> None:
         """Fill the storages with their bytes, when the pass is where it was."""
-        for number, content in self._read.items():
+        while self._read:  # the bytes are in memory twice for one storage at a time
+            number, content = self._read.popitem()
+            self._unfilled.discard(number)
             if (storage := self._live_storage(number)) is not None:
                 _bytes_of(storage).copy_(torch.from_numpy(content))
-        self._unfilled -= self._read.keys()
-        self._read = {}
 
     def write(self) -> None:
         """Write the operations and the bytes of live storages to disk."""
