@@ -98,7 +98,7 @@ def push(
     folder: Folder,
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; a new one is created.")],
     private: Private = False,
-    revision: Annotated[str | None, typer.Option(help="The branch; a new one is created.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; without --create-pr a new one is created.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="A folder within the repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     token: Annotated[str | None, typer.Option(help="A token for the Hub; by default from `hf auth login`.")] = None,

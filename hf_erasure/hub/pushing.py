@@ -38,7 +38,7 @@ from .rendering import FOLDER_PLACEHOLDER, Card, rendered
 _REMEDIES = {
     401: "Log in with `hf auth login`, or give a valid token.",
     403: "Use a token that may write there, or open a pull request (create_pr=True, --create-pr), which everybody may.",
-    404: "Is the name right, and may this token see the repository?",
+    404: "Is the name right, is there such a branch, and may this token see the repository?",
     409: "Somebody else changes the repository at the same time: try again.",
     412: "Somebody else changes the repository at the same time: try again.",
     429: "Wait a little, and try again.",

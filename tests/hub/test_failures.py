@@ -59,7 +59,9 @@ PUSHES = {
         "401",
     ),
     "forbidden": Failure(_answer("POST", "{name}/commit", 403, "You may only read"), "403"),
-    "not-found": Failure(_answer("POST", "{name}/preupload", 404, "Not found", code="RepoNotFound"), "404"),
+    "not-found": Failure(
+        _answer("POST", "{name}/preupload", 404, "Not found", code="RepoNotFound"), "is there such a branch"
+    ),
     "conflict": Failure(_answer("POST", "{name}/commit", 409, "Another operation is in progress"), "409"),
     "overtaken": Failure(_answer("POST", "{name}/commit", 412, "A commit has happened since"), "412"),
     "broken": Failure(_answer("POST", "{name}/commit", 500), "500"),
