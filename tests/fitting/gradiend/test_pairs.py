@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -330,7 +331,7 @@ def test_neutral_texts_may_be_cut() -> None:
     config = model_of("bert").config
     batch = neutral_batches(long, tokenizer_of("bert"), "masked", ["dog"], batch_size=2, config=config)[0]
     assert batch.inputs["input_ids"].shape[1] == 64
-    tokenizer = tokenizer_of("bert")
+    tokenizer = copy.deepcopy(tokenizer_of("bert"))  # other tests have the same tokenizer
     tokenizer.model_max_length = 9
     cut = neutral_batches(long, tokenizer, "masked", ["dog"], batch_size=2, config=config)[0]
     assert cut.inputs["input_ids"].shape[1] == 9
