@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
@@ -349,7 +349,7 @@ def floats_of(tree: Any) -> Iterator[Tensor]:
         tree = (tree,)
     elif isinstance(tree, dict):
         tree = tuple(tree.values())
-    elif is_dataclass(tree):
+    elif is_dataclass(tree) and not isinstance(tree, (type, PretrainedConfig)):  # these hold none
         tree = tuple(getattr(tree, entry.name) for entry in fields(tree))
     for part in tree if type(tree) in (tuple, list) else tree_leaves(tree):
         if isinstance(part, Tensor):

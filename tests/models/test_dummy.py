@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hf_erasure.adapters.merging.probe import Probe
 from hf_erasure.evaluation.loading import Adapter
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import distance
+from hf_erasure.models.model import distance, floats_of
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 60,
@@ -145,3 +146,19 @@ def test_compiled_regions_do_not_hide_the_reason():
 
     with pytest.raises(ValueError, match="Blocks has no dummy input"):
         dummy_batch(compile_regions(Blocks(), backend="eager"))
+
+
+def test_a_module_may_take_a_configuration_or_a_class():
+    @dataclass
+    class Taken:
+        states: torch.Tensor
+
+    class Layered(hf.BertConfig):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "hidden_dropout_prob":
+                raise AttributeError("It varies across layers.")
+            return super().__getattribute__(name)
+
+    assert list(floats_of(((Layered(), Taken), {"kind": Taken}))) == []
+    (found,) = floats_of([Taken(torch.ones(2))])
+    assert found.shape == (2,)
