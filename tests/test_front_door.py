@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import hf_erasure
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.cli import app
-from hf_erasure.recipes.erasure import embedded_model, load_data, read_recipe
+from hf_erasure.recipes.erasure import DataRecipe, embedded_model, load_data, read_recipe
 from hf_erasure.recipes.from_data import FromData, erasure_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from hf_erasure.recipes.run import load_source
@@ -181,6 +181,15 @@ def test_labels_of_any_type_keep_their_names(values: tuple[object, ...], labels:
     parts = load_data(recipe.data, recipe.labels)
     seen = {str(value) for value in parts["train"]["kind"]}
     assert seen == set(labels)
+
+
+def test_labels_are_text_in_all_splits_also_where_some_rows_have_none(tmp_path: Path) -> None:
+    """In one split as ids and in the other as text, 0 and 1 would be different classes."""
+    for split, more in (("train", []), ("test", [{"text": "not labelled", "kind": None}])):
+        rows = [{"text": f"text {n}", "kind": n % 2} for n in range(4)] + more
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = load_data(DataRecipe(source=str(tmp_path), label_column="kind"), ["1", "0"])
+    assert list(parts["test"]["kind"]) == [*parts["train"]["kind"], None] == ["0", "1", "0", "1", None]
 
 
 def test_the_pool_of_a_sentence_encoder_is_read(people: Path) -> None:

@@ -277,7 +277,7 @@ def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
         kind = (rows.features or {}).get(recipe.label_column)
         if not isinstance(rows, Dataset) or not isinstance(kind, Value) or not re.match("u?int|bool", kind.dtype):
             continue
-        if {label_text(value) for value in set(rows[recipe.label_column])} <= set(labels):
+        if {label_text(value) for value in set(rows[recipe.label_column]) - {None}} <= set(labels):
             data[split] = rows.cast_column(recipe.label_column, Value("string"))
     return data
 
