@@ -27,7 +27,7 @@ ENVIRONMENT = re.compile(r"[A-Z][A-Z_0-9]*=.*")
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """The words of every command, without comments, prompts and variables before it."""
+    """The words of every command, without comments, prompts, variables before it and a file for its output."""
     text = block.code.replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -37,6 +37,8 @@ def commands_of(block: Block) -> list[list[str]]:
             raise PageError(f"{block.where}: {line!r}: {error}") from error
         while words and ENVIRONMENT.fullmatch(words[0]):
             words = words[1:]
+        if words[-2:-1] == [">"]:  # the shell writes what the command prints into a file
+            words = words[:-2]
         if words:
             found.append(words)
     return found
