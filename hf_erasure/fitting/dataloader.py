@@ -348,6 +348,8 @@ class NumberedColumn:
         feature = (dataset.features or {}).get(column)
         if isinstance(feature, datasets.ClassLabel):
             return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
+        if feature is not None and not isinstance(feature, datasets.Value):
+            raise ValueError(f"{argument}={column!r} holds {feature}: give every row a string or an int there.")
         found = _values_of(dataset, column, argument, f"dataset.cast_column({column!r}, ClassLabel(names=[…]))")
         if unfit := [value for value in found if not isinstance(value, str | int)]:
             raise ValueError(f"{argument}={column!r} holds {unfit[0]!r}: give every row a string or an int there.")

@@ -246,16 +246,18 @@ class ErasureReport:
 
     @property
     def outlook(self) -> str:
-        """What a linear probe is expected to read on other texts, in words; empty if `expected_reading` is None.
-
-        It is also empty where a probe reads more on the held-out texts than is expected.
-        """
+        """What a linear probe is expected to read on other texts, in words; empty if `expected_reading` is None."""
         reads = self.expected_reading
         if reads is None or (line := self._last_measured) is None:
             return ""
         found = _accuracy((line.interval_after or (0.0,))[0])
         if found > reads and not self.eval_fitted:
-            return ""  # these texts differ from those fitted on, as in templates or names
+            return (
+                f"On these held-out texts a linear probe reads {found:.0%} or more, where the formula for "
+                f"{self.examples} texts\nof one kind expects {reads:.0%}: they differ from those fitted on, as in "
+                "templates or names. Name\nsuch kinds (concept_dataloader(…, environment_column=…)) and erase within "
+                "each (environment_rank)."
+            )
         return (
             f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
             f"for {self.examples} texts fitted on. More texts leave less, and so do counterfactuals\n"

@@ -314,6 +314,8 @@ def test_tokens_are_matched_by_word(tokenizer: Any) -> None:
         ({"label": [0.5, 1.0]}, {"counterfactual_column": "text"}, "holds values"),
         ({"label": [0, 1]}, {"environment_column": "nowhere"}, "not a column of dataset"),
         ({"label": [0, 1], "e": [0.5, 1.5]}, {"environment_column": "e"}, "a string or an int"),
+        ({"label": [0, 1], "e": [["a"], ["b"]]}, {"environment_column": "e"}, "a string or an int"),
+        ({"label": [0, 1], "e": [{"a": 1}, {"a": 2}]}, {"environment_column": "e"}, "a string or an int"),
     ],
 )
 def test_bad_data_are_refused(tokenizer: Any, columns: Any, options: Any, message: str) -> None:

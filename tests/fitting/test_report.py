@@ -85,8 +85,10 @@ def test_what_is_expected_of_other_texts_does_not_deny_what_was_measured() -> No
     within = report_of(0.1, (0.04, 0.16))
     assert within.expected_reading == pytest.approx(0.61, abs=0.005)
     assert "on other texts is expected to read about 61%" in within.outlook
+    beyond = report_of(0.796, (0.78, 0.82)).outlook
     # Two classes with means 2.5 standard deviations apart have a correlation of 0.78; a probe reads them with Φ(1.25).
-    assert report_of(0.796, (0.78, 0.82)).outlook == ""
+    assert "reads 89% or more, where the formula for 5120 texts\nof one kind expects 61%" in beyond
+    assert "on other texts" not in beyond
     # If the concept was erased within each environment, less is left than the formula expects.
     assert replace(within, environments=40).expected_reading is None
     # Rows that were fitted on do not show how other texts are read.
