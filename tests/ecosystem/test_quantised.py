@@ -348,7 +348,7 @@ def test_eight_bit_floats_are_no_plain_weights(bases: Bases):
     model = bases.load("llama")
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
-    assert quantised_modules(model) == ["q_proj"]
+    assert quantised_modules(model) == ["model.layers.0.self_attn.q_proj"]
     assert dequantised(projection, "weight") is None
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight' is quantised"):
         model.add_adapter(gradiends.config_of(), adapter_name=NAME)

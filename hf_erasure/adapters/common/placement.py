@@ -210,8 +210,12 @@ def has_quantised(module: nn.Module) -> bool:
 
 
 def quantised_modules(model: nn.Module) -> list[str]:
-    """The last parts of the names of the modules that own quantised weights."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if has_quantised(module)})
+    """Names of the modules that own quantised weights; only last parts where these match no other modules."""
+    names = [name for name, _ in model.named_modules()]
+    found = [name for name, module in model.named_modules() if has_quantised(module)]
+    short = {name.rpartition(".")[2] for name in found}
+    stands_for = [name for name in names if name.rpartition(".")[2] in short]
+    return sorted(short) if stands_for == found else found
 
 
 def dequantised(module: nn.Module, name: str) -> Tensor | None:
