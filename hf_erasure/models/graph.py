@@ -544,7 +544,7 @@ def _axes_after(func: Any, args: tuple, axes: tuple[int | None, ...], result: Te
         return axes
     if name == "index" and result.dim() >= len(axes) - 1 and all(i is None for i in args[1][1:]):
         return (*[None] * (result.dim() - len(axes) + 1), *axes[1:])
-    if not (func.is_view or name in _VIEWS) or _storage(result) != _storage(tensor):
+    if not (func.is_view or name in _VIEWS):
         return None
     # An axis of a view is known by its stride and its length; one that is cut keeps the stride alone.
     is_cut = name in ("slice", "split", "split_with_sizes", "chunk")
