@@ -116,7 +116,7 @@ def test_what_is_left_when_a_lora_was_deleted_is_saved_once_it_is_named(kind: st
     OF[kind].add(model, "bert", "a", target_modules=["value"])
     model.set_adapter("l")
     model.delete_adapter("l")
-    with pytest.raises(ValueError, match=r"which one is to be saved, model\.set_adapter\('a'\)"):
+    with pytest.raises(ValueError, match=r"None of the adapters \['a'\] is active: call model\.set_adapter"):
         model.save_pretrained(tmp_path)
     model.set_adapter("a")
     model.save_pretrained(tmp_path)
