@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +110,8 @@ class QuadraticEraser:
     maps: Tensor
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fit(
         cls,
         x: Tensor,
@@ -125,47 +126,26 @@ class QuadraticEraser:
         Args:
             x: `(…, x_dim)` activations.
             z: Integer class ids `(…)`, −100 to leave a row out.
-            shrinkage: As in `of`.
+            shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of each
+                class. Unlike in LEACE it costs the guarantee: the shrunk covariances are matched, not the own ones.
             weight: `(…)` non-negative weights of rows.
             mask: `(…)` bool, False leaves a row out.
 
         Raises:
             TypeError: If an argument is not a tensor of numbers.
-            ValueError: If `z` does not hold class ids, and for the reasons of `of`.
-        """
-        width, classes = infer_dims(x, z, mask)
-        rows = read_rows(x, z, weight, mask, width, classes)
-        if rows.ids is None:
-            raise ValueError(f"z has shape {tuple(z.shape)} and dtype {z.dtype}: give one integer class id per row.")
-        counted = rows.chunk(0, rows.count)
-        parts = []
-        for label in range(classes):
-            own = rows.ids == label
-            if not bool(own.any()):
-                raise ValueError(f"Class {label} of {classes} has no rows: number the classes that occur from 0.")
-            parts.append(ConceptMoments(width, 0).update(counted[own].double(), None, rows.weight[own]))
-        return cls.of(parts, shrinkage=shrinkage)
-
-    @classmethod
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def of(cls, classes: Sequence[ConceptMoments], *, shrinkage: str | float | None = None) -> QuadraticEraser:
-        """Solve from the moments of each class.
-
-        Args:
-            classes: The moments of each class, in the order of the class ids; their concept, if any, does not count.
-            shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of each
-                class. Unlike in LEACE it costs the guarantee: the shrunk covariances are matched, not the own ones.
-
-        Raises:
-            ValueError: If there are fewer than two classes, one has seen no rows, widths differ, `shrinkage` is
-                unknown, or a class varies in fewer directions than the others, as with fewer rows than features.
+            ValueError: If `z` does not hold the ids of at least two classes, each with rows, `shrinkage` is unknown, or
+                a class varies in fewer directions than the others, as with fewer rows than features.
         """
         check_shrinkage(shrinkage)
-        if len(classes) < 2 or any(part.rows == 0 for part in classes):
-            raise ValueError(f"classes have rows {[part.rows for part in classes]}: give at least two, none empty.")
-        if len({part.x_dim for part in classes}) > 1:
-            raise ValueError(f"classes have widths {[part.x_dim for part in classes]}: use moments of the same site.")
+        width, count = infer_dims(x, z, mask)
+        rows = read_rows(x, z, weight, mask, width, count)
+        if rows.ids is None:
+            raise ValueError(f"z has shape {tuple(z.shape)} and dtype {z.dtype}: give one integer class id per row.")
+        sizes = rows.ids.bincount(minlength=count).tolist()
+        if count < 2 or 0 in sizes:
+            raise ValueError(f"The classes have {sizes} rows: give at least two, and number those that occur from 0.")
+        counted, owns = rows.chunk(0, rows.count), [rows.ids == label for label in range(count)]
+        classes = [ConceptMoments(width, 0).update(counted[own].double(), None, rows.weight[own]) for own in owns]
         weights = torch.tensor([part.weight for part in classes], dtype=torch.float64)
         means = torch.stack([part.mean_x for part in classes])
         shares = (weights / weights.sum()).to(means.device)
@@ -183,7 +163,7 @@ class QuadraticEraser:
         if bool((missed > 1e-6).any()):
             short = int(missed.argmax())
             raise ValueError(
-                f"The covariance of class {short} ({classes[short].rows} rows of width {classes[short].x_dim}) has "
+                f"The covariance of class {short} ({classes[short].rows} rows of width {width}) has "
                 "fewer directions than those of the others, so no linear map makes them equal: give more rows than "
                 "features for every class, fewer features, or shrinkage='oas', which matches them approximately."
             )

@@ -13,7 +13,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
-from hf_erasure.erasers import ConceptMoments, Eraser, OracleEraser, QuadraticEraser
+from hf_erasure.erasers import Eraser, OracleEraser, QuadraticEraser
 from hf_erasure.erasers.analysis import barycentre
 
 
@@ -121,10 +121,8 @@ def test_a_probe_of_third_order_may_still_succeed() -> None:
     assert probe.fit(cubic, z.numpy()).score(cubic, z.numpy()) > 0.6
 
 
-def test_moments_of_the_classes_are_enough_and_weights_are_repeated_rows() -> None:
+def test_weights_are_repeated_rows() -> None:
     x, z = shaped(300, 4, 3)
-    parts = [ConceptMoments(4, 0).update(x[z == label]) for label in range(3)]
-    assert torch.allclose(QuadraticEraser.of(parts)(x, z), QuadraticEraser.fit(x, z)(x, z), atol=1e-12)
     times = torch.randint(1, 4, (300,), generator=torch.Generator().manual_seed(1))
     repeated = QuadraticEraser.fit(x.repeat_interleave(times, 0), z.repeat_interleave(times))
     weighted = QuadraticEraser.fit(x, z, weight=times.double())
@@ -155,7 +153,7 @@ def test_what_cannot_be_erased_is_refused() -> None:
     eraser = QuadraticEraser.fit(x, z)
     with pytest.raises(ValueError, match="one integer class id per row"):
         QuadraticEraser.fit(x, z.double())
-    with pytest.raises(ValueError, match="Class 1 of 3 has no rows"):
+    with pytest.raises(ValueError, match=r"\[50, 0, 50\] rows.*number those that occur from 0"):
         QuadraticEraser.fit(x, 2 * z)
     with pytest.raises(ValueError, match="at least two"):
         QuadraticEraser.fit(x, 0 * z)
