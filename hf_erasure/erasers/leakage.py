@@ -43,13 +43,8 @@ def cross_validated_correlation(
     for name, half in (("half_a", half_a), ("half_b", half_b)):
         if not isinstance(half, ConceptMoments):
             raise TypeError(f"{name} is {type(half).__name__}: give ConceptMoments.")
-        if half.z_dim == 0 or half.rows == 0:
-            raise ValueError(f"{name} has z_dim={half.z_dim} and rows={half.rows}: give moments of labelled rows.")
-    if (half_a.x_dim, half_a.z_dim) != (half_b.x_dim, half_b.z_dim):
-        raise ValueError(
-            f"half_a has x_dim={half_a.x_dim}, z_dim={half_a.z_dim}, but half_b has x_dim={half_b.x_dim}, z_dim="
-            f"{half_b.z_dim}: both must describe the same site and concept."
-        )
+    if half_a.z_dim == 0 or (half_a.x_dim, half_a.z_dim) != (half_b.x_dim, half_b.z_dim):
+        raise ValueError(f"The halves are {half_a} and {half_b}: give labelled rows of one site and concept.")
     there = _held_out_correlation(half_a, half_b, shrinkage)
     return (there + _held_out_correlation(half_b, half_a, shrinkage)) / 2
 

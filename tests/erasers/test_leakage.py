@@ -84,11 +84,11 @@ def test_a_half_with_one_class_or_none_moving_reads_zero() -> None:
 
 def test_halves_that_do_not_fit_are_refused() -> None:
     one = moments_of(*rows(40, 5, 2))
-    with pytest.raises(ValueError, match="half_b has z_dim=2 and rows=0"):
+    with pytest.raises(ValueError, match=r"no rows \(rows=0\)"):
         cross_validated_correlation(one, ConceptMoments(5, 2))
-    with pytest.raises(ValueError, match="half_a has z_dim=0"):
+    with pytest.raises(ValueError, match=r"are ConceptMoments\(x_dim=5, z_dim=0.*labelled rows"):
         cross_validated_correlation(ConceptMoments(5, 0).update(torch.randn(9, 5)), one)
-    with pytest.raises(ValueError, match=r"half_a has x_dim=5.*x_dim=6"):
+    with pytest.raises(ValueError, match=r"x_dim=5.*x_dim=6.*one site and concept"):
         cross_validated_correlation(one, moments_of(*rows(40, 6, 2)))
     with pytest.raises(TypeError, match="half_b is list"):
         cross_validated_correlation(one, [])  # type: ignore[arg-type]
