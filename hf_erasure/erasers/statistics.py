@@ -153,9 +153,6 @@ def _read_concept(z: Tensor | None, keep: Tensor, z_dim: int) -> tuple[Tensor | 
 
 # ---- sums and products of the rows -----------------------------------------------------------------------------------
 
-# The names of the tensors of `Sums`, without the counts; the other attributes are numbers.
-_TENSORS = ("mean_x", "mean_z", "cross", "concept")
-
 
 class PackedGram:
     """A symmetric `(dim, dim)` sum of products, of which only the upper block triangle is stored.
@@ -270,23 +267,23 @@ class Sums:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all sums, as tensors."""
-        numbers = {"rows": torch.tensor(self.rows)}
-        for name in ("weight", "weight_squares", "resolution"):
-            numbers[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
-        copies = numbers | {name: getattr(self, name).clone() for name in _TENSORS}
-        return copies if self.counts is None else {**copies, "counts": self.counts.clone()}
+        return {
+            name: torch.as_tensor(part, dtype=torch.float64 if isinstance(part, float) else None).clone()
+            for name, part in vars(self).items()
+            if part is not None
+        }
 
     @classmethod
     def of(cls, state: dict[str, Tensor]) -> Sums:
         """The sums of a state that has been checked, copied."""
-        copies: dict[str, Any] = {name: state[name].detach().double().clone() for name in _TENSORS}
+        tensors = ("mean_x", "mean_z", "cross", "concept")
+        copies: dict[str, Any] = {name: state[name].detach().double().clone() for name in tensors}
         copies |= {name: float(state[name]) for name in ("weight", "weight_squares", "resolution")}
         return cls(rows=int(state["rows"]), counts=state["counts"].clone() if "counts" in state else None, **copies)
 
     def to(self, device: torch.device) -> Sums:
         """The same sums on another device."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved, counts=None if self.counts is None else self.counts.to(device))
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)})
 
 
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
