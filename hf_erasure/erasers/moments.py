@@ -421,25 +421,6 @@ class ConceptMoments:
                 f"x_dim={self.x_dim}: gather both at the same module, of one row or more."
             )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def canonical_correlations(self, *, shrinkage: str | float | None = "oas") -> Tensor:
-        """Canonical correlations of x and z on these rows, descending, float64, each in [0, 1].
-
-        They are optimistic: if x and z are independent, the first one is about `sqrt(x_dim / rows)`. Use
-        `cross_validated_correlation` to judge how much of a concept is left.
-
-        Returns:
-            `(min(x_dim, dimensions in which z varies),)`: k − 1 for k classes that all occur.
-
-        Raises:
-            ValueError: If no rows were seen, z does not vary, or `shrinkage` is unknown.
-        """
-        self.check_concept()
-        spread = self.spread()
-        columns = spread.cross @ whiten_concept(spread.concept)
-        return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
-
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Tensor]:

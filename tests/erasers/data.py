@@ -43,6 +43,15 @@ def moments_of(x: Tensor, z: Tensor, k: int | None = None) -> ConceptMoments:
     return ConceptMoments(x.shape[-1], k or int(z.max()) + 1).update(x, z)
 
 
+def canonical_correlations(x: Tensor, z: Tensor) -> Tensor:
+    """Canonical correlations of rows and class ids, descending: cosines of the angles between the centred columns."""
+    spans = []
+    for columns in (x.double(), as_values(z)):
+        vectors, lengths, _ = torch.linalg.svd(columns - columns.mean(0), full_matrices=False)
+        spans.append(vectors[:, lengths > 1e-9 * lengths[0]])  # erased directions, and the sum of all classes, are 0
+    return torch.linalg.svdvals(spans[0].T @ spans[1])
+
+
 def ols_r2(x: Tensor, z: Tensor, cutoff: float) -> float:
     """Training R² of least squares from standardised rows, without singular values below `cutoff` of the largest."""
     x, values = x.double(), as_values(z)
