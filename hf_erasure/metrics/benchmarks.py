@@ -184,12 +184,12 @@ def seat(
     Returns:
         `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over the tests, with
         its `intervals` over the texts that they share; `skipped`, name → the reason, for tests that have too few texts
-        left or whose file cannot be used; `coverage` over all texts of all tests, `asked`, `left_out` and `bad_rows`.
+        left; `coverage` over all texts of all tests, `asked`, `left_out` and `bad_rows`.
 
     Raises:
-        ValueError: If no test can be computed, or a file is missing.
+        ValueError: If no test can be computed, or a file is missing or cannot be used.
     """
-    sets = readers.read_seat(folder, tests)
+    sets, bad_rows = readers.read_seat(folder, tests)
     texts = list(dict.fromkeys(text for parts in sets.values() for part in parts.values() for text in part))
     tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     known = [text for text, own in zip(texts, tokens, strict=True) if tokenizer.unk_token_id not in own]
@@ -197,7 +197,7 @@ def seat(
         raise ValueError(f"{folder}: the tokenizer knows no text completely, so nothing can be embedded.")
     vectors = pooled_embeddings(model, tokenizer, known, pool=pool, batch_size=batch_size).double().numpy()
     row = {text: i for i, text in enumerate(known)}
-    found, usable_tests, skipped, total, used = {}, [], dict(sets.skipped), 0, 0
+    found, usable_tests, skipped, total, used = {}, [], dict[str, str](), 0, 0
     for name, parts in sets.items():
         rows = {key: [row[text] for text in part if text in row] for key, part in parts.items()}
         size, kept = sum(map(len, parts.values())), sum(map(len, rows.values()))
@@ -213,7 +213,7 @@ def seat(
     drawing = {key: value for key, value in statistics.items() if key != "permutations"}
     mean = weat_metric.mean_absolute_effect(usable_tests, vectors, **drawing)
     counts = {"coverage": used / total, "asked": total, "left_out": {UNKNOWN: total - used} if used < total else {}}
-    counts["bad_rows"] = [asdict(rows) for rows in sets.left_out]
+    counts["bad_rows"] = [asdict(rows) for rows in bad_rows]
     return {"tests": found, **mean, "skipped": skipped, "pool": pool, **counts}
 
 

@@ -272,39 +272,23 @@ def _crows_pair(cells: dict[str, str]) -> CrowSPair:
     return CrowSPair(more, less, direction.strip(), kind.strip())
 
 
-class SeatTests(dict[str, dict[str, list[str]]]):
-    """Tests of WEAT and SEAT: name → `X`, `Y`, `A`, `B` → texts.
-
-    `skipped` has the tests whose file cannot be used, with the reason; `left_out` has the bad rows of the other tests.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skipped: dict[str, str] = {}
-        self.left_out: list[LeftOutRows] = []
-
-
-def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
+def read_seat(
+    folder: Source, tests: Sequence[str] | None = None
+) -> tuple[dict[str, dict[str, list[str]]], list[LeftOutRows]]:
     """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts, from all files of a folder, or from those of `tests`.
 
-    Raises `ValueError` if a test that is asked for has no file, or no file can be used.
+    Returns them and the bad rows of their files. Raises `ValueError` if a test has no file, or its file cannot be used.
     """
     paths = {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.json*"))}
     if not paths:
         raise UnusableFile(f"{folder} holds no tests: give the folder with sent-weat6.jsonl and the like.")
-    if unknown := [name for name in tests or () if name not in paths]:
+    wanted = list(paths) if tests is None else list(tests)
+    if unknown := [name for name in wanted if name not in paths]:
         raise ValueError(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
-    found = SeatTests()
-    for name in paths if tests is None else tests:
-        try:
-            found[name] = _seat_test(paths[name], found.left_out)
-        except ValueError as error:
-            found.skipped[name] = str(error)
-    if not found:
-        raise UnusableFile(next(iter(found.skipped.values()), f"{folder}: no test is asked for: name one or more."))
-    for name, reason in found.skipped.items():
-        warnings.warn(f"The test {name} is left out: {reason}", stacklevel=2)
-    return found
+    if not wanted:
+        raise ValueError(f"{folder}: no test is asked for: name one or more.")
+    left_out: list[LeftOutRows] = []
+    return {name: _seat_test(paths[name], left_out) for name in wanted}, left_out
 
 
 def _seat_test(path: Path, left_out: list[LeftOutRows]) -> dict[str, list[str]]:

@@ -133,7 +133,7 @@ def draw_data(settings: Settings, tokenizer: Any, seed: int) -> Data:
         ValueError: If a test has too few words of one token.
     """
     words, draw = Words(tokenizer), random.Random(seed)
-    sets = read_seat(settings.tests, [*settings.gender, *settings.others])
+    sets, _ = read_seat(settings.tests, [*settings.gender, *settings.others])
     tests = {name: {key: words.known(part) for key, part in parts.items()} for name, parts in sets.items()}
     for name, parts in tests.items():
         if min(len(parts["X"]), len(parts["Y"])) < 2 or not parts["A"] or not parts["B"]:

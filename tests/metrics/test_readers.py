@@ -68,9 +68,9 @@ def test_crows_pairs(assets: Path):
 
 
 def test_seat(assets: Path):
-    tests = read_seat(assets / "data/seat")
+    tests, _ = read_seat(assets / "data/seat")
     assert len(tests) == 34 and {"weat6", "sent-weat6", "sent-religion1"} <= set(tests)
-    six = read_seat(assets / "data/seat", ["weat6"])["weat6"]
+    six = read_seat(assets / "data/seat", ["weat6"])[0]["weat6"]
     assert six["X"][0] == "John" and six["Y"][0] == "Amy" and six["A"][0] == "executive" and six["B"][0] == "home"
 
 
@@ -197,11 +197,20 @@ def test_bad_items_and_texts_are_left_out_and_named(tmp_path: Path):
     sets = {key: {"examples": ["a", None, "b", " "]} for key in ("targ1", "targ2", "attr1", "attr2")}
     (tmp_path / "seat").mkdir()
     (tmp_path / "seat" / "one.json").write_text(json.dumps(sets))
-    (tmp_path / "seat" / "two.json").write_text("{")
     with pytest.warns(UserWarning):
-        tests = read_seat(tmp_path / "seat")
-    assert list(tests) == ["one"] and tests["one"]["X"] == ["a", "b"] and "not JSON" in tests.skipped["two"]
-    assert tests.left_out[0].rows[0] == {"row": "targ1, example 2", "reason": "is None, which is not a text"}
+        tests, left_out = read_seat(tmp_path / "seat")
+    assert list(tests) == ["one"] and tests["one"]["X"] == ["a", "b"]
+    assert left_out[0].rows[0] == {"row": "targ1, example 2", "reason": "is None, which is not a text"}
+
+
+def test_a_file_of_a_folder_of_tests_that_cannot_be_used_is_refused_by_name(tmp_path: Path, assets: Path):
+    (tmp_path / "weat6.jsonl").write_bytes((assets / "data/seat/weat6.jsonl").read_bytes())
+    (tmp_path / "weat7.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"weat7\.jsonl is not JSON"):
+        read_seat(tmp_path)
+    assert list(read_seat(tmp_path, ["weat6"])[0]) == ["weat6"]
+    with pytest.raises(ValueError, match="no test is asked for"):
+        read_seat(tmp_path, [])
 
 
 def test_many_bad_rows_are_counted_and_the_first_named(tmp_path: Path):
