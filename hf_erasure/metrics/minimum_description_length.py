@@ -25,7 +25,7 @@ from hf_erasure.metrics.linear_leakage import linear_model, preprocessing
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-9, 2000
 # Penalties of the probes that are tried: from a small one to one that leaves almost only the uniform code.
 PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
-# The ends of the paper's portions, in percent of the rows.
+# The ends of the paper's portions, in percent of the rows; ends on the same row count once.
 PORTIONS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25.0, 50.0, 100.0)
 
 
@@ -33,9 +33,7 @@ def score(
     x: Any,
     labels: Any,
     *,
-    portions: Many[float] = PORTIONS,
     l2: float | Many[float] = PENALTIES,
-    shuffle: bool = True,
     seed: int = 0,
     **drawing: Any,
 ) -> dict[str, Any]:
@@ -44,11 +42,9 @@ def score(
     Args:
         x: `(rows, width)` Representations.
         labels: `(rows,)` The concept.
-        portions: Increasing ends of the portions in percent, the last 100; ends on the same row count once.
         l2: Penalty of the probe and its bias, so that a label not seen yet keeps a probability. With several penalties,
             the one that was best on the portion before is used, and for the first probe the greatest.
-        shuffle: Send the rows in a random order; otherwise in their own order.
-        seed: The seed of the order and the resamples.
+        seed: The seed of the order in which the rows are sent, and of the resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over code lengths of rows; probes are not fitted again.
 
     Returns:
@@ -57,18 +53,13 @@ def score(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If there is only one class, `l2` is not positive, `portions` do not increase to 100, or the input is
-            malformed.
+        ValueError: If there is only one class, `l2` is not positive, or the input is malformed.
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", base.labels("references", labels, len(x)))
-    shares = list(portions)
-    if not shares or shares[0] <= 0 or shares[-1] != 100 or any(a >= b for a, b in pairwise(shares)):
-        raise ValueError(f"portions={shares}: write percentages that increase to 100.")
-    ends = sorted({int(np.ceil(share / 100 * len(x))) for share in shares})
-    order = np.random.default_rng(seed).permutation(len(x)) if shuffle else np.arange(len(x))
-    penalties = sorted(np.atleast_1d(np.asarray(l2, dtype=float)).tolist())
-    bits = _code_lengths(x[order], y[order], len(names), ends, penalties)
+    ends = sorted({int(np.ceil(share / 100 * len(x))) for share in PORTIONS})
+    order = np.random.default_rng(seed).permutation(len(x))
+    bits = _code_lengths(x[order], y[order], len(names), ends, sorted(np.atleast_1d(l2).tolist()))
     uniform = float(np.log2(len(names)))
 
     def figures(index: base.Ints) -> dict[str, float]:
