@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, linear_leakage, minimum_description_length, resampling, tpr_gap
-from hf_erasure.metrics.fresh_probes import READERS
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.pooling import IN_WORDS
 from hf_erasure.models.scorer import FINAL
@@ -109,7 +108,7 @@ def _probes(key: str, title: str, compute: Callable[..., dict[str, Any]], says: 
     }
     return [
         _metric_measure("linear_leakage", f"{key}_{kind}", f"{title}, {name} probe − majority",
-                        partial(compute, **READERS[kind]), sentence, **changed)
+                        partial(compute, probe=kind), sentence, **changed)
         for kind, (name, sentence) in kinds.items() if kind != "rbf" or key == "gender"
     ]  # fmt: skip
 

@@ -14,9 +14,6 @@ from typing import Any
 
 from hf_erasure.metrics import base, linear_leakage
 
-# The fresh probes: logistic regression, a support vector machine with a radial basis function, a perceptron.
-READERS: dict[str, dict[str, bool]] = {"linear": {}, "rbf": {"kernel": True}, "mlp": {"nonlinear": True}}
-
 
 def score(
     x: Any,
@@ -34,7 +31,7 @@ def score(
         x: `(rows, width)` Representations.
         labels: `(rows,)` The concept.
         groups: `(rows,)` The group of each row; by default each row is its own group, and no group can be recognised.
-        readers: Some of `READERS`.
+        readers: Some of `"linear"`, `"rbf"` and `"mlp"`.
         folds: How many probes are fitted; with 2, each on one half of the groups, or rows.
         seed: The seed of folds, control labels and resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
@@ -46,15 +43,13 @@ def score(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If a reader is unknown, or for the reasons of `linear_leakage.score`.
+        ValueError: For the reasons of `linear_leakage.score`, whose probes the readers are.
     """
-    if unknown := [reader for reader in readers if reader not in READERS]:
-        raise ValueError(f"readers={list(readers)}: {unknown[0]!r} is not one of {list(READERS)}.")
     x, labels = base.numbers("predictions", x), base.labels("references", labels, len(x))
     row_groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
 
     def accuracy(reader: str, y: list[Any], split_by: list[Any] | None) -> dict[str, Any]:
-        answers = linear_leakage.held_out_answers(x, y, split_by, folds=folds, seed=seed, **READERS[reader])
+        answers = linear_leakage.held_out_answers(x, y, split_by, folds=folds, seed=seed, probe=reader)
         found = linear_leakage.accuracy(answers, y, row_groups, seed=seed, **drawing)
         return {"accuracy": found["accuracy"], "interval": found["intervals"]["accuracy"]}
 

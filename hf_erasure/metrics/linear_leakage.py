@@ -22,6 +22,8 @@ linear_model, model_selection, neural_network, pipeline, preprocessing, svm = (
     for name in ("linear_model", "model_selection", "neural_network", "pipeline", "preprocessing", "svm")
 )
 
+# The probes that `score` explains.
+READERS = ("linear", "rbf", "mlp")
 # Logistic regression stops when no entry of the gradient of the mean loss is larger, or after this many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-6, 1000
 # The perceptron: its hidden units, full-batch steps of Adam, and learning rate.
@@ -35,8 +37,7 @@ def score(
     *,
     folds: int = 5,
     l2: float = 1.0,
-    nonlinear: bool = False,
-    kernel: bool = False,
+    probe: str = "linear",
     seed: int = 0,
     **drawing: Any,
 ) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def score(
         groups: `(rows,)` The group of each row; by default each row is its own group.
         folds: How many probes are fitted.
         l2: Penalty of the probe, `1 / C` of scikit-learn.
-        nonlinear: Use a perceptron with one hidden layer instead of logistic regression.
-        kernel: Use a support vector machine with a radial basis function instead.
+        probe: `"linear"`, `"rbf"` (a support vector machine with a radial basis function) or `"mlp"` (a perceptron with
+            one hidden layer).
         seed: The seed of folds and resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
 
@@ -61,12 +62,12 @@ def score(
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: If there is only one class, there are fewer groups than folds, a class has all its rows in one fold,
-            a fold is empty, `l2` is not positive, or the input is malformed.
+            a fold is empty, `l2` is not positive, `probe` is unknown, or the input is malformed.
     """
     x = base.numbers("predictions", x)
     labels = base.labels("references", labels, len(x))
     groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
-    answers = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear, kernel=kernel)
+    answers = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, probe=probe)
     found = accuracy(answers, labels, groups, seed=seed, **drawing)
     return {**found, "folds": int(folds), "groups": len(set(groups))}
 
@@ -79,19 +80,19 @@ def held_out_answers(
     folds: int = 5,
     seed: int = 0,
     l2: float = 1.0,
-    nonlinear: bool = False,
-    kernel: bool = False,
+    probe: str = "linear",
 ) -> list[Any]:
     """The label that a probe predicts for each row; it is fitted, and features are standardised, on the other folds.
 
     Arguments and errors are those of `score`; `labels` and `groups` are lists, and folds have similar shares of labels.
-    With `kernel` the probe is a support vector machine with a radial basis function.
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", labels)
     row_groups, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
     if not 2 <= base.whole("folds", folds, 2) <= len(all_groups):
         raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number from 2 to that count.")
+    if probe not in READERS:
+        raise ValueError(f"probe={probe!r}: write one of {', '.join(map(repr, READERS))}.")
     if not l2 > 0:
         raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
     answers = np.empty(len(y), dtype=np.int64)
@@ -109,14 +110,14 @@ def held_out_answers(
                 )
             if not len(held):
                 raise ValueError("A fold is empty: write fewer folds.")
-            if kernel:
-                probe: Any = svm.SVC(C=1 / l2)
-            elif nonlinear:
-                probe = neural_network.MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, alpha=l2)
-                probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, random_state=seed)
+            if probe == "rbf":
+                reader: Any = svm.SVC(C=1 / l2)
+            elif probe == "mlp":
+                reader = neural_network.MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, alpha=l2)
+                reader.set_params(batch_size=len(fitted), learning_rate_init=_RATE, random_state=seed)
             else:
-                probe = linear_model.LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
-            standardised = pipeline.make_pipeline(preprocessing.StandardScaler(), probe)
+                reader = linear_model.LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            standardised = pipeline.make_pipeline(preprocessing.StandardScaler(), reader)
             answers[held] = standardised.fit(x[fitted], y[fitted]).predict(x[held])
     return [names[answer] for answer in answers]
 

@@ -351,13 +351,13 @@ def test_probes_read_what_they_can() -> None:
     straight = ["a" if value > 0 else "b" for value in x[:, 0].tolist()]
     crossed = ["a" if value > 0 else "b" for value in (x[:, 0] * x[:, 1]).tolist()]
     statistics: dict[str, Any] = {"resamples": 10}
-    for labels, nonlinear, low, high in (
-        (straight, False, 0.9, 1.0),
-        (crossed, False, 0.3, 0.65),  # a linear probe cannot read a product of signs
-        (crossed, True, 0.85, 1.0),
+    for labels, probe, low, high in (
+        (straight, "linear", 0.9, 1.0),
+        (crossed, "linear", 0.3, 0.65),  # a linear probe cannot read a product of signs
+        (crossed, "mlp", 0.85, 1.0),
     ):
         found = linear_leakage.accuracy(
-            linear_leakage.held_out_answers(x, labels, nonlinear=nonlinear, seed=0), labels, **statistics
+            linear_leakage.held_out_answers(x, labels, probe=probe, seed=0), labels, **statistics
         )
         assert low <= found["accuracy"] <= high
 

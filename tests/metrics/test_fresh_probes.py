@@ -42,7 +42,7 @@ def test_readers_that_are_not_linear() -> None:
     labels = (x[:, 0] * x[:, 1] > 0).tolist()
     found = fresh_probes.score(x, labels, readers=("linear", "rbf", "mlp"), folds=5, resamples=2)["by_group"]
     assert found["linear"]["accuracy"] < 0.6 < 0.7 < min(found["rbf"]["accuracy"], found["mlp"]["accuracy"])
-    with pytest.raises(ValueError, match="'tree' is not one of"):
+    with pytest.raises(ValueError, match="probe='tree': write one of"):
         fresh_probes.score(x, labels, readers=("tree",))
 
 

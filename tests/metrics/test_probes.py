@@ -71,6 +71,7 @@ def test_erasure_takes_the_leakage_away():
         (np.eye(4), ["a", "a", "a", "b"], {"folds": 2}, "All rows of the class 'b' are in one fold"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 1}, "folds=1"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 2, "l2": 0.0}, "l2=0.0"),
+        (np.eye(4), ["a", "a", "b", "b"], {"folds": 2, "probe": "tree"}, "probe='tree': write one of 'linear'"),
         (np.zeros(4), ["a", "a", "b", "b"], {}, r"shape \(4,\): give \(rows, width\)"),
         ([[1.0], [1.0, 2.0]], ["a", "b"], {}, "rows of one length"),
     ],
