@@ -283,7 +283,8 @@ class Sums:
 
     def to(self, device: torch.device) -> Sums:
         """The same sums on another device."""
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)})
+        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
 
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
