@@ -44,7 +44,7 @@ from transformers.utils import cached_file
 
 from hf_erasure.models.model import as_attribute, base_of
 
-from .common.acting import warn_user
+from .common.acting import active_adapters, warn_user
 from .common.config import ChildConfig, find_fault, read_config
 from .common.files import CARD, COMMIT, CONFIG, PICKLE, PREFIX, STAGING, WEIGHTS
 from .common.layer import AdapterChild, child_configs, is_child
@@ -195,11 +195,13 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
             raise ValueError(
                 f"None of the adapters {[*model.peft_config]} is active: call model.set_adapter(name) first."
             )
-        unsaved = [name for name, config in configs.items() if config.sticky and name not in names]
+        others = [name for name in model.peft_config if name not in names] if configs else []
+        on = active_adapters(model) if others else []
+        unsaved = [name for name in others if name in on or getattr(configs.get(name), "sticky", False)]
         if unsaved:
             warn_user(
-                f"The sticky adapters {unsaved} act beside {names} and are not saved in {str(folder)!r}: save each "
-                "into a folder of its own, after model.set_adapter(name)."
+                f"The adapters {unsaved} act beside {names} and are not saved in {str(folder)!r}: save each into a "
+                "folder of its own, after model.set_adapter(name)."
             )
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_erasure.adapters import ConceptErasureConfig, site_layers
-from hf_erasure.adapters.common.acting import adapters_now, warn_user
+from hf_erasure.adapters.common.acting import active_adapters, adapters_now, warn_user
 from hf_erasure.adapters.common.config import TRAINING, ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children, child_configs, configs_of, is_child
@@ -164,7 +164,7 @@ def _active_adapters(model: Any) -> list[str]:
     """The active adapters of a model with an adapter of ours that transformers saves; it cannot save several."""
     if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
         return []
-    return list(model.active_adapters())
+    return active_adapters(model)
 
 
 # ---- the wrapped methods ---------------------------------------------------------------------------------------------

@@ -326,3 +326,18 @@ def test_a_sticky_adapter_that_is_not_saved_is_named(lifecycle: Lifecycle, tmp_p
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are not saved")
         model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("where", ["attention", "embeddings"])
+def test_an_adapter_that_acts_and_is_not_saved_is_named(where: str, lifecycle: Lifecycle, tmp_path: Path):
+    """transformers saves the adapter that is active in the first layer; loading leaves both on."""
+    model, cell = lifecycle.base("bert"), Cell("bert", where, "output")
+    lora = lifecycle.base("bert")
+    lora.add_adapter(peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    model.load_adapter(lifecycle.folder(cell), "erasure")
+    model.load_adapter(tmp_path / "lora", "lora")
+    (saved,) = model.active_adapters()
+    left = "lora" if saved == "erasure" else "erasure"
+    with pytest.warns(UserWarning, match=rf"\['{left}'\] act beside \['{saved}'\] and are not saved in '.*model'"):
+        model.save_pretrained(tmp_path / "model")

@@ -13,11 +13,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import steer
 from tests.callbacks.test_gradiend_callback import collate, skewed
 from tests.ecosystem.test_trainer import sft_data, sft_tokenizer
-from tests.ecosystem.trainer_runs import LORA, NAME, assert_same_state, fitted, logits, options_for, state_of
-from tests.fitting.gradiend.language_models import model_of
+from tests.ecosystem.trainer_runs import (
+    LORA,
+    NAME,
+    assert_same_state,
+    fitted,
+    labelled_batches,
+    logits,
+    options_for,
+    state_of,
+)
+from tests.fitting.gradiend.language_models import CLASSES, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|.*second time)")
 KINDS = {"erasure": "the erasure", "monitor": "the GRADIEND adapter"}
@@ -92,6 +102,26 @@ def test_a_trainer_that_saves_without_it_says_so_when_it_starts(kind: str, train
     model.set_adapter([NAME, "lora"])
     assert said_at_start(trainer_of(trainer, model, tmp_path / "both")) == []
     assert (tmp_path / "both" / "checkpoint-2" / NAME / "adapter_model.safetensors").is_file()
+
+
+def test_a_lora_that_is_trained_beside_a_loaded_adapter_is_saved(tmp_path: Path):
+    """transformers saves the adapter that is active in the first layer, here the erasure's."""
+    model = model_of("llama").eval()
+    model.add_adapter(ConceptErasureConfig(labels=CLASSES, target_modules=["embed_tokens"]), adapter_name=NAME)
+    fit_concept_erasure(model, labelled_batches(), NAME, progress=False)
+    model.save_pretrained(tmp_path / "erasure")
+    other = model_of("llama")
+    other.add_adapter(peft.LoraConfig(r=4, target_modules=LORA))
+    other.save_pretrained(tmp_path / "lora")
+    model = model_of("llama").eval()
+    model.load_adapter(tmp_path / "erasure", adapter_name=NAME)
+    model.load_adapter(tmp_path / "lora", adapter_name="lora", is_trainable=True)
+    assert model.active_adapters() == [NAME]
+    assert said_at_start(trainer_of("Trainer", model, tmp_path)) == []
+    loaded = model_of("llama").eval()
+    loaded.load_adapter(tmp_path / "checkpoint-2" / NAME, adapter_name=NAME)
+    loaded.load_adapter(tmp_path / "checkpoint-2", adapter_name="lora")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path):

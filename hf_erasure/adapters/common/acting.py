@@ -78,6 +78,13 @@ def adapters_now(model: nn.Module) -> PresentAdapters:
     return found
 
 
+def active_adapters(model: Any) -> list[str]:
+    """The active adapters of a transformers model; its own method asks one layer, which knows those of its method."""
+    listed = list(model.active_adapters())
+    on = (name for name in adapters_now(model).switched_on if name in model.peft_config and name not in listed)
+    return listed + [name for name in on if not getattr(model.peft_config[name], "sticky", False)]
+
+
 def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
     """PEFT's name for the method of an adapter, such as "LORA"."""
     if config is not None:
