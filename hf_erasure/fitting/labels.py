@@ -149,6 +149,7 @@ class Source(SiteStatistics):
         self.title = "batches" if key == "labelled" else key
         self.examples = self.tokens = 0  # Sequences that were read, and their positions without padding.
         self.pairs, self.is_paired = 0, False  # How many counterfactuals were read, and whether there should be some.
+        self.is_labelled = False  # Whether some row has a label.
         self.covered: set[str] = set()  # The sites whose rows are labelled by some batch.
         self.uncovered: set[str] = set()  # The sites whose rows are not labelled by some batch with labels of tokens.
 
@@ -180,6 +181,7 @@ class Source(SiteStatistics):
             if labels.pairs is not None:
                 others, self.is_paired = len(labels.pairs), True
                 mask = mask[labels.pairs.is_text.to(mask.device)] if isinstance(mask, Tensor) else None
+            self.is_labelled = self.is_labelled or labels.is_labelled
             self.pairs += others
             self.examples += labels.rows - others
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows - others
@@ -187,11 +189,11 @@ class Source(SiteStatistics):
 
     def pool_counts(self, processes: Processes) -> None:
         """Add up the counts of what was read over all processes, in every process."""
-        counts, sites = (self.examples, self.tokens, self.pairs, self.is_paired), (self.covered, self.uncovered)
-        read = processes.gathered([(*counts, *sites)])
+        counts, facts = (self.examples, self.tokens, self.pairs), (self.is_paired, self.is_labelled)
+        read = processes.gathered([(*counts, *facts, self.covered, self.uncovered)])
         self.examples, self.tokens, self.pairs = (sum(one[place] for one in read) for place in range(3))
-        self.is_paired = any(one[3] for one in read)
-        self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (4, 5))
+        self.is_paired, self.is_labelled = (any(one[place] for one in read) for place in (3, 4))
+        self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (5, 6))
 
     def check_reached(
         self, sites: Collection[str], reached: Container[str] | None = None, *, may_lack: bool = False
@@ -211,23 +213,26 @@ class Source(SiteStatistics):
                 "table, or the batches were made without them. Give concept_dataloader(…, counterfactual_column=…), or "
                 "another table, counterfactual_words=…, or pair_rank=0."
             )
-        absent = [site for site in sites if site not in (self.moments if reached is None else reached)]
-        if absent and len(absent) == len(sites) and self.uncovered.issuperset(sites):
+        if self.concept and not self.is_labelled:
             raise ValueError(
-                f"concept_labels label tokens, and at none of the sites, such as {absent[0]!r}, are the rows those of "
-                "the tokens: give labels of whole sequences, or name modules on the side whose tokens are labelled."
+                f"concept_labels are {IGNORED}, which stands for no label, at every row of {self.title}: look at where "
+                "they are made, and give the rows their class ids."
             )
-        if mixed := [site for site in sites if site in self.covered & self.uncovered]:
+        absent = [site for site in sites if site not in (self.moments if reached is None else reached)]
+        elsewhere = [site for site in sites if site in self.uncovered]
+        mixed = [site for site in elsewhere if site in self.covered]
+        if mixed or (elsewhere and len(elsewhere) == len(sites)):
             raise ValueError(
-                f"Some of the {self.title} label the tokens at {mixed[0]!r}, and others label those of another side: "
-                "label the tokens of one side in all of them."
+                f"In {'some' if mixed else 'all'} of the {self.title} concept_labels label tokens that are not the "
+                f"rows at {(mixed or elsewhere)[0]!r}: label the tokens of its side in all of them, give labels of "
+                "whole sequences, or name modules on the side whose tokens are labelled."
             )
         if absent and (not may_lack or (self.concept and len(absent) == len(sites))):
             raise ValueError(
                 f"{absent[0]!r} and {len(absent) - 1} other sites were never reached by a row that counts while the "
-                f"model ran over {self.title}: concept_labels are -100, or the forward pass does not call these "
-                "modules. Give batches that use them (decoder inputs for a decoder), or leave out what it does not "
-                f"call, such as a module whose weight another module reads itself: exclude_modules={absent}."
+                f"model ran over {self.title}. Give batches that use them (decoder inputs for a decoder) and label "
+                "their rows, or leave out what the forward pass does not call, such as a module whose weight another "
+                f"module reads itself: exclude_modules={absent}."
             )
         return [site for site in sites if site not in absent]
 
@@ -251,11 +256,12 @@ class BatchLabels:
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
         self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
-        self._by_token = self._by_class = False
+        self._by_token = self._by_class = self.is_labelled = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
+            self.is_labelled = not self._by_class or bool((self._labels != IGNORED).any())
             self._check_labels(self._labels, source.concept.z_dim)
             if "concept_pairs" in batch:
                 if not self._by_class or self._by_token:

@@ -320,7 +320,7 @@ def _refused() -> dict[str, tuple[Any, dict[str, Any], str]]:
         "all ignored": (
             [{**batches[0], "concept_labels": torch.full((16,), -100)}],
             {},
-            "never reached by a row that counts.*concept_labels are -100",
+            "concept_labels are -100, which stands for no label, at every row of batches: (?!.*exclude_modules)",
         ),
         "one class": ([broken], {}, "class"),
         "class id out of range": ([{**batches[0], "concept_labels": torch.full((16,), 5)}], {}, "class id 5"),
@@ -343,6 +343,28 @@ def test_bad_data_is_refused_and_the_adapter_stays_as_it_was(case: str) -> None:
     assert same(outputs_of(model, small_batch("bert", seed=3)), outputs)
     for site, parts in erasers(model).items():
         assert all(torch.equal(one, other) for one, other in zip(parts, before[site], strict=True))
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["in sequence", "in one pass"])
+@pytest.mark.parametrize("config", [{}, {"target_modules": [FIRST]}], ids=["default sites", "a named site"])
+def test_labels_that_stand_for_none_name_the_labels_and_not_the_sites(config: dict, sequential: bool) -> None:
+    ignored = [{**one, "concept_labels": torch.full((16,), -100)} for one in small_batches("bert")]
+    with pytest.raises(ValueError, match="at every row of batches: look at where they are made") as refusal:
+        fit_concept_erasure(with_adapter(**config), ignored, "no_gender", sequential=sequential, progress=False)
+    assert "exclude_modules" not in str(refusal.value)
+    labelled = [*ignored, *small_batches("bert")]  # one batch with labels is enough
+    assert fit_concept_erasure(with_adapter(**config), labelled, "no_gender", sequential=sequential, progress=False)
+
+
+def test_labels_of_tokens_on_another_side_name_the_side() -> None:
+    images = [{**one, "concept_labels": torch.ones(16, 3, dtype=torch.long)} for one in small_batches("vit")]
+    with pytest.raises(ValueError, match="In all of the batches concept_labels label tokens that are not the rows at"):
+        fit(with_adapter("vit"), images)
+    texts = [{**one, "decoder_input_ids": one["decoder_input_ids"][:, :3]} for one in small_batches("t5")]
+    sides = zip(texts, ("input_ids", "decoder_input_ids", "input_ids"), strict=True)
+    mixed = [{**one, "concept_labels": (one[side] > 40).long()} for one, side in sides]
+    with pytest.raises(ValueError, match="In some of the batches concept_labels label tokens"):
+        fit(with_adapter("t5"), [{k: v for k, v in one.items() if k != "decoder_attention_mask"} for one in mixed])
 
 
 def test_a_nan_in_the_activations_names_the_site() -> None:
