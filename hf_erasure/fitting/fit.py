@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -103,63 +103,60 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_inactive(model, adapter_name)
+    # The fit writes into a copy, so that a failed one leaves the configuration as it was.
+    attached, task.config = task.config, _with_extras(task.config, collator, pair_rank, environment_rank)
     checkpoint, rows = None, set[int]()
-    with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
-        if checkpoint_dir is not None:
-            with task.processes.fail_together("opening checkpoint_dir"):
-                active = other_acting_adapters(model, task.name)
-                checkpoint = FitCheckpoint(
-                    checkpoint_dir,
-                    task.config,
-                    task.layers,
-                    pool=task.pool,
-                    sequential=sequential,
-                    processes=task.processes.count,
-                    active=active,
-                    samples=fingerprint(task.owner, list(task.layers)) | {x["name"]: x["sample"] for x in active},
-                )
-        read = labelled if eval_batches is None else noting_rows(labelled, rows)
-        source = Source(task.config, read, original=batches)
-        fits = solve_sites(task, [source], background, sequential, resident_batches, checkpoint)
-        left_out = [site for site in task.layers if site not in fits]
-        report = finish_fit(task, [source], fits, eval_batches, rows)
-        if left_out and checkpoint is not None and task.processes.is_main:
-            checkpoint.leave_out(left_out)
+    if checkpoint_dir is not None:
+        with task.processes.fail_together("opening checkpoint_dir"):
+            active = other_acting_adapters(model, task.name)
+            checkpoint = FitCheckpoint(
+                checkpoint_dir,
+                task.config,
+                task.layers,
+                pool=task.pool,
+                sequential=sequential,
+                processes=task.processes.count,
+                active=active,
+                samples=fingerprint(task.owner, list(task.layers)) | {x["name"]: x["sample"] for x in active},
+            )
+    read = labelled if eval_batches is None else noting_rows(labelled, rows)
+    source = Source(task.config, read, original=batches)
+    fits = solve_sites(task, [source], background, sequential, resident_batches, checkpoint)
+    left_out = [site for site in task.layers if site not in fits]
+    report = finish_fit(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
+    vars(attached).update(vars(task.config))
+    if left_out and checkpoint is not None and task.processes.is_main:
+        checkpoint.leave_out(left_out)
     return report
 
 
-@contextmanager
-def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, int | None]) -> Iterator[None]:
-    """Write into a configuration what is erased and kept in addition to the concept; a failed fit restores it."""
-    before = {name: getattr(config, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
-    try:
-        for name, rank in ranks.items():
-            if rank is not None:
-                setattr(config, name, rank)
-        for name in ("environments", "kept"):
-            ids = collator.id_columns.get(f"concept_{name}") if isinstance(collator, ConceptCollator) else None
-            if ids is None or (name == "environments" and config.environment_rank is None):
-                continue
-            names = list(ids.names)
-            if getattr(config, name) not in (None, names):
-                raise ValueError(
-                    f"The batches have {name} {names}, and the configuration {getattr(config, name)}: give both the "
-                    f"same, as a ClassLabel column of the data set does, or leave {name} out of the configuration."
-                )
-            setattr(config, name, names)
-        if config.environment_rank is not None and config.environments is None:
+def _with_extras(
+    config: ConceptErasureConfig, collator: Any, pair_rank: int | None, environment_rank: int | None
+) -> ConceptErasureConfig:
+    """A copy of a configuration that says what is erased and kept in addition to the concept."""
+    config = copy(config)
+    config.pair_rank = config.pair_rank if pair_rank is None else pair_rank
+    config.environment_rank = config.environment_rank if environment_rank is None else environment_rank
+    for name in ("environments", "kept"):
+        ids = collator.id_columns.get(f"concept_{name}") if isinstance(collator, ConceptCollator) else None
+        if ids is None or (name == "environments" and config.environment_rank is None):
+            continue
+        names = list(ids.names)
+        if getattr(config, name) not in (None, names):
             raise ValueError(
-                f"environment_rank={config.environment_rank}, and the batches name no environments: give "
-                "concept_dataloader(…, environment_column=…), or ConceptErasureConfig(environments=[…]) for batches "
-                "of your own with concept_environments."
+                f"The batches have {name} {names}, and the configuration {getattr(config, name)}: give both the same, "
+                f"as a ClassLabel column of the data set does, or leave {name} out of the configuration."
             )
-        config.check_extras()
-        yield
-    except BaseException:
-        for name, value in before.items():
-            setattr(config, name, value)
-        raise
+        setattr(config, name, names)
+    if config.environment_rank is not None and config.environments is None:
+        raise ValueError(
+            f"environment_rank={config.environment_rank}, and the batches name no environments: give "
+            "concept_dataloader(…, environment_column=…), or ConceptErasureConfig(environments=[…]) for batches of "
+            "your own with concept_environments."
+        )
+    config.check_extras()
+    return config
 
 
 def solve_sites(
