@@ -104,8 +104,8 @@ class Layouts:
         """The modules that return a last hidden state, by a name that tells the side of the state."""
         return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
 
-    def site_axes(self, site: str) -> tuple[int, int]:
-        """The axes of the features and of the examples of a site, which are the same for batches of any form."""
+    def site_axes(self, site: str) -> dict[str, int]:
+        """The `axis` of the features and that of the `examples` of a site, the same for batches of any form."""
         every = (item for known in self._known.values() for item in known.items())
         seen = [axes for key, axes in every if isinstance(axes, Axes) and site_of(key) == site]
         found = {(axes.width, axes.example + (0 <= axes.width <= axes.example)) for axes in seen}
@@ -114,7 +114,7 @@ class Layouts:
                 f"The features and examples of {site!r} lie along axes {sorted(found)}, by the batch or the visit: "
                 "name another site."
             )
-        return found.pop() if found else (-1, 0)
+        return dict(zip(("axis", "examples"), found.pop() if found else (-1, 0), strict=True))
 
     def _find_axes(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
         """Find the axes that `of` returns, from runs over a few rows, over these rows twice, and with other lengths."""

@@ -82,7 +82,7 @@ class Scrubber:
                 finished = checkpoint.load_sites(self._digest) if processes.is_main else {}
                 self._one_by_one = self._one_by_one or checkpoint.one_site_a_pass
             kept, self._one_by_one = processes.broadcast((finished, self._one_by_one))
-            self.fits = {site: fit.with_axes(task.layouts) for site, fit in kept.items()}
+            self.fits = {site: replace(fit, **task.layouts.site_axes(site)) for site, fit in kept.items()}
             self._restored = set(self.fits)
         shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
         with evaluating(task.runner.model), shown:

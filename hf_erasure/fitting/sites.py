@@ -200,11 +200,6 @@ class SiteFit:
         readings = None if self.readings is None else self.readings.cpu()
         return dataclasses.replace(self, eraser=self.eraser.to("cpu"), shares=self.shares.cpu(), readings=readings)
 
-    def with_axes(self, layouts: Layouts) -> SiteFit:
-        """Return the fit with the axes that the features and the examples have at its site."""
-        axis, examples = layouts.site_axes(self.line.site)
-        return dataclasses.replace(self, axis=axis, examples=examples)
-
     def erase(self, hidden: Tensor) -> Tensor:
         """Erase an activation as an adapter with this eraser does, equal to the bit."""
         return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
@@ -222,7 +217,7 @@ def solve(task: FitTask, sites: Sequence[str], sources: Sequence[SiteStatistics]
     # Processes exchange tensors in main memory.
     own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
-    return {site: solved[site].with_axes(task.layouts) for site in sites}
+    return {site: dataclasses.replace(solved[site], **task.layouts.site_axes(site)) for site in sites}
 
 
 @on_cpu()
