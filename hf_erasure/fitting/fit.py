@@ -125,7 +125,7 @@ def fit_concept_erasure(
     left_out = [site for site in task.layers if site not in fits]
     report = finish_fit(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
-    vars(attached).update(vars(task.config))
+    attached.__dict__.update(task.config.__dict__)
     if left_out and checkpoint is not None and task.processes.is_main:
         checkpoint.leave_out(left_out)
     return report

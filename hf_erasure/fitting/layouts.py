@@ -104,7 +104,7 @@ class Layouts:
         """The modules that return a last hidden state, by a name that tells the side of the state."""
         return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
 
-    def site_axes(self, site: str) -> dict[str, int]:
+    def site_axes(self, site: str) -> dict[str, Any]:
         """The `axis` of the features and that of the `examples` of a site, the same for batches of any form."""
         every = (item for known in self._known.values() for item in known.items())
         seen = [axes for key, axes in every if isinstance(axes, Axes) and site_of(key) == site]
