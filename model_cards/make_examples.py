@@ -45,7 +45,8 @@ def make(kind: str) -> None:
     config = config_in(made)
     if config is None:
         raise SystemExit(f"{made} holds no adapter: run `make demo` first.")
-    facts = replace(facts_of(config, made, base_model=base), repo_id=f"your-name/{kind.replace('_', '-')}")
+    config.base_model_name_or_path = base
+    facts = replace(facts_of(config, made), repo_id=f"your-name/{kind.replace('_', '-')}")
     folder = EXAMPLES / kind
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -28,9 +28,6 @@ def model_path(model: str | None) -> str | None:
 Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.", callback=model_path)]
 Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
-BaseModel = Annotated[
-    str | None, typer.Option(help="The base model's name on the Hub, if the adapter was fitted on a local copy.")
-]
 Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload the result to this repository on the Hub.")]
 Private = Annotated[bool, typer.Option("--private", help="If the repository is created, make it private.")]
 
@@ -103,7 +100,6 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     token: Annotated[str | None, typer.Option(help="A token for the Hub; by default from `hf auth login`.")] = None,
     message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
-    base_model: BaseModel = None,
 ) -> None:
     """Upload an adapter with its card to the Hub, in one commit.
 
@@ -114,7 +110,7 @@ def push(
     """
     commit = hub.push_adapter(
         folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
-        token=token, message=message, base_model=base_model,
+        token=token, message=message,
     )  # fmt: skip
     _print_commit(commit)
 
@@ -125,7 +121,9 @@ def card(
     results: Annotated[
         Path | None, typer.Option(help="What `hf-erasure evaluate` measured: results.json, or its folder.", exists=True)
     ] = None,
-    base_model: BaseModel = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model's name on the Hub, if the adapter was fitted on a local copy.")
+    ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that was fitted on.")] = None,
     labels_from: Annotated[str | None, typer.Option(help="Who or what labelled the data, in words.")] = None,
     license: Annotated[str | None, typer.Option(help="The licence in the Hub's spelling, e.g. apache-2.0")] = None,

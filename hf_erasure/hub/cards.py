@@ -75,7 +75,6 @@ def write_card(
     *,
     repo_id: str | None = None,
     subfolder: str | None = None,
-    base_model: str | None = None,
     present: str | None = None,
     beside: str | Path | None = None,
     overwrite: bool = False,
@@ -91,7 +90,6 @@ def write_card(
         config: The adapter's configuration, if it is not in the folder yet.
         repo_id: The adapter's repository on the Hub.
         subfolder: The adapter's folder in the repository, if it has one.
-        base_model: The base's name on the Hub, in place of the one in the configuration.
         present: The text to update, in place of the text of the folder's README.md.
         beside: A folder that has more adapters, in folders of their names.
         overwrite: Replace text that somebody has written or changed.
@@ -105,7 +103,7 @@ def write_card(
         ValueError: If the folder holds no adapter of ours.
     """
     folder = Path(folder)
-    facts = gather_facts(folder, config, base_model=base_model)
+    facts = gather_facts(folder, config)
     if facts.subfolder and beside is not None:
         more = {name: plain(other.described) for name, other in own_adapters(Path(beside)) if name != facts.subfolder}
         facts.others = more | facts.others
@@ -114,14 +112,14 @@ def write_card(
     return write_readme(folder / CARD, rendered(facts), present, overwrite=overwrite)
 
 
-def gather_facts(folder: Path, config: ChildConfig | None = None, *, base_model: str | None = None) -> CardFacts:
+def gather_facts(folder: Path, config: ChildConfig | None = None) -> CardFacts:
     """Gather the facts of the adapter in a folder; its picture is drawn if there is none."""
     found = {"": config} if config is not None else dict(own_adapters(folder))
     if not found:
         raise ValueError(f"{folder} holds no adapter of hf_erasure: it has no {CONFIG} of such an adapter.")
     name, chosen = next(iter(found.items()))
     own = folder / name
-    facts = facts_of(chosen, own, base_model=base_model)
+    facts = facts_of(chosen, own)
     if not facts.pictures:
         drawn = draw(facts, own)
         facts.pictures = {file: text for file, text in PICTURES.items() if file == drawn}

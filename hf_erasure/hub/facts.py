@@ -109,7 +109,7 @@ class CardFacts:
     tags: list[str] = field(default_factory=list)  # further tags, such as those of the base model
 
 
-def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
+def facts_of(config: ChildConfig, folder: Path | None = None) -> CardFacts:
     """Gather the facts in the configuration of an adapter, and the names of the pictures in its folder."""
     provenance = Provenance.of(config)
     card, run, is_gradiend = provenance.card, provenance.recipe, isinstance(config, GradiendConfig)
@@ -122,7 +122,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
         classes=list(map(plain, getattr(config, "classes" if is_gradiend else "labels", None) or ())),
         fitted=bool(config.fitted),
-        base_id=hub_id(base_model or config.base_model_name_or_path),
+        base_id=hub_id(config.base_model_name_or_path),
         base_class=plain(provenance.base_class) or None,
         base_revision=plain(config.revision or "") or None,
         examples=provenance.examples,

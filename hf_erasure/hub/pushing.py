@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +31,7 @@ from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
 from hf_erasure.adapters.saving import PUSHED_FROM
 
 from . import cards
-from .facts import PICTURES, hub_id, plain, read_object
+from .facts import PICTURES, plain
 from .rendering import FOLDER_PLACEHOLDER, Card, rendered
 
 _REMEDIES = {
@@ -96,7 +95,6 @@ def push_adapter(
     create_pr: bool = False,
     token: str | bool | None = None,
     message: str | None = None,
-    base_model: str | None = None,
 ) -> CommitInfo:
     """Upload an adapter with its card to the Hub.
 
@@ -112,7 +110,6 @@ def push_adapter(
         create_pr: Open a pull request instead.
         token: The token for the Hub; the one of `hf auth login` when None.
         message: The message of the commit.
-        base_model: The base's name on the Hub, if the adapter was fitted on a local copy; uploaded files have the name.
 
     Returns:
         The commit, with its address.
@@ -125,31 +122,23 @@ def push_adapter(
     if subfolder is not None and (not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder):
         raise ValueError(f"subfolder={subfolder!r} is not a folder within a repository: write a name such as 'gender'.")
     folder, place, adapters = Path(folder), "/".join(parts), _fitted_adapters(Path(folder))
-    if base_model is not None and hub_id(base_model) is None:
-        raise ValueError(f"base_model={base_model!r} is not a name on the Hub: write it as in 'user/name'.")
 
     def within(*parts: str) -> str:
         return str(PurePosixPath(place, *parts))
 
     def files(remote_text: RemoteText, repo: str) -> Iterator[CommitOperationAdd]:
-        facts = cards.gather_facts(folder, base_model=base_model)
+        facts = cards.gather_facts(folder)
         facts.repo_id = repo
         if place:
             facts.subfolder = within(facts.subfolder or "")
             facts.others = {within(name): what for name, what in facts.others.items()}
         written = {"": facts}
         for name in filter(None, adapters):
-            own = cards.gather_facts(folder / name, base_model=base_model)
-            written[name] = replace(own, repo_id=repo, subfolder=within(name))
+            written[name] = replace(cards.gather_facts(folder / name), repo_id=repo, subfolder=within(name))
         # Recipes and training states are not uploaded.
         for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
-            content: Path | bytes = folder / name / file
-            if file == CONFIG and base_model is not None:
-                # `AutoModel.from_pretrained` finds the base by this entry.
-                known = read_object(folder / name / file) | {"base_model_name_or_path": base_model}
-                content = json.dumps(known, indent=2, sort_keys=True).encode("utf-8")
             if (folder / name / file).is_file():
-                yield CommitOperationAdd(within(name, file), content)
+                yield CommitOperationAdd(within(name, file), folder / name / file)
         for name, own in written.items():
             yield _add_readme(rendered(own), cards.text_of(folder / name / CARD), remote_text, within(name, CARD))
         if place and remote_text(CARD) is None:
