@@ -37,7 +37,7 @@ def describe(
     """Add to a fitted adapter what its card cannot know by itself. It is saved with the adapter; a new fit deletes it.
 
     Args:
-        model: The model with the adapter.
+        model: The model with the adapter; or the adapter's configuration.
         adapter_name: The adapter.
         datasets: Names on the Hub of the data sets that it was fitted on.
         labels_from: Who or what labelled the data, in words.
@@ -49,22 +49,7 @@ def describe(
     Raises:
         ValueError: If there is no such adapter of ours, or a name is not the name of a repository.
     """
-    config = adapter_of(model, adapter_name, ChildConfig).config
-    describe_config(
-        config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language
-    )
-
-
-def describe_config(
-    config: ChildConfig,
-    *,
-    datasets: Sequence[str] | str | None = None,
-    labels_from: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    language: Sequence[str] | str | None = None,
-) -> None:
-    """Write the arguments of `describe` into a configuration. Raises `ValueError` if a name is not a repository's."""
+    config = model if isinstance(model, ChildConfig) else adapter_of(model, adapter_name, ChildConfig).config
     datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
     for name in [*datasets, *([base_model] if base_model else [])]:
         if hub_id(name) is None:
@@ -98,17 +83,13 @@ def describe_folder(folder: str | Path, *, results: str | Path | None = None, **
         where = f"; there is one in {within}, give such a folder" if within else f", with its {CONFIG}"
         raise ValueError(f"{folder} itself holds no adapter of hf_erasure{where}.")
     rows = [] if results is None else evaluation_rows(results, config, folder)
-    describe_config(config, **details)
+    describe(config, **details)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
         config.provenance[CARD_FACTS] = config.provenance[CARD_FACTS] | kept
-    # Only these entries are changed: the rest of the file stays as it is.
-    before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    after = before | {"base_model_name_or_path": config.base_model_name_or_path}
-    if config.provenance[CARD_FACTS]:
-        after["provenance"] = {**(before.get("provenance") or {}), CARD_FACTS: config.provenance[CARD_FACTS]}
-    if after != before:
-        write_text(folder / CONFIG, json.dumps(after, indent=2, sort_keys=True))
+    # Only these entries are changed: the rest of the file, such as entries of a newer version, stays as it is.
+    changed = {"base_model_name_or_path": config.base_model_name_or_path, "provenance": config.provenance}
+    write_text(folder / CONFIG, json.dumps(read_object(folder / CONFIG) | changed, indent=2, sort_keys=True))
     return rows
 
 

@@ -460,6 +460,16 @@ def test_the_command_makes_a_card_with_results_that_later_saves_keep(
     assert "WEAT" not in (tmp_path / "fitted-again/README.md").read_text()
 
 
+def test_the_command_keeps_what_another_version_wrote_into_the_configuration(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    before = json.loads(path.read_text()) | {"of_a_newer_version": 1}
+    path.write_text(json.dumps(before))
+    assert invoke("card", folder, "--license", "mit").exit_code == 0
+    after = json.loads(path.read_text())
+    assert after["provenance"].pop("card") == {"license": "mit"}
+    assert after == before
+
+
 def test_results_of_a_gradiend_are_forgotten_when_it_is_steered(gradiends: Gradiends, tmp_path: Path) -> None:
     from hf_erasure.adapters import steer
 
