@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -46,17 +46,6 @@ def flat_blocks(
             "give the gradients of exactly the parameters that the feature was declared with."
         )
     return {name: flat_block(name, gradients[name], shape, device) for name, shape in shapes.items()}
-
-
-def as_shapes(shapes: Mapping[str, Iterable[int]]) -> dict[str, torch.Size]:
-    """Copy names and shapes; raise a `ValueError` if there are no blocks, or one has no entries."""
-    copied = {name: torch.Size(shape) for name, shape in shapes.items()}
-    if not copied:
-        raise ValueError("There are no blocks: give at least one name with its shape.")
-    for name, shape in copied.items():
-        if shape.numel() == 0:
-            raise ValueError(f"Block {name!r} has shape {tuple(shape)} and no entries: leave it out.")
-    return copied
 
 
 def total(shapes: Mapping[str, torch.Size]) -> int:

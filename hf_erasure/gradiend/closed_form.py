@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, dot, flat_block, pieces, require_finite
+from .blocks import check_state, dot, flat_block, pieces, require_finite
 from .features import Feature, FeatureDecoder, FeatureEncoder
 
 SIGNS = (1, -1)
@@ -42,11 +42,8 @@ class ClosedFormEstimator:
         Args:
             shapes: Name to shape of every block.
             device: The device of the means; None is the CPU.
-
-        Raises:
-            ValueError: If there are no blocks, or one has no entries.
         """
-        self.shapes = as_shapes(shapes)
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.device = torch.device(device or "cpu")
         self._means = {
             part: {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, dot, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
+from .blocks import check_state, dot, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
 from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder, check_activation
 
 KINDS = ("values", "first", "second")
@@ -87,9 +87,9 @@ class FeatureNeuron:
             device: The device of the weights and moments; None is the CPU.
 
         Raises:
-            ValueError: If there are no blocks, or an argument is out of its range.
+            ValueError: If an argument is out of its range.
         """
-        self.shapes = as_shapes(shapes)
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.activation = check_activation(activation)
         self.device = torch.device(device or "cpu")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay

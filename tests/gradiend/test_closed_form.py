@@ -178,8 +178,6 @@ def test_bad_input_is_named():
         estimator.add("target", "head", torch.zeros(3), 1)
     with pytest.raises(ValueError, match="sign -1"):
         fitted([(0, 1), (1, 1)]).feature()
-    with pytest.raises(ValueError, match="There are no blocks"):
-        ClosedFormEstimator({})
 
 
 def test_equal_classes_have_nothing_to_read():

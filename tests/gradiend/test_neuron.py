@@ -208,8 +208,6 @@ def test_bad_input_is_named():
         FeatureNeuron(SHAPES, activation="relu")
     with pytest.raises(ValueError, match=r"betas\[1\]"):
         FeatureNeuron(SHAPES, betas=(0.9, 1.0))
-    with pytest.raises(ValueError, match="no entries"):
-        FeatureNeuron({"a": (0, 3)})
 
 
 def test_a_state_that_does_not_fit_is_refused_with_nothing_changed():
