@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blocks import check_state, dot, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
-from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder, check_activation
+from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder
 
 KINDS = ("values", "first", "second")
 PARTS = ("encoder", "decoder", "decoder_bias")
@@ -90,7 +90,9 @@ class FeatureNeuron:
             ValueError: If an argument is out of its range.
         """
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
-        self.activation = check_activation(activation)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}: write one of {', '.join(map(repr, ACTIVATIONS))}.")
+        self.activation = activation
         self.device = torch.device(device or "cpu")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         for name, value, upper in (
@@ -260,7 +262,7 @@ class FeatureNeuron:
 
         Names are `encoder/values|first|second/0/block`, `decoder/…`, `decoder_bias/…` and a few small ones.
         """
-        settings = [self.lr, *self.betas, self.eps, self.weight_decay, ACTIVATIONS.index(self.activation)]
+        settings = [self.lr, *self.betas, self.eps, self.weight_decay, list(ACTIVATIONS).index(self.activation)]
         return {name: tensor.clone() for name, tensor in self._state_views().items()} | {
             "gram": torch.tensor([[self._square]], dtype=torch.float64),
             "cross": torch.tensor([self._cross], dtype=torch.float64),
@@ -280,10 +282,10 @@ class FeatureNeuron:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_state(state, shapes | {"gram": (1, 1), "cross": (1,), "settings": (6,), "steps": ()})
         *settings, activation = state["settings"].tolist()
-        if ACTIVATIONS[int(activation)] != self.activation:
+        if list(ACTIVATIONS)[int(activation)] != self.activation:
             raise ValueError(
-                f"The state is of a neuron with activation {ACTIVATIONS[int(activation)]!r}, but this neuron has "
-                f"{self.activation!r}: make one with the activation of the state."
+                f"The state is of a neuron with another activation than {self.activation!r}, which this neuron has: "
+                "make one with the activation of the state."
             )
         for name, tensor in tensors.items():
             tensor.copy_(state[name])

@@ -139,8 +139,6 @@ def test_parts_that_do_not_fit_are_refused():
         FeatureDecoder(flat(0), flat(0) | {"up": torch.zeros(3)}, ALL, SIZES)
     with pytest.raises(ValueError, match="same names"):
         FeatureEncoder({}, ALL, SIZES)
-    with pytest.raises(ValueError, match="activation is 'relu'"):
-        encoder(activation="relu")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
