@@ -96,7 +96,7 @@ def check(on: Device) -> None:
         source, target = ({n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(2))
         for neuron in neurons:
             neuron.step(source, target)
-    values = [neuron.encode(source) for neuron in neurons]
+    values = [neuron.encoder().encode(source) for neuron in neurons]
     gaps["neuron"] = torch.tensor(abs(values[0] - values[1]))
     for name, gap in gaps.items():
         # Products are float32, and maps are applied in float32.

@@ -544,7 +544,7 @@ def train(
     neuron = neuron_of(reader, lr)
 
     def read() -> dict[str, float]:
-        return held.read(neuron.encode)
+        return held.read(neuron.encoder().encode)
 
     run = Run(dict.fromkeys(aim, math.inf), read(), dict.fromkeys(aim, 0.0))
     batches: list[PairBatch] = []

@@ -47,11 +47,12 @@ class FeatureEncoder:
                 that the encoder does not know count for the norm only. A gradient of zeros has the inner product 0.
 
         Raises:
+            KeyError: If a block is missing.
             TypeError: If a gradient is not a tensor of floating-point numbers.
-            ValueError: If a block is missing, has another shape or is not finite.
+            ValueError: If a block has another shape or is not finite.
         """
         device = next(iter(self.weight.values())).device
-        blocks = flat_blocks(gradients, self.shapes, device, "The gradient")
+        blocks = flat_blocks(gradients, self.shapes, device)
         projections = {}
         for name, block in blocks.items():
             weight, index = self.weight[name], self.index[name]
@@ -110,21 +111,16 @@ class FeatureDecoder:
         return prune_together([self], density)[0]
 
     def importance(self) -> dict[str, tuple[float, float, int]]:
-        """Name to (sum of |Wd|, sum of Wd², number of kept entries): how much of the feature is in each weight."""
-        return {
-            name: (float(w.abs().sum(dtype=torch.float64)), sum_of_squares(w), self._kept_count(name))
-            for name, w in self.weight.items()
-        }
+        """Name to (sum of |Wd|, sum of Wd², number of kept entries): how much of the feature is in each weight.
 
-    def _kept_count(self, name: str) -> int:
-        if self.index[name] is not None:
-            return self.weight[name].numel()
-        return int(torch.count_nonzero((self.weight[name] != 0) | (self.bias[name] != 0)))
-
-    @property
-    def count(self) -> int:
-        """The number of kept entries; dense blocks count the entries at which Wd and bd are not both zero."""
-        return sum(map(self._kept_count, self.weight))
+        In a dense block the entries are kept at which Wd and bd are not both zero.
+        """
+        found = {}
+        for name, w in self.weight.items():
+            is_kept = (w != 0) | (self.bias[name] != 0)
+            kept = w.numel() if self.index[name] is not None else int(is_kept.count_nonzero())
+            found[name] = float(w.abs().sum(dtype=torch.float64)), sum_of_squares(w), kept
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blocks import check_state, dot, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
+from .blocks import check_state, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
 from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder
 
 KINDS = ("values", "first", "second")
@@ -133,26 +134,10 @@ class FeatureNeuron:
         sizes = [shape.numel() for shape in self.shapes.values()]
         return dict(zip(self.shapes, vector.split(sizes), strict=True))
 
-    def encode(self, source: Mapping[str, Tensor]) -> float:
-        """The value of the feature neuron for one gradient.
-
-        Args:
-            source: Name to gradient in the block's shape, any floating-point dtype.
-
-        Raises:
-            TypeError: If a gradient is not a tensor of floating-point numbers.
-            ValueError: If a block is missing, has another shape or is not finite.
-        """
-        blocks = flat_blocks(source, self.shapes, self.device, "The source")
-        own = self._blocks(self._vectors[0, 0])
-        products = {name: dot(own[name], block) for name, block in blocks.items()}
-        require_finite(products, "source gradient")
-        return self._activate(sum(products.values()))
-
-    def _activate(self, projection: float) -> float:
-        value = projection + float(self._encoder_bias[0])
-        # torch's tanh, so that results are bit for bit those of earlier releases, whose values were tensors.
-        return float(torch.tensor(value, dtype=torch.float64).tanh()) if self.activation == "tanh" else value
+    def encoder(self) -> FeatureEncoder:
+        """The encoder as it is now: it reads gradients with the neuron's own weights, until the next step."""
+        own, shapes, bias = self._blocks(self._vectors[0, 0]), dict(self.shapes), float(self._encoder_bias[0])
+        return FeatureEncoder(own, dict.fromkeys(shapes), shapes, bias=bias, activation=self.activation)
 
     @torch.no_grad()
     def step(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Step:
@@ -163,17 +148,20 @@ class FeatureNeuron:
             target: Name to target in the block's shape, any floating-point dtype; may be the same as `source`.
 
         Raises:
+            KeyError: If a block is missing.
             TypeError: If a gradient is not a tensor of floating-point numbers.
-            ValueError: If a block is missing, has another shape, or is not finite or too large for float32; or if the
-                neuron itself has diverged. Nothing is changed then.
+            ValueError: If a block has another shape, or is not finite or too large for float32; or if the neuron
+                itself has diverged. Nothing is changed, whatever is raised.
         """
-        sources = flat_blocks(source, self.shapes, self.device, "The source")
-        targets = flat_blocks(target, self.shapes, self.device, "The target")
+        sources = flat_blocks(source, self.shapes, self.device)
+        targets = flat_blocks(target, self.shapes, self.device)
         projection, overlap = self._inner_products(sources, targets)
-        h = self._activate(projection)
-        slope = (self._square * h + self._cross - overlap) * (2.0 / self._n)
+        h, derivative = projection + float(self._encoder_bias[0]), 1.0
         if self.activation == "tanh":
-            slope = slope * (1.0 - h * h)
+            # torch's tanh, so that results are bit for bit those of earlier releases, whose values were tensors.
+            h = float(torch.tensor(h, dtype=torch.float64).tanh())
+            derivative = 1.0 - h * h
+        slope = (self._square * h + self._cross - overlap) * (2.0 / self._n) * derivative
         self.steps += 1
         count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
         sums = []
@@ -239,14 +227,11 @@ class FeatureNeuron:
 
     def feature(self) -> Feature:
         """Return the neuron as a frozen dense feature, in tensors of its own."""
-        encoder, decoder, bias = (
+        weight, decoder, bias = (
             {name: block.clone() for name, block in self._blocks(vector).items()} for vector in self._vectors[0]
         )
-        shapes, be = dict(self.shapes), float(self._encoder_bias[0])
-        return Feature(
-            FeatureEncoder(encoder, dict.fromkeys(shapes), shapes, bias=be, activation=self.activation),
-            FeatureDecoder(decoder, bias, dict.fromkeys(shapes), dict(shapes)),
-        )
+        encoder = replace(self.encoder(), weight=weight)
+        return Feature(encoder, FeatureDecoder(decoder, bias, encoder.index, encoder.shapes))
 
     def _state_views(self) -> dict[str, Tensor]:
         """All vectors of the state by their names in `state_dict`, not copied."""

@@ -74,7 +74,7 @@ def set_features(
     checked.check_pairs()
     most = math.ceil(config.density * sum(parameter.numel() for parameter in parameters.values()))
     decoders = [feature.decoder for feature in features]
-    if any(decoder.count > most for decoder in decoders):
+    if any(sum(kept for *_, kept in decoder.importance().values()) > most for decoder in decoders):
         if all(index is None for decoder in decoders for index in decoder.index.values()):
             decoders = prune_together(decoders, config.density)
         else:

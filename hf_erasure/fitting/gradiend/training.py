@@ -282,7 +282,7 @@ class Training:
 
     def _evaluate(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
-        correlation = self._correlation(start.pair, neuron.encode)
+        correlation = self._correlation(start.pair, neuron.encoder().encode)
         self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
         # An undefined correlation counts as 0. It is still above the initial -1, so that a first neuron is kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
