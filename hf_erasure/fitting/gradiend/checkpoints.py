@@ -50,16 +50,6 @@ class PairFit:
         return -1.0 if math.isnan(self.correlation) else abs(self.correlation)
 
 
-class FeatureProgressCallback(ProgressCallback):
-    """The progress bar of transformers, with loss and correlation at its end instead of a line for each log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the latest figures."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in (logs or {}).items() if k in ("loss", "cor", "eval_cor")}
-            self.training_bar.set_postfix(shown)
-
-
 class Progress:
     """Calls the callbacks of a training, and writes and reads its checkpoints.
 
@@ -78,7 +68,7 @@ class Progress:
         processing_class: Any,
         processes: Processes,
     ) -> None:
-        bar: list[TrainerCallback] = [] if args.disable_tqdm else [FeatureProgressCallback()]
+        bar: list[TrainerCallback] = [] if args.disable_tqdm else [ProgressCallback()]
         self.args, self.processes, self.root = args, processes, Path(str(args.output_dir))
         self.handler = CallbackHandler([DefaultFlowCallback(), *bar, *callbacks], model, processing_class, None, None)
         is_main = processes.is_main
