@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,8 +186,8 @@ class Training:
         # A saved state is the sum over all processes: the main process continues with it, the others start from zero.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
-        sides = self._by_class(start.pair, self.args.per_device_train_batch_size)
-        for step, row in enumerate(self.processes.step_rows(sides)):
+        size = self.args.per_device_train_batch_size
+        for step, row in enumerate(self.processes.step_rows(self._by_class(start.pair, size))):
             if step < facts["step"]:
                 continue
             for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not have one for all
@@ -202,8 +202,10 @@ class Training:
                 if not self.processes.is_main:  # the main process now holds the sum of all
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         feature = estimator.feature()
-        if self.args.per_device_train_batch_size > 1:
-            (high,), (low,) = self._class_means([feature.encoder], map(_single_rows, sides))
+        if size > 1:  # `encode` reads single rows: one of each batch, then the next of each
+            single = self._by_class(start.pair, 1)
+            rows = [[entry for first in range(size) for entry in side[first::size]] for side in single]
+            (high,), (low,) = self._class_means([feature.encoder], rows)
             if high > low:  # a positive scale cannot correct classes with the wrong sign
                 feature = replace(feature, encoder=feature.encoder.centred(high, low))
         correlation = self._correlation(start.pair, feature.encoder.encode)
@@ -211,14 +213,12 @@ class Training:
         self.progress.keep(start.number, PairFit(start.pair, feature, correlation, start.steps, start.seed))
         self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": abs(correlation)})
 
-    def _class_means(
-        self, encoders: Sequence[FeatureEncoder], sides: Iterable[Iterable[PairBatch]]
-    ) -> list[list[float]]:
+    def _class_means(self, encoders: Sequence[FeatureEncoder], sides: list[list[Signed]]) -> list[list[float]]:
         """Each encoder's mean `⟨w, g⟩ + bias` over the gradients of some batches of each class."""
         linear = [replace(encoder, scale=1.0, activation="identity") for encoder in encoders]
         means = []
         for side in sides:
-            gradients = (self.reader.gradient(batch, self.source) for batch in itertools.islice(side, PAIRS_READ))
+            gradients = (self.reader.gradient(batch, self.source) for batch, _ in side[:PAIRS_READ])
             rows = [[encoder.encode(gradient) for encoder in linear] for gradient in gradients]
             means.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
         return means
@@ -313,7 +313,7 @@ class Training:
         sparse = encoder.prune(density)
         if sparse is encoder:
             return fitted.feature
-        sides = ([batch for batch, _ in side] for side in self._by_class(fitted.pair, 1, self.args.seed))
+        sides = self._by_class(fitted.pair, 1, self.args.seed)
         (dense_up, sparse_up), (dense_down, sparse_down) = self._class_means([encoder, sparse], sides)
         factor = (dense_up - dense_down) / (sparse_up - sparse_down) if sparse_up != sparse_down else math.inf
         if not math.isfinite(factor) or factor == 0:
@@ -325,9 +325,3 @@ class Training:
         offset = dense_up / factor - sparse_up
         sparse = replace(sparse, scale=encoder.scale * factor, bias=sparse.bias + offset)
         return replace(fitted.feature, encoder=sparse)
-
-
-def _single_rows(side: list[Signed]) -> Iterator[PairBatch]:
-    """Yield single rows, as `encode` takes them, first one of each batch, then the next of each."""
-    for row in range(max(len(batch) for batch, _ in side)):
-        yield from (batch.some_rows([row]) for batch, _ in side if row < len(batch))
