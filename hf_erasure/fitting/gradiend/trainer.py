@@ -123,7 +123,6 @@ class GradiendTrainer:
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Estimate the feature neuron of every pair, and fill the adapter.
 
@@ -185,7 +184,6 @@ class GradiendTrainer:
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def evaluate(
         self,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
@@ -222,7 +220,6 @@ class GradiendTrainer:
         return results
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def encode(
         self, dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
     ) -> list[EncodedValues]:

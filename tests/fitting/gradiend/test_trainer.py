@@ -108,6 +108,25 @@ def test_a_feature_that_is_trained_in_another_mode_is_the_same(estimator: str, t
         assert all(not value.is_inference() and value.dtype == found[0][key].dtype for key, value in other.items())
 
 
+@pytest.mark.parametrize("mode", ["plain", "inference", "no_grad"])
+@pytest.mark.parametrize("estimator", ["closed_form", "trained"])
+def test_a_callback_may_compute_gradients_at_every_event(estimator: str, mode: str, tmp_path: Path):
+    events, probe = [], torch.nn.Linear(1, 1)
+
+    class Probing(TrainerCallback):
+        def _train(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            probe(torch.ones(1)).sum().backward()
+            events.append(float(probe.weight.grad))
+
+        on_train_begin = on_step_end = on_log = on_evaluate = on_save = on_train_end = _train
+
+    options = {"estimator": estimator, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
+    trainer = trainer_of(adapted("llama"), "llama", tmp_path, [Probing()], **options)
+    with nullcontext() if mode == "plain" else MODES[mode]():
+        trainer.train()
+    assert len(events) > 8 and events == [1.0 + i for i in range(len(events))]
+
+
 def test_a_saved_configuration_is_json_where_nothing_was_evaluated(tmp_path: Path):
     model = adapted("bert")
     args = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, save_strategy="no")
