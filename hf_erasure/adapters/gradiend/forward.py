@@ -135,11 +135,13 @@ def write_edits(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
     flat, index = _flat(parameter), None
     edits = [edit.to(flat.device) for edit in edits]
-    if len(edits) == 1 and edits[0].index is not None:  # only the entries that change are read and written
-        index = edits[0].index.long()
-        before, edits = flat.index_select(0, index), [WeightEdit(None, edits[0].values)]
-    else:
-        before = flat.clone()
+    positions = [edit.index.long() for edit in edits if edit.index is not None]
+    if len(positions) == len(edits) == 1:  # only the entries that change are read and written
+        index, edits = positions[0], [WeightEdit(None, edits[0].values)]
+    elif len(positions) == len(edits):
+        index, values = torch.cat(positions).unique(), [edit.values for edit in edits]
+        edits = [WeightEdit(torch.searchsorted(index, at), v) for at, v in zip(positions, values, strict=True)]
+    before = flat.clone() if index is None else flat.index_select(0, index)
     _overwrite(parameter, flat, index, edited_tensor(before, edits))
     return UndoRecord(parameter, index, before, edits)
 

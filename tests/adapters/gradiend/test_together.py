@@ -78,6 +78,9 @@ def test_two_adapters_merge_as_they_act(name: str, dtype: torch.dtype, gradiends
     together, before = outputs_of(model, batch), state_of(model, name)
     model.merge_adapter()
     assert same(outputs_of(model, batch), together)
+    changes = [change for layer in gradiend_layers(model).values() for _, own in layer._merges for _, change in own]
+    kept, whole = sum(change.before.numel() for change in changes), sum(c.parameter.numel() for c in changes)
+    assert kept < 0.05 * whole, "of both densities together, 3 % of the entries change"
     model.unmerge_adapter()
     before.assert_same(state_of(model, name))
     model.merge_adapter(["two"])
