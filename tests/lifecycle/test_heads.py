@@ -205,6 +205,19 @@ def test_the_commands_load_a_trained_head_into_the_class_that_has_it(kind: str, 
     assert same(outputs_of(loaded_model, small_batch("bert")), outputs_of(with_head, small_batch("bert")))
 
 
+def test_the_commands_name_what_neither_the_checkpoint_nor_the_adapter_has(tmp_path: Path):
+    """The head that was trained with the adapter reads a pooler, which a masked language model does not have."""
+    _, with_head = both("bert")
+    masked = hf.BertForMaskedLM(with_head.config)
+    masked.bert.load_state_dict(with_head.bert.state_dict(), strict=False)
+    masked.save_pretrained(tmp_path / "model")
+    OF["erasure"].add(with_head, "bert", NAME, target_modules=["query"], modules_to_save=["classifier"])
+    with_head.save_pretrained(tmp_path / "adapter")
+    named = r"2 parameters of BertForSeq.*: \['bert.pooler.dense.bias', 'bert.pooler.dense.weight'\] are new"
+    with pytest.warns(UserWarning, match=named):
+        load_with_erasure(str(tmp_path / "model"), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_the_commands_refuse_a_model_of_another_type_in_words(kind: str, tmp_path: Path):
     """The class that an adapter was fitted on cannot be built from the other model's configuration."""

@@ -45,6 +45,7 @@ from ..gradiend.layer import gradiend_layers
 from ..gradiend.model import base_modules
 from ..gradiend.state import targeted_parameters
 from ..loading.fingerprint import find_renaming
+from ..loading.load import is_saved
 from . import record
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
@@ -306,7 +307,7 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
 
 
 def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
-    """Load a model with an adapter, in the class that `class_for` finds."""
+    """Load a model with an adapter, in the class that `class_for` finds; warn of parameters that neither has."""
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
         raise ValueError(
@@ -314,7 +315,14 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
             "with PEFT, PeftModel.from_pretrained(model, folder).merge_and_unload()."
         )
     chosen = class_for(AutoConfig.from_pretrained(model), [config])
-    wrapped: PeftModel = PeftModel.from_pretrained(chosen.from_pretrained(model), str(adapter), adapter_name=_ADAPTER)
+    base, report = chosen.from_pretrained(model, output_loading_info=True)
+    absent = sorted(n for n in report["missing_keys"] if not is_saved(n.rpartition(".")[0], config.modules_to_save))
+    if absent:
+        warn_user(
+            f"{model!r} has no values for {len(absent)} parameters of {type(base).__name__}, nor has the adapter: "
+            f"{short(absent)} are new and random here, and would be in a merged model. Name a checkpoint that has them."
+        )
+    wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_ADAPTER)
     return wrapped
 
 
