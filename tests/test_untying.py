@@ -111,6 +111,24 @@ def test_no_targets_are_advised_where_a_tied_weight_stays_tied() -> None:
     assert advise_targets(model, layers) == ""
 
 
+class _TwoHeads(hf.GPT2LMHeadModel):
+    """A second head has the weight of the first, and takes an activation from elsewhere."""
+
+    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        states = self.transformer(**inputs).last_hidden_state
+        return {"logits": self.lm_head(states) + self.other(self.transformer.wpe.weight[: states.shape[1]])}
+
+
+def test_a_weight_behind_a_norm_that_another_head_shares_is_refused_with_the_tie() -> None:
+    model: Any = _TwoHeads(hf.GPT2Config(**{**small_model("gpt2").config.to_dict(), "tie_word_embeddings": False}))
+    model.other = torch.nn.Linear(model.config.n_embd, model.config.vocab_size, bias=False)
+    model.other.weight = model.lm_head.weight
+    wrapper = peft.get_peft_model(model, ConceptErasureConfig(labels=LABELS, target_modules=["ln_f"]))
+    fit_concept_erasure(wrapper, [batch_of("gpt2", rows=48)], sequential=False, progress=False)
+    with pytest.raises(ValueError, match=r"used elsewhere too \(.*shared by \['lm_head.weight', 'other.weight'\]"):
+        wrapper.merge_adapter()
+
+
 def test_a_model_that_computes_something_else_untied_is_refused_as_it_was(tmp_path: Path) -> None:
     """UMT5 divides the input of its head where the table is tied, and does not where it is not."""
     wrapper, batch = fitted("umt5", tmp_path, ["lm_head"], "input"), batch_of("umt5")

@@ -222,11 +222,12 @@ def why_not_foldable(model: nn.Module, path: str, uses: SiteUses, weight_uses: d
     if not uses.weights:
         return "no layer of the model takes its activation"
     for weight in uses.weights:
-        target = weight.module
         others = sorted(weight_uses[weight] - {path})
+        tied = tied_to(model, weight.module) if others else None
         # A table that an embedding shares gets a copy of its own before a merge.
-        if others and not (others == ["<embedding>"] and tied_to(model, target)):
-            return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
+        if others and not (others == ["<embedding>"] and tied):
+            used = f"{', '.join(others)}{f'; it is shared by {tied}' if tied else ''}"
+            return f"it goes into {weight.module!r}, whose weight is used elsewhere too ({used})"
     return None
 
 
