@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
-from hf_erasure.adapters.common.acting import auxiliary_wrappers
+from hf_erasure.adapters.common.acting import auxiliary_wrappers, check_single_copy
 from hf_erasure.adapters.common.config import ChildConfig, Provenance
 from hf_erasure.adapters.loading.fingerprint import fingerprint, resample
 from hf_erasure.adapters.merging.export import class_for
@@ -162,7 +162,7 @@ class Loader:
                 model.load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
         if names:
-            model.set_adapter(names)
+            model.set_adapter(check_single_copy(model, names))
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength

@@ -201,6 +201,17 @@ def test_it_can_be_allowed(
     assert same[0] == same[1]
 
 
+def test_two_loras_that_train_the_same_module_are_refused_in_a_sentence(story: str, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["cls"])
+        peft.get_peft_model(AutoModelForMaskedLM.from_pretrained(story), config).save_pretrained(tmp_path / name)
+    entries = entries_of(read_adapters([str(tmp_path / "first"), str(tmp_path / "second")]))
+    loader = Loader(story, [])
+    loader.load(entries[2])
+    with pytest.raises(ValueError, match=r"\['first', 'second'\] cannot all be active: .*copy of 'cls'"):
+        loader.load(entries[3])
+
+
 def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
     folders = {}
     for name, starts in (("zero", True), ("random", False)):
