@@ -224,6 +224,15 @@ def test_names_of_an_adapter_that_a_part_of_the_model_has(adapters):
     assert {name.rpartition(".")[2] for name in both} == {"part", "whole"} and both <= set(getattr(model, IGNORED))
 
 
+def test_names_of_an_adapter_that_a_part_gets_later(adapters):
+    model = adapters["erasure"].base("llama")
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["q_proj"]), "whole")
+    with pytest.warns(UserWarning, match="are of different models"):
+        model.model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["k_proj"]), "part")
+    both = ours(model)
+    assert {name.rpartition(".")[2] for name in both} == {"part", "whole"} and both <= set(getattr(model, IGNORED))
+
+
 @every_kind
 def test_names_inside_a_peft_model(kind, adapters):
     kind = adapters[kind]

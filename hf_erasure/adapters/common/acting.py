@@ -276,14 +276,16 @@ def update_model(model: Any, *, deleting: bool = False) -> None:
             vars(wrapper).update(own_adapters=own_adapters & wrapper._adapters, model_reference=model_reference)
         elif isinstance(wrapper, _TrainedWrapper):
             wrapper.restore_class()
-    others = [name for name in vars(base).get(_IGNORED, ()) if not is_child(name)]
-    children = {path: module for path, module in base.named_modules() if isinstance(module, AdapterChild)}
-    own = [name for path, child in children.items() for name, _ in child.named_buffers(prefix=path)]
-    if own or others:
-        # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.
-        setattr(base, _IGNORED, [*others, *own, *(PREFIX + name for name in own)])
-    elif _IGNORED in vars(base):
-        delattr(base, _IGNORED)
+    holders = {child.model_reference.model() for child in adapter_children(base) if child.model_reference is not None}
+    for holder in {base, *holders} - {None}:  # a child may be of a model around this one
+        others = [name for name in vars(holder).get(_IGNORED, ()) if not is_child(name)]
+        children = {path: module for path, module in holder.named_modules() if isinstance(module, AdapterChild)}
+        own = [name for path, child in children.items() for name, _ in child.named_buffers(prefix=path)]
+        if own or others:
+            # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.
+            setattr(holder, _IGNORED, [*others, *own, *(PREFIX + name for name in own)])
+        elif _IGNORED in vars(holder):
+            delattr(holder, _IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_adapter_names]
     if own_adapters and not refusing:
         base.register_forward_pre_hook(refuse_adapter_names, with_kwargs=True)
@@ -311,7 +313,9 @@ def rehome_layers(model: nn.Module) -> None:
     """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
     modules, model_reference = dict(model.named_modules()), ModelReference(weakref.ref(model))
     for child in adapter_children(model):
-        child.model_reference = model_reference
+        holder = child.model_reference and child.model_reference.model()
+        if holder is None or not any(module is model for module in holder.modules()):  # a model around this one stays
+            child.model_reference = model_reference
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
