@@ -13,11 +13,10 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import mapping
 from peft.utils import peft_types
@@ -106,9 +105,8 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
         missing = internal.why_missing()
         if missing is not None:
             raise ImportError(
-                f"hf_erasure relies on {missing}, which {internal.package} {version(internal.package)} does not "
-                f"have. It supports {internal.package}{_supported(internal.package)}: pip install "
-                f"'{internal.package}{_supported(internal.package)}', or install a release of hf-erasure made for this "
+                f"hf_erasure relies on {missing}, which {internal.package} {version(internal.package)} does not have. "
+                f"Install releases that go together, pip install hf-erasure, or a release of hf-erasure made for this "
                 f"{internal.package}."
             )
 
@@ -125,15 +123,6 @@ def check_versions(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION
         f"'transformers<{transformers}'.",
         stacklevel=2,
     )
-
-
-def _supported(package: str) -> str:
-    """The releases of a package that this package requires, as pip writes them."""
-    try:
-        requirements = [Requirement(text) for text in requires("hf-erasure") or ()]
-    except PackageNotFoundError:  # the package runs from a folder of sources
-        return ""
-    return next((str(found.specifier) for found in requirements if found.name == package and found.marker is None), "")
 
 
 def extend_peft_type(name: str) -> PeftType:

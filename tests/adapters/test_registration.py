@@ -8,12 +8,11 @@ import json
 import pickle
 import shutil
 import warnings
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
 import pytest
-from packaging.requirements import Requirement
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
@@ -226,14 +225,13 @@ DIFFERENT = {
     [name if name == "a method is gone" else pytest.param(name, marks=pytest.mark.slow) for name in DIFFERENT],
 )
 def test_a_release_without_what_is_relied_on_fails_at_import(difference: str, tmp_path: Path):
-    """The error names what is missing, the release that lacks it, and the releases that have it."""
+    """The error names what is missing, the release that lacks it, and what to install."""
     change, message = DIFFERENT[difference]
     done = where_it_is_not_imported(f"{change}\nimport hf_erasure", tmp_path)
     package = "transformers" if "transformers VERSION" in message else "peft"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: hf_erasure relies on {message.replace('VERSION', version(package))}"), last
-    wanted = next(r for r in map(Requirement, requires("hf-erasure") or ()) if r.name == package)
-    assert f"It supports {package}{wanted.specifier}: pip install" in last
+    assert f"pip install hf-erasure, or a release of hf-erasure made for this {package}." in last
 
 
 def test_every_internal_is_there_and_named_once():
