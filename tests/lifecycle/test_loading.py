@@ -110,8 +110,8 @@ def test_loaded_in_little_memory_the_tensors_are_the_adapters_own(kind: str, tmp
 
 @pytest.mark.parametrize("road", ["PeftModel.from_pretrained", "load_adapter"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_configuration_that_is_given_becomes_the_adapters_own(kind: str, road: str, tmp_path):
-    """It replaces the saved one, also if it is the unfitted configuration that the adapter was made with."""
+def test_a_configuration_that_is_given_replaces_the_saved_one(kind: str, road: str, tmp_path):
+    """It may be the unfitted configuration that the adapter was made with; ours stays as it was."""
     config = OF[kind].config(task_type="CAUSAL_LM")
     made = peft.get_peft_model(base("llama"), config).eval()
     OF[kind].fit(made, "llama", "default", 0)
@@ -119,10 +119,10 @@ def test_a_configuration_that_is_given_becomes_the_adapters_own(kind: str, road:
     if road == "load_adapter":
         model = base("llama")
         model.load_adapter(str(tmp_path), peft_config=config)
-        assert kind == "LoRA" or model.peft_config["default"] is config
     else:
         model = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path), config=config)
-        assert model.peft_config["default"] is config and config.inference_mode
+    assert model.peft_config["default"].inference_mode
+    assert kind == "LoRA" or not config.fitted
     assert same(outputs(model, "llama"), outputs(made, "llama"))
 
 

@@ -182,10 +182,10 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             store[name] = value
         self._awaits_values.add(name)
 
-    def load_values(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
-        """Store a file's values, attribute → tensor, on `device`, or else where `state_placement` says."""
+    def load_values(self, name: str, values: Mapping[str, Tensor | None]) -> None:
+        """Store a file's values, attribute → tensor."""
         self.await_values(name)
-        place, dtype = self.state_placement()
+        device, dtype = self.state_placement()
         for key, store in self.stores(name).items():
             value = values.get(key)
             if value is None:
@@ -195,7 +195,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                     f"{self._part_in_words(key, name)} has shape {list(store[name].shape)}, and the values that are "
                     f"loaded have {list(value.shape)}: they belong to another adapter."
                 )
-            store[name] = value.to(device or place, dtype if store[name].is_floating_point() else torch.int32)
+            store[name] = value.to(device, dtype if store[name].is_floating_point() else torch.int32)
         self.check_values(name)
 
     def move_state(self, name: str, device: torch.device) -> None:

@@ -97,8 +97,6 @@ class AdapterFiles:
     # Its tensors by their names without PEFT's prefix; they do not share memory with the file.
     tensors: dict[str, Tensor] = field(default_factory=dict)
     why_unchecked: str | None = None  # the reason why its files could not be checked
-    # The configuration that the caller gave for this load; it becomes the adapter's own.
-    caller_config: PeftConfig | None = None
 
 
 # The adapter that `from_pretrained` has read before it calls `load_adapter`.
@@ -132,7 +130,7 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
             read = AdapterFiles()
             if tensors is not None and isinstance(config, ChildConfig):
                 tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-                read = AdapterFiles(config.copied(), tensors, caller_config=config)
+                read = AdapterFiles(config.copied(), tensors)
         else:
             downloads = (getattr(load_config, "download_kwargs", None), extra.get("download_kwargs"))
             source = Source.of(place, *downloads, arguments.get("adapter_kwargs"), extra, arguments)
@@ -207,19 +205,12 @@ def _load_by_original(read: AdapterFiles, original: Callable, call: inspect.Boun
 
 def _load_values(model: Any, name: str, read: AdapterFiles) -> None:
     """Store a file's values in an adapter; a head that was not saved is copied from a LoRA, or else from the model."""
-    if read.caller_config is not None:
-        read.caller_config.__dict__.update(vars(model.peft_config[name]))
-        model.peft_config[name] = read.caller_config
     base = base_of(model) if isinstance(model, PeftModel) else model
     named = rename_tensors(read.tensors, model.peft_config[name], prefix_of(base))
     with torch.inference_mode(False), torch.no_grad():
         for child in adapter_children(base, name):
             stem = f"{child.path}.{child.child_name}"
-            values = {part: named.get(f"{stem}.{part}") for part in child.stores(name)}
-            # The device where accelerate runs a module whose weights it has offloaded.
-            hook: Any = getattr(child.host, "_hf_hook", None)
-            devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
-            child.load_values(name, values, next((device for device in devices if device is not None), None))
+            child.load_values(name, {part: named.get(f"{stem}.{part}") for part in child.stores(name)})
         configs = acting.adapters_now(model).configs
         for path, wrapper in acting.auxiliary_wrappers(base).items():
             if name not in wrapper._adapters:
@@ -257,10 +248,10 @@ def read_adapter(
         if isinstance(config, ChildConfig) or source.is_folder:
             raise
         return AdapterFiles(why_unchecked=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
-    stamps, caller_config = _stamps(file), None
+    stamps = _stamps(file)
     saved = config if file is None else _config_of(file)
     if is_given and isinstance(config, ChildConfig):
-        caller_config, config = config, config.copied()
+        config = config.copied()  # the caller's own stays as it is
         if saved is not None and type(saved) is type(config):
             config.adopt_fit(saved)
     config = config or saved
@@ -289,7 +280,7 @@ def read_adapter(
         raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from failed
     if failed is not None:
         raise failed
-    return AdapterFiles(config, tensors, caller_config=caller_config)
+    return AdapterFiles(config, tensors)
 
 
 def _check_same_meaning(present: ChildConfig, saved: ChildConfig, base: nn.Module, source: Source) -> None:
