@@ -313,7 +313,7 @@ def rehome_layers(model: nn.Module) -> None:
     """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
     modules, model_reference = dict(model.named_modules()), ModelReference(weakref.ref(model))
     for child in adapter_children(model):
-        holder = child.model_reference and child.model_reference.model()
+        holder = None if child.model_reference is None else child.model_reference.model()
         if holder is None or not any(module is model for module in holder.modules()):  # a model around this one stays
             child.model_reference = model_reference
         outermost = modules.get(child.path)
