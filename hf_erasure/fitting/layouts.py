@@ -253,21 +253,17 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
     """
     if not isinstance(batch, Mapping) or any(map(is_of_numbers, inputs_of(batch).values())):
         return None  # `Source.read` raises an error about it
-    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    inputs = list(inputs_of(tensors).values())
+    labelled = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
+    found = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in labelled.items()}
+    inputs = [value for value in inputs_of(found).values() if isinstance(value, Tensor) and value.dim()]
     if not inputs or not len(inputs[0]):
         return None
     rows = len(inputs[0])
-    labelled = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
     if any(len(value) != rows for value in inputs):
-        return labelled
-    mask = tensors.get("attention_mask", torch.ones(rows, 1, device="cpu"))
-    lengths = mask.flatten(1).sum(1)
+        return found
+    lengths = found.get("attention_mask", torch.ones(rows, 1, device="cpu")).flatten(1).sum(1)
     order = sorted(range(rows), key=lambda row: -int(lengths[row]))
-    chosen = sorted({order[0], order[-1]})
-    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in labelled.items()}
-    lists = {name: value for name, value in inputs_of(batch).items() if isinstance(value, list) and len(value) == rows}
-    return few | {name: [value[row] for row in chosen] for name, value in lists.items()}
+    return rows_of(found, rows, sorted({order[0], order[-1]}))
 
 
 def is_of_numbers(value: Any) -> bool:

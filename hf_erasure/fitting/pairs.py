@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
+from hf_erasure.models.layout import rows_of
 
 # The keys of a batch that describe its pairs of texts and counterfactuals.
 _PAIR_KEYS = ("concept_pairs", "concept_pair_labels", "concept_words")
@@ -143,7 +144,4 @@ def without_counterfactuals(batch: Any) -> Any:
     if bool((torch.as_tensor(batch["concept_labels"], device="cpu")[~texts] != IGNORED).any()):
         return batch  # the batch has only the labels of its pairs
     remaining = {name: value for name, value in batch.items() if name not in _PAIR_KEYS}
-    return {
-        name: value[texts] if isinstance(value, Tensor) and value.dim() and len(value) == len(texts) else value
-        for name, value in remaining.items()
-    }
+    return rows_of(remaining, len(texts), texts.nonzero().flatten().tolist())

@@ -23,7 +23,7 @@ from hf_erasure.adapters.common.lookup import FoundAdapter, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
 from hf_erasure.models.model import Runner, on_cpu
-from hf_erasure.models.pooling import IN_WORDS, POOLS, check_pool, reading_of
+from hf_erasure.models.pooling import IN_WORDS, POOLS, reading_of
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
 from .layouts import Layouts, few_rows, observed, pairs_of, visit_of
@@ -103,7 +103,11 @@ def task_for(
     The labels are those of `concept`, by default the adapter's own. With `as_fitted` and without `pool`, the pool is
     the one that the adapter was fitted for, if that is recorded.
     """
-    check_pool(pool)
+    if pool is not None and pool not in POOLS:
+        raise ValueError(
+            f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}, or None for what the model's "
+            "head reads."
+        )
     adapter, layers = adapter_to_fit(model, name)
     config, runner, processes = adapter.config, Runner(model, layers.values()), Processes()
     with processes.fail_together("reading its batches"):

@@ -33,15 +33,6 @@ _READ_SHARE = 1e-6
 SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
-def check_pool(pool: str | None) -> None:
-    """Raise a `ValueError` if a way of pooling is not known; None stands for what the head reads."""
-    if pool is not None and pool not in POOLS:
-        raise ValueError(
-            f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}, or None for what the model's "
-            "head reads."
-        )
-
-
 def counted(real: Tensor, pool: str) -> Tensor:
     """`(batch, seq)` bool: the positions that a pool reads, among the `real` positions, which are not padding.
 
