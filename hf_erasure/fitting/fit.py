@@ -261,9 +261,9 @@ def _gather_moments(task: FitTask, source: Source, checkpoint: FitCheckpoint | N
         if checkpoint is not None:
             batches = checkpoint.unsaved(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
-        shown = tqdm(desc=what, unit=" batches", total=length_of(source.rereadable), disable=not task.progress)
-        with evaluating(task.runner.model), shown:
-            task.run_over(batches, add_activation, lambda labels: shown.update())
+        total = length_of(source.rereadable)
+        with evaluating(task.runner.model):
+            task.run_over(tqdm(batches, what, total, unit=" batches", disable=not task.progress), add_activation)
     source.pool(task.processes)
     source.pool_counts(task.processes)
     if earlier and source.examples != earlier:

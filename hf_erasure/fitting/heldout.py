@@ -83,19 +83,15 @@ def measure(
         measurement.observer, batches = batches.observer, batches.batches
     source, fitted = Source(concept, map(without_counterfactuals, batches)), 0
     fitted_rows, measured_rows = set().union(*processes.gathered([fitted_on or set()])), set[int]()
-    what = f"measuring {task.name}"
-    with (
-        processes.fail_together("measuring its batches"),
-        evaluating(task.runner.model),
-        tqdm(desc=what, unit=" batches", total=length_of(batches), disable=not task.progress) as shown,
-    ):
-        for labels, counts in task.batches_to_run(source.read(task.pool, task.layouts)):
+    what, total, read = f"measuring {task.name}", length_of(batches), source.read(task.pool, task.layouts)
+    with processes.fail_together("measuring its batches"), evaluating(task.runner.model):
+        shown = tqdm(read, what, total, unit=" batches", disable=not task.progress)
+        for labels, counts in task.batches_to_run(shown):
             if not counts:  # only keeps this process in step with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)
                 continue
             measurement.measure_batch(labels)
-            shown.update()
             hashes = hashes_of(labels.batch)
             if labels.pairs is not None:
                 hashes = list(itertools.compress(hashes, labels.pairs.is_text.tolist()))

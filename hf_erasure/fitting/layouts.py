@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from hf_erasure.models.layout import (
 )
 from hf_erasure.models.model import Runner, evaluating, forked_rng, inputs_of, last_hidden_state
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _VISIT = ", visit "
 _PAIRS = ", pairs"
@@ -122,14 +121,13 @@ class Layouts:
         try:
             frames = None if "input_ids" in few else self._frames
             lengths = Lengths.in_batch(few, None if frames is None else frames.count)
-            first, other = self._summaries(few), lengths.altered()
+            first, other = self._run_pass(few), lengths.altered()
             mirrored = rows_of(few, rows, [*range(rows), *reversed(range(rows))])
-            twice = self._summaries(mirrored, first, rows)
+            twice = self._run_pass(mirrored, lambda key, hidden: Summary.of(hidden, first.get(key), rows))
             # Texts are cut at the first place where the model still runs.
-            *places, last = (with_lengths(few, lengths, other, place) for place in PLACES)
-            cut = (self._try_pass(batch) for batch in places if lengths.by_side)
-            changed = next((one for one in cut if one is not None), None)
-            changed = self._summaries(last) if changed is None else changed
+            second, last = (with_lengths(few, lengths, other, place) for place in PLACES)
+            changed = self._try_pass(second) if lengths.by_side else None
+            changed = self._run_pass(last) if changed is None else changed
             passes = Passes(rows, lengths, other, first, twice, changed)
         except Exception as error:
             # If the batch itself is wrong, fitting raises an error when it reads it.
@@ -209,35 +207,31 @@ class Layouts:
                     )
         return errors
 
-    def _summaries(
-        self, batch: Mapping[str, Any], single: dict[str, Summary] | None = None, rows: int = 0
-    ) -> dict[str, Summary]:
-        """A summary of every activation in one pass; for mirrored rows, `single` has those of the rows alone."""
-        return self._run_pass(batch, lambda key, hidden: Summary.of(hidden.detach(), (single or {}).get(key), rows))
-
     def _try_pass(self, batch: Mapping[str, Any]) -> dict[str, Summary] | None:
-        """The result of `_summaries`, or None where the model cannot be run on the batch."""
+        """The summaries of one pass, or None where the model cannot be run on the batch."""
         try:
-            return self._summaries(batch)
+            return self._run_pass(batch)
         except Exception as error:
             logger.debug("Rows that would show what the axes are cannot be run: %s", error)
             return None
 
-    def _run_pass(self, batch: Mapping[str, Any], summarise: Callable[[str, Tensor], T | None]) -> dict[str, T]:
-        """Run one pass; return what `summarise` gives for every visit of a site and every last hidden state."""
-        summaries, visits = dict[str, T](), Counter[str]()
+    def _run_pass(
+        self, batch: Mapping[str, Any], keep: Callable[[str, Tensor], Any] = lambda key, hidden: Summary.of(hidden)
+    ) -> dict[str, Any]:
+        """Run one pass; return what `keep` gives for every visit of a site and every last hidden state."""
+        kept, visits = dict[str, Any](), Counter[str]()
 
         def observe(name: str, hidden: Tensor) -> Tensor:
             visits[name] += 1
             key = visit_of(name, visits[name])
             # An activation without rows shows nothing, and nothing in it is labelled.
-            if hidden.numel() and (summary := summarise(key, hidden)) is not None:
-                summaries[key] = summary
+            if hidden.numel() and (found := keep(key, hidden.detach())) is not None:
+                kept[key] = found
             return hidden
 
         with observed(self.layers, self.name, observe, self._finals, needs_finals=False):
             self.runner(dict(batch))
-        return summaries
+        return kept
 
 
 def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:

@@ -62,12 +62,9 @@ class FitTask:
         return ((batch, True) for batch in batches)
 
     def run_over(
-        self,
-        batches: Iterable[BatchLabels],
-        observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor],
-        after_batch: Callable[[BatchLabels], None] = lambda labels: None,
+        self, batches: Iterable[BatchLabels], observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor]
     ) -> None:
-        """Run the model over this process's batches; `after_batch` is called with each that counts, after its pass.
+        """Run the model over this process's batches.
 
         The observer is called instead of the adapter's eraser, with the batch (None where it does not count), the site,
         how often the site was visited, and the activation. It returns the activation that goes on.
@@ -84,8 +81,6 @@ class FitTask:
                 running[0] = labels if counts else None
                 visits.clear()
                 self.runner(labels.batch)
-                if counts:
-                    after_batch(labels)
 
 
 def task_for(
