@@ -172,7 +172,11 @@ def check_counts(section: Any, name: str, *counts: str) -> None:
 def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
     """Check the type of a value, and that it is one of some words; return it."""
     if not is_a(value, hint):
-        raise ValueError(f"{name}={short(value)} in a recipe must be {type_text(hint)}.")
+        wanted = type_text(hint)
+        remedy = (
+            " Write a text that YAML reads as another value, such as 1e5 or no, in quotes." if "str" in wanted else ""
+        )
+        raise ValueError(f"{name}={short(value)} in a recipe must be {wanted}.{remedy}")
     if words is not None and value is not None and value not in words:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")
     return value

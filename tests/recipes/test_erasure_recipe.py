@@ -53,6 +53,7 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
         ("adapter.labels=[a, b]", "adapter.labels is not known in a recipe: write labels at the top alone"),
         ("fit.pool={a", "'fit.pool={a' has a value that is not YAML"),
         ("labels=[no, yes]", r"labels=\[False, True\] in a recipe must be list\[str\]"),
+        ("labels=[1e5, b]", r"labels=\[100000.0, 'b'\] in a recipe .* such as 1e5 or no, in quotes"),
         ("labels=[female]", "at least two classes"),
         ("output=5", "output=5 in a recipe must be str"),
         ("concept=null", "lacks concept"),
