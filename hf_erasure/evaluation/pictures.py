@@ -18,8 +18,8 @@ from hf_erasure.fitting.report import FEMALE, MALE
 from hf_erasure.metrics import encoder_correlation
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.neutral import neutral_batches
-from hf_erasure.models.slots import SlotReader
-from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
+from hf_erasure.models.scorer import LanguageScorer
+from hf_erasure.models.word_tokens import encode, occurrences, word_forms
 from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe, word_table
 from hf_erasure.recipes.run import RECIPE_FILE
 
@@ -77,23 +77,19 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
 
     Raises `ValueError` if the model has no head that predicts words, or its tokenizer does not know the pronouns.
     """
-    head, tokenizer, occupations = subject.require_head(), subject.tokenizer, subject.data.occupations()
-    tokens = encode(tokenizer, [_PREFIX.format(name) for name, _ in occupations])
-    known = [each for each, ids in zip(occupations, tokens, strict=True) if tokenizer.unk_token_id not in ids]
-    ending = " was tired." if head == "masked" else ""
+    head, occupations = subject.require_head(), subject.data.occupations()
+    scorer, ending = LanguageScorer(subject.model, subject.tokenizer), " was tired." if head == "masked" else ""
+    known, queries = [], []
+    for occupation in occupations:
+        beginning = _PREFIX.format(occupation[0])
+        both = [scorer.encode(beginning + word + ending) for word in ("she", "he")]
+        if not any(text.unknown for text in both):
+            known.append(occupation)
+            places = [text.within(len(beginning), len(text.text) - len(ending)) for text in both]
+            queries += map(scorer.queries, both, places)
     if not known:
-        raise ValueError("The tokenizer knows none of the occupations.")
-    # Rows of both classes, as in pairs; each text nevertheless has its slot once.
-    words = {"female": ("she", "he"), "male": ("he", "she")}
-    rows = [
-        {"text": _PREFIX.format(name) + SLOT + ending, "factual": one, "counterfactual": other, "label": label}
-        for name, _ in known
-        for label, (one, other) in words.items()
-    ]
-    pairs = PairSet(Dataset.from_list(rows), tokenizer, head, list(words), getattr(subject.model, "config", None))
-    reader, tokens_of = SlotReader(subject.model), word_tokens(tokenizer, ["she", "he"], "said that ")
-    found = [reader.word_log_probabilities(batch, tokens_of).cpu() for batch in pairs.slots(32)]
-    scores = torch.cat(found).double()
+        raise ValueError("The tokenizer knows none of the occupations, or does not know the pronouns.")
+    scores = torch.tensor(scorer.sums(queries), dtype=torch.float64).view(-1, 2)
     shares = (scores[:, 0] - scores[:, 1]).sigmoid().tolist()
     jobs = [{"occupation": n, "stereotype": of, "she": s} for (n, of), s in zip(known, shares, strict=True)]
     return {"occupations": jobs, "left_out": len(occupations) - len(known)}
