@@ -335,20 +335,15 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
 
 def _raise_not_finite(rows: Rows) -> None:
     """Raise the error that names the place where x is not finite."""
-    chunk = 1024
-    wrong, first = 0, ""
-    for start in range(0, rows.count, chunk):
-        bad = ~torch.isfinite(rows.chunk(start, min(start + chunk, rows.count)))
-        if not wrong and bool(bad.any()):
-            row, feature = (int(i) for i in bad.nonzero()[0])
-            row = start + row if rows.index is None else int(rows.index[start + row])
-            first = f"row {row} (leading dimensions flattened), feature {feature}"
-        wrong += int(bad.any(dim=1).sum())
+    bad = ~torch.isfinite(rows.chunk(0, rows.count))
+    wrong = bad.any(dim=1).nonzero().flatten().tolist()
     if not wrong:
         raise ValueError("x holds numbers whose sum overflows float64: scale the activations down.")
+    row = wrong[0] if rows.index is None else int(rows.index[wrong[0]])
     raise ValueError(
-        f"x is not finite in {wrong} of {rows.count} counted rows, the first at {first}: leave such rows out with "
-        "mask=, or find out where the model overflows. The statistics are unchanged."
+        f"x is not finite in {len(wrong)} of {rows.count} counted rows, the first at row {row} (leading dimensions "
+        f"flattened), feature {int(bad[wrong[0]].nonzero()[0])}: leave such rows out with mask=, or find out where the "
+        "model overflows. The statistics are unchanged."
     )
 
 
