@@ -79,7 +79,7 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
     """
     head, occupations = subject.require_head(), subject.data.occupations()
     scorer, ending = LanguageScorer(subject.model, subject.tokenizer), " was tired." if head == "masked" else ""
-    known, queries = [], []
+    known, queries = list[tuple[str, str]](), list[Any]()
     for occupation in occupations:
         beginning = _PREFIX.format(occupation[0])
         both = [scorer.encode(beginning + word + ending) for word in ("she", "he")]
