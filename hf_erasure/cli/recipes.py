@@ -85,7 +85,6 @@ def fit(
         str | None, typer.Option(help="Also make counterfactuals with these words: english_gender or a table's path.")
     ] = None,
     pair_rank: Annotated[int | None, typer.Option(help="Directions of texts and counterfactuals to add.")] = None,
-    concept: Annotated[str | None, typer.Option(help="The name of the concept; by default its column's.")] = None,
     name: Annotated[str | None, typer.Option(help="The configuration of a Hub data set.")] = None,
     out: Out = None,
     progress: ProgressBars = True,
@@ -104,8 +103,7 @@ def fit(
     """
     options: dict[str, Any] = {
         "label": label, "text": text, "keep": keep, "test": test, "group": group, "pool": pool, "targets": targets,
-        "counterfactual_words": counterfactual_words, "pair_rank": pair_rank, "concept": concept, "name": name,
-        "out": out,
+        "counterfactual_words": counterfactual_words, "pair_rank": pair_rank, "name": name, "out": out,
     }  # fmt: skip
 
     def make(data: str, overrides: list[str]) -> Any:
@@ -144,9 +142,6 @@ def fit_feature(
         list[str] | None, typer.Option(help="A word of each class, e.g. he,she; repeat it for more words.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the classes; the first words by default.")] = None,
-    neutral: Annotated[
-        str | None, typer.Option(help="Texts without the feature; sentences without the words by default.")
-    ] = None,
     out: Out = None,
     progress: ProgressBars = True,
     processes: ProcessCount = None,
@@ -164,9 +159,9 @@ def fit_feature(
     def make(data: str, overrides: list[str]) -> Any:
         if not words:
             raise ValueError("Which words tell the classes apart? Write one of each, as in --words he,she.")
-        return from_data.feature_recipe(source, data, words, classes, neutral, out, overrides)
+        return from_data.feature_recipe(source, data, words, classes, out, overrides)
 
-    options = {"words": words, "classes": classes, "neutral": neutral, "out": out}
+    options = {"words": words, "classes": classes, "out": out}
     plan, lines = _read_plan(source, rest or [], gradiend_recipe.read_gradiend_recipe, make, options)
     outcome = _run_recipe(plan, feature.run_gradiend_recipe, lines, progress, processes)
     typer.echo("\nRows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))

@@ -33,7 +33,7 @@ def erasure_recipe(
     model: str, source: str, label: str, overrides: Sequence[str] = (), *, text: str | None = None,
     keep: str | None = None, test: str | None = None, group: str | None = None, pool: str | None = None,
     targets: str | None = None, counterfactual_words: str | None = None, pair_rank: int | None = None,
-    concept: str | None = None, out: str | None = None, name: str | None = None,
+    name: str | None = None, out: str | None = None,
 ) -> tuple[Recipe, list[str]]:  # fmt: skip
     """The recipe, and a few lines about its data. The options are those of `hf-erasure fit`, whose help explains them.
 
@@ -49,7 +49,6 @@ def erasure_recipe(
     text = text or _text_column(rows, {label, keep, group}, source)
     if empty := [number for number, value in enumerate(rows[text]) if not value]:
         raise ValueError(f"{source}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out.")
-    concept = concept or label
     place = str(Path(source).resolve()) if Path(source).exists() else source
     data: dict[str, Any] = {"source": place, "name": name, "train": train, "text_column": text}
     data |= {"label_column": label, "keep_column": keep, "group_column": group}
@@ -66,7 +65,7 @@ def erasure_recipe(
     targets = None if targets == "norms" else targets  # norms are the default
     adapter |= {"target_modules": targets.split(",") if "," in targets else targets} if targets else {}
     content = {
-        "model": model, "concept": concept, "labels": labels, "output": out or f"out/no-{concept}",
+        "model": model, "concept": label, "labels": labels, "output": out or f"out/no-{label}",
         "data": data, "fit": {"pool": pool}, "adapter": adapter,
     }  # fmt: skip
     recipe = section_of(overridden(content, overrides), Recipe)
@@ -85,8 +84,8 @@ def erasure_recipe(
 
 
 def feature_recipe(
-    model: str, sentences: str, words: Sequence[str], classes: str | None = None, neutral: str | None = None,
-    out: str | None = None, overrides: Sequence[str] = (),
+    model: str, sentences: str, words: Sequence[str], classes: str | None = None, out: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[GradiendRecipe, list[str]]:  # fmt: skip
     """The recipe for a feature whose classes are words, such as `he,she`, and for sentences with these words.
 
@@ -105,7 +104,7 @@ def feature_recipe(
     feature = "-".join(names)
     content: dict[str, Any] = {
         "model": model, "feature": feature, "classes": names, "output": out or f"out/{feature}",
-        "data": {"whole": whole | {"words": table}, "skip_unusable": True} | ({"neutral": neutral} if neutral else {}),
+        "data": {"whole": whole | {"words": table}, "skip_unusable": True},
     }  # fmt: skip
     return section_of(overridden(content, overrides), GradiendRecipe), [f"{feature}: the words {table}"]
 
