@@ -116,6 +116,27 @@ class PairSet:
         rows = list(found.values())
         return [collate(self.layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
+    def words_in_slots(
+        self, tokenizer: PreTrainedTokenizerBase, words: dict[str, tuple[int, ...]]
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """For each text of `slots` the tokens of each word in its slot; `words` has the tokens behind a space.
+
+        Where a text begins, or behind a quotation mark, a word may have other tokens. A word that does not align in a
+        slot keeps those that it has behind a space.
+        """
+        usual, found = set(words.values()), dict[Any, dict[str, tuple[int, ...]]]()
+        for row, text in zip(self.rows, self.dataset["text"], strict=True):
+            slot = tuple(row.slot.head), tuple(row.slot.tail)
+            is_known = found.setdefault(slot, words) is not words
+            if is_known or {tuple(row.factual), tuple(row.counterfactual)} <= usual:
+                continue
+            before, _, after = _with_slot(text, tokenizer).partition(SLOT)
+            suffix = "" if self.layout.task == "causal" else after
+            placed = place_words(tokenizer, [before] * len(words), list(words), [suffix] * len(words))
+            there = {word: tuple(p.word) for word, p in zip(words, placed, strict=True) if p is not None}
+            found[slot] = words | there
+        return list(found.values())
+
     def readings(self) -> list[Reading]:
         """Each text with each of its factual words, once: the text's index in `slots`, and its rows' words by class."""
         places: dict[Any, int] = {}
@@ -263,13 +284,18 @@ def _encode_rows(
             yield row
 
 
+def _with_slot(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text in which the tokenizer's mask token may stand for the slot, with the slot."""
+    mask = tokenizer.mask_token
+    return text if SLOT in text or mask is None else text.replace(mask, SLOT)
+
+
 def _word_rows(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> Iterator[EncodedRow | str]:
     """Rows for a language model, tokenised all at once; or in place of a row, words that say what is wrong with it."""
-    mask, is_causal, not_aligned = tokenizer.mask_token, layout.task == "causal", Placed([], [], [])
-    # The tokenizer's mask token may stand for the slot.
-    texts = [pair.text if SLOT in pair.text or mask is None else pair.text.replace(mask, SLOT) for pair in pairs]
+    is_causal, not_aligned = layout.task == "causal", Placed([], [], [])
+    texts = [_with_slot(pair.text, tokenizer) for pair in pairs]
     before = [text.partition(SLOT)[0] for text in texts]
     after = ["" if is_causal else text.partition(SLOT)[2] for text in texts]
     right_words, wrong_words = (

@@ -91,7 +91,10 @@ def class_probabilities(
         _check_readings(readings, pairs.classes, reason)
         texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
     else:
-        texts, by_text = torch.arange(sum(map(len, batches))), [of_class]
+        is_label = pairs.layout.task == "classification"
+        placed = [tokens_of] if is_label else pairs.words_in_slots(tokenizer, tokens_of)
+        by_text = [[{there[word] for word in own} for own in words.values()] for there in placed]
+        texts = torch.arange(sum(map(len, batches)))
     known = sorted({word for each in by_text for own in each for word in own})
     position = {word: index for index, word in enumerate(known)}
     chosen = torch.zeros(len(by_text), len(of_class), len(known), dtype=torch.double)

@@ -360,6 +360,26 @@ def test_one_word_in_two_spellings_counts_once():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(("name", "text"), [("roberta", "[FEATURE] was late"), ("gpt2", "Tom said,[FEATURE]")])
+def test_a_word_is_scored_as_it_is_spelled_in_its_slot(name: str, text: str, tmp_path: Path):
+    # Where no space is before a word, byte-level tokens are other ones: here the letters of both words.
+    texts = text, "a dog and " + text.replace(",", " that ")
+    turns = (("he", "to", "a", "b"), ("to", "he", "b", "a"))
+    _, trainer = scored(name, ["a", "b"], [(own, *turn) for own in texts for turn in turns], tmp_path)
+    tokenizer, mask = trainer.processing_class, trainer.processing_class.mask_token_id
+    found = trainer.scorer().class_probabilities()
+    for row, count in enumerate((2, 1)):
+        for column, word in enumerate(("he", "to")):
+            ids, other = (tokenizer(texts[row].replace("[FEATURE]", w))["input_ids"] for w in (word, ".."))
+            start = next(place for place, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b)
+            given, places = torch.tensor(ids), torch.arange(start, start + count)
+            masked = given if mask is None else given.index_fill(0, places, mask)
+            with torch.no_grad():
+                p = trainer.model(masked[None]).logits[0].softmax(-1)
+            expected = p[places - int(mask is None), given[places]].prod()
+            assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-4)
+
+
 # ---- the adapter -----------------------------------------------------------------------------------------------------
 
 
