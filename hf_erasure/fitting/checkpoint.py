@@ -39,8 +39,6 @@ _FIELDS = ("labels", "concept_dim", "site", "method", "affine", "rank")
 _OPTIONAL = ("pair_rank", "environment_rank", "environments", "kept")
 # Moments are written so rarely that writing takes at most this share of the time.
 WRITING_SHARE = 0.1
-# The figures of a site's line of the report that are kept: the name in the report → the name in the file.
-_FIGURES = {"rows": "rows", "change_labelled": "change"}
 
 
 class FitCheckpoint:
@@ -122,7 +120,7 @@ class FitCheckpoint:
         tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
         optional = {"bias": eraser.bias, "readings": fit.readings}
         tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        figures = {kept: getattr(fit.line, name) for name, kept in _FIGURES.items()}
+        figures = {"rows": fit.line.rows, "change": fit.line.change_labelled}
         facts = {"site": site, "data": data, "dtype": str(fit.dtype).removeprefix("torch."), **figures}
         write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
 
@@ -133,7 +131,7 @@ class FitCheckpoint:
             tensors, facts = read_tensors(path)
             self.check_data(facts["data"], data)
             eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
-            figures = {name: facts[kept] for name, kept in _FIGURES.items()}
+            figures = {"rows": facts["rows"], "change_labelled": facts["change"]}
             line = SiteReport(facts["site"], width=eraser.x_dim, rank=eraser.rank, **figures)
             dtype, readings = getattr(torch, facts["dtype"]), tensors.get("readings")
             found[line.site] = SiteFit(eraser, dtype, tensors["shares"], line, readings=readings)

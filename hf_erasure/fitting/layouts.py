@@ -155,7 +155,10 @@ class Layouts:
                 graph = recorded()
                 return set() if graph is None else graph.features_at(modules[site], side)
 
-            return passes.axes_of(key, modules[site], feature_axes)
+            try:
+                return passes.axes_of(key, modules[site], feature_axes)
+            except ValueError as error:
+                return error.with_traceback(None)  # its stack frames would keep all activations alive
 
         found = {key: axes_at(key) for key in first}
         axes_of_sites = ((key, axes) for key, axes in found.items() if site_of(key) in self.layers)

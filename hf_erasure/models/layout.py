@@ -285,25 +285,19 @@ class Passes:
     # The passes over the first rows with longer texts, by their length.
     longer: dict[int, dict[str, Summary]] = field(default_factory=dict)
 
-    def axes_of(self, key: str, host: nn.Module, graph_axes: Callable[[], Iterable[int]] = tuple) -> Axes | ValueError:
-        """The axes of an activation of a module, or why they cannot be told; `graph_axes` is as for `feature_axis`."""
-        try:
-            if key not in self.twice or key not in self.changed:
-                raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
-            seen = (self.first, self.twice, self.changed, *self.longer.values())
-            shapes = [one[key].shape for one in seen if key in one]
-            width = feature_axis(shapes, key, host, graph_axes)
-            return self._other_axes(key, -1 if width == len(shapes[0]) - 1 else width)
-        except ValueError as error:
-            return error.with_traceback(None)  # its stack frames would keep all activations alive
-
-    def _other_axes(self, key: str, width: int) -> Axes:
-        """Find the other axes, given the axis of the features.
+    def axes_of(self, key: str, host: nn.Module, graph_axes: Callable[[], Iterable[int]] = tuple) -> Axes:
+        """The axes of an activation of a module; `graph_axes` is as for `feature_axis`.
 
         Raises:
-            ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
+            ValueError: If some rows do not reach it, if the axis of the features cannot be told, if no axis, or more
+                than one, holds the examples, or its entries do not follow the examples.
         """
+        if key not in self.twice or key not in self.changed:
+            raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
+        seen = (self.first, self.twice, self.changed, *self.longer.values())
+        width = feature_axis([one[key].shape for one in seen if key in one], key, host, graph_axes)
         rows, shape, twice = self.rows, self.first[key].shape, self.twice[key]
+        width = -1 if width == len(shape) - 1 else width
         owners = _example_axes(shape, twice.shape, rows)
         is_shared = not owners and len(shape) == 3 and shape[0] == twice.shape[0] == 1 and width % len(shape) > 0
         owners = [0] if is_shared else owners

@@ -48,10 +48,7 @@ def axes_of(activations: list[Tensor], width: int, now: Lengths, other: Lengths)
     first = Summary.of(activations[0])
     seen = [first, Summary.of(activations[1], first, ROWS), Summary.of(activations[2])]
     passes = Passes(ROWS, now, other, *({"here": each} for each in seen))
-    axes = passes.axes_of("here", nn.Identity(), lambda: {width})
-    if isinstance(axes, ValueError):
-        raise axes
-    return axes
+    return passes.axes_of("here", nn.Identity(), lambda: {width})
 
 
 EXPECTED = states(torch.arange(ROWS * 8).reshape(ROWS, 8))
