@@ -221,7 +221,7 @@ class Source(SiteStatistics):
         absent = [site for site in sites if site not in (self.moments if reached is None else reached)]
         elsewhere = [site for site in sites if site in self.uncovered]
         mixed = [site for site in elsewhere if site in self.covered]
-        if mixed or (elsewhere and len(elsewhere) == len(sites)):
+        if mixed or (absent and absent == elsewhere == list(sites)):
             raise ValueError(
                 f"In {'some' if mixed else 'all'} of the {self.title} concept_labels label tokens that are not the "
                 f"rows at {(mixed or elsewhere)[0]!r}: label the tokens of its side in all of them, give labels of "

@@ -356,6 +356,15 @@ def test_labels_that_stand_for_none_name_the_labels_and_not_the_sites(config: di
     assert fit_concept_erasure(with_adapter(**config), labelled, "no_gender", sequential=sequential, progress=False)
 
 
+@pytest.mark.parametrize("sequential", [True, False], ids=["in sequence", "in one pass"])
+def test_named_sites_of_an_image_take_a_label_for_each_patch(sequential: bool) -> None:
+    model = with_adapter("vit", target_modules=["layernorm"])
+    patches = model(small_batch("vit")["pixel_values"]).last_hidden_state.shape[1]
+    batches = [{**one, "concept_labels": torch.arange(patches).expand(16, -1) % 2} for one in small_batches("vit")]
+    report = fit_concept_erasure(model, batches, "no_gender", sequential=sequential, progress=False)
+    assert report["layernorm"].rows == 3 * 16 * patches
+
+
 def test_labels_of_tokens_on_another_side_name_the_side() -> None:
     images = [{**one, "concept_labels": torch.ones(16, 3, dtype=torch.long)} for one in small_batches("vit")]
     with pytest.raises(ValueError, match="In all of the batches concept_labels label tokens that are not the rows at"):
