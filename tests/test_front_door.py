@@ -313,11 +313,6 @@ def test_verify_and_list(fitted: tuple[Path, str], model: Path, tmp_path: Path) 
     assert run("verify", model, tmp_path)[0] == 2
 
 
-def test_the_schema_has_its_place_among_recipes_and_its_old_one() -> None:
-    new, old = run("recipe", "schema", "erasure"), run("schema", "erasure")
-    assert new == old and new[0] == 0 and "test_share" in new[1]
-
-
 def test_a_share_and_a_stream_do_not_go_together(fitted: tuple[Path, str]) -> None:
     with pytest.raises(ValueError, match="must not be a stream"):
         read_recipe(fitted[0] / "recipe.yaml", ["data.streaming=true"])

@@ -57,7 +57,6 @@ def _argument(data: str, example: str) -> Any:
     return typer.Argument(metavar="[DATA] [KEY=VALUE]...", help=f"{data} Then entries of the recipe, e.g. {example}")
 
 
-@app.command(hidden=True)  # the name of the command before there were several commands for recipes
 @recipe.command()
 def schema(kind: Annotated[Kind, typer.Argument(help="The kind of adapter that the recipe makes.")]) -> None:
     """Print the JSON schema of a recipe, with which editors complete keys, show their meaning and mark mistakes.

@@ -28,7 +28,7 @@ def schema_for(recipe: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["erasure", "gradiend"])
 def test_a_shipped_schema_is_what_the_command_prints(kind: str) -> None:
-    printed = CliRunner().invoke(app, ["schema", kind])
+    printed = CliRunner().invoke(app, ["recipe", "schema", kind])
     assert printed.exit_code == 0
     # `hf-erasure recipe schema KIND > recipes/schemas/KIND.json` writes the file anew.
     assert printed.stdout == (RECIPES / "schemas" / f"{kind}.json").read_text(encoding="utf-8")
