@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from hf_erasure.adapters import verification
     from hf_erasure.adapters.common import files
     from hf_erasure.adapters.merging import export
-    from hf_erasure.hub import facts
+    from hf_erasure.hub import facts, rendering
 else:
     verification, files, export = lazy("adapters.verification", "adapters.common.files", "adapters.merging.export")
-    (facts,) = lazy("hub.facts")
+    facts, rendering = lazy("hub.facts", "hub.rendering")
 
 
 @app.command()
@@ -97,13 +97,11 @@ def _adapter_lines(config: Any, folder: Path) -> dict[str, str]:
         ranks = "-".join(str(rank) for rank in sorted(set(method["ranks"])))
         lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
         lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
-    rows = [f"{row['title']}: {_number(row['before'])} → {_number(row['after'])}" for row in own.measured]
+    rows = [
+        f"{row['title']}: {rendering.number(row['before'])} → {rendering.number(row['after'])}" for row in own.measured
+    ]
     lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def _try_merge(model: str, adapter: str) -> str:
