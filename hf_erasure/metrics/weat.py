@@ -27,9 +27,8 @@ def score(
     b: Any,
     *,
     permutations: int = 20_000,
-    confidence: float = 0.95,
-    resamples: int = 1000,
     seed: int = 0,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """The effect size of a WEAT, with its p value.
 
@@ -39,9 +38,8 @@ def score(
         a: `(…, width)` The first attributes.
         b: `(…, width)` The second attributes.
         permutations: The most splits of the targets that are used: all splits if they are so few, else a sample.
-        confidence: The confidence of the intervals.
-        resamples: How many resamples of targets and attributes the bootstrap draws, within each set.
         seed: The seed of splits and resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over targets and attributes, within each set.
 
     Returns:
         `effect_size`, within ±2 for sets of one size; `statistic`, the difference of means; the one-sided `p_value`
@@ -68,9 +66,7 @@ def score(
         return {"effect_size": _effect_size(drawn, first)}
 
     strata = [name for name, part in zip(SETS, sets, strict=True) for _ in part]
-    found = resampling.bootstrap(
-        figures, len(strata), strata=strata, resamples=resamples, confidence=confidence, seed=seed
-    )
+    found = resampling.bootstrap(figures, len(strata), strata=strata, seed=seed, **drawing)
     return {
         **found, "effect_size": _effect_size(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
         **test, "sizes": dict(zip(SETS, map(len, sets), strict=True)),
