@@ -134,6 +134,13 @@ def test_check_of_a_folder_without_a_run(tmp_path: Path) -> None:
     assert "hf-erasure fit" in result.stderr
 
 
+def test_check_of_a_gradiend_names_the_command_for_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("feature: gender")
+    (tmp_path / "results.json").write_text('{"chosen": {}}')
+    result = CliRunner().invoke(app, ["check", str(tmp_path)])
+    assert result.exit_code == 2 and "`gradiend evaluate` a GRADIEND" in result.stderr
+
+
 def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, short_assets: Path, tmp_path: Path) -> None:
     for name, split in (("a", "train"), ("b", "test")):
         overrides = [f"output={tmp_path / name}", f"data.train={split}", "fit.sequential=false", "fit.checkpoint=true"]

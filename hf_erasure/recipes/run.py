@@ -167,10 +167,8 @@ def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: st
     if not recipe.is_file() or not results.is_file():
         raise ValueError(f"{folder} holds no finished run: run `{command} RECIPE.yaml output={folder}` first.")
     found = json.loads(results.read_text(encoding="utf-8"))
-    is_gradiend = "chosen" in found
-    if is_gradiend != command.endswith("gradiend fit"):
-        there, use = ("a GRADIEND", "gradiend evaluate") if is_gradiend else ("an erasure", "check")
-        raise ValueError(f"{folder} holds {there}: use `hf-erasure {use}`.")
+    if ("chosen" in found) != command.endswith("gradiend fit"):
+        raise ValueError(f"{folder} is not of `{command}`: `check` reads an erasure, `gradiend evaluate` a GRADIEND.")
     return read(recipe), found
 
 
