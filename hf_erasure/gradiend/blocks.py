@@ -55,8 +55,6 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 def sum_of_squares(a: Tensor) -> float:
     """`‖a‖²` in float64, even if float32 squares would vanish or overflow."""
-    if a.numel() == 0:
-        return 0.0
     dtype = torch.promote_types(a.dtype, torch.float32)
     sums = [torch.dot(x, x) for x in (piece.to(dtype) for (piece,) in pieces(a))]
     result = float(torch.stack(sums).double().sum())

@@ -36,9 +36,6 @@ class FeatureEncoder:
     activation: str = "tanh"  # "tanh" or "identity".
     unit_norm: bool = False  # Whether gradients are scaled to unit norm; the norm is over all given blocks.
 
-    def __post_init__(self) -> None:
-        _check_blocks(self.index, self.shapes, weight=self.weight)
-
     def encode(self, gradients: Mapping[str, Tensor]) -> float:
         """The value of the feature neuron for one gradient.
 
@@ -57,7 +54,7 @@ class FeatureEncoder:
         for name, block in blocks.items():
             weight, index = self.weight[name], self.index[name]
             read = block if index is None else block.index_select(0, index)
-            projections[name] = dot(weight, read) if weight.numel() else 0.0
+            projections[name] = dot(weight, read)
         require_finite(projections)
         value = sum(projections.values())
         if self.unit_norm:
@@ -95,9 +92,6 @@ class FeatureDecoder:
     # Name to `(count,)` int32 ascending flat positions of these entries; None if the whole block is stored.
     index: dict[str, Tensor | None]
     shapes: dict[str, torch.Size]  # Name to the shape of the block.
-
-    def __post_init__(self) -> None:
-        _check_blocks(self.index, self.shapes, weight=self.weight, bias=self.bias)
 
     def prune(self, density: float) -> FeatureDecoder:
         """The decoder reduced to the `ceil(density · n)` largest `|Wd|` over all blocks; the first of equals are kept.
@@ -194,19 +188,3 @@ def _largest_entries(
 def dense(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
     """Put values at positions of a zero vector of that size; return the values themselves if `positions` is None."""
     return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
-
-
-def _check_blocks(index: Index, shapes: Mapping[str, torch.Size], **parts: Mapping[str, Tensor]) -> None:
-    for what, values in parts.items():
-        if not shapes or values.keys() != shapes.keys() or index.keys() != shapes.keys():
-            raise ValueError(f"{what}, index and shapes must have the same names, at least one.")
-        for name, shape in shapes.items():
-            positions = index[name]
-            count = shape.numel() if positions is None else positions.numel()
-            if tuple(values[name].shape) != (count,):
-                raise ValueError(
-                    f"{what} of {name!r} has shape {tuple(values[name].shape)}: it must be ({count},), "
-                    + (f"all of {tuple(shape)}." if positions is None else "one value per position in index.")
-                )
-    if not any(shape.numel() for shape in shapes.values()):
-        raise ValueError("The blocks have no entries.")

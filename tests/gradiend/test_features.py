@@ -135,13 +135,6 @@ def test_weights_that_are_not_finite_cannot_be_ranked():
         FeatureDecoder(weight, flat(1), ALL, SIZES).prune(0.1)
 
 
-def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="bias of 'up' has shape"):
-        FeatureDecoder(flat(0), flat(0) | {"up": torch.zeros(3)}, ALL, SIZES)
-    with pytest.raises(ValueError, match="same names"):
-        FeatureEncoder({}, ALL, SIZES)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_encoding_refuses_what_is_not_finite(bad):
     g = gradients(0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder, prune_together
+from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder, dense, prune_together
 from hf_erasure.models.model import class_name
 
 from ..common.acting import update_model
@@ -207,7 +207,7 @@ def _parameter_places(layers: dict[str, GradiendLayer], adapter_name: str) -> It
 
 
 def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None:
-    shapes = feature.decoder.shapes
+    decoder, shapes = feature.decoder, feature.decoder.shapes
     unknown = [name for name in shapes if name not in parameters]
     if unknown:
         raise ValueError(
@@ -218,7 +218,11 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
         there = parameters[name].shape
         if shape != there:
             raise ValueError(f"The feature's block {name!r} has shape {tuple(shape)}; the weight has {tuple(there)}.")
-        for values in (feature.decoder.weight[name], feature.decoder.bias[name]):
+        positions = decoder.index[name]
+        count = shape.numel() if positions is None else positions.numel()
+        for values in (decoder.weight[name], decoder.bias[name]):
+            if values.shape != (count,):
+                raise ValueError(f"The feature has {len(values)} values at {name!r}, where it keeps {count} entries.")
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
 
@@ -234,19 +238,14 @@ def _align_blocks(
         return [None] * (1 + len(found))
     device = filled[0].device
     kept = [index.get(name, nothing.int()) for index in index_of]
-    indices = [None if index is None else index.to(device).long() for index in kept]
-    dense = any(index is None for index in indices)
-    union = None if dense else torch.cat([index for index in indices if index is not None]).unique()
-    count = shape.numel() if union is None else union.numel()
-    rows = [torch.zeros(len(indices), count, device=device, dtype=torch.float32) for _ in found]
-    for number, index in enumerate(indices):
-        for row, values in zip(rows, found, strict=True):
-            if index is None:
-                row[number] = values[number]
-            else:
-                at = index if union is None else torch.searchsorted(union, index)
-                row[number, at] = values[number].to(device, row.dtype)
-    return [None if union is None else union.int(), *rows]
+    indices = [index if index is None else index.to(device) for index in kept]
+    sparse = [index for index in indices if index is not None]
+    union = torch.cat(sparse).unique() if len(sparse) == len(kept) else None
+    rows = []
+    for values in found:
+        each = (dense(v.to(device, torch.float32), at, shape.numel()) for v, at in zip(values, indices, strict=True))
+        rows.append(torch.stack([value if union is None else value[union.long()] for value in each]))
+    return [union, *rows]
 
 
 def _with_strengths(

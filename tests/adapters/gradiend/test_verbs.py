@@ -438,8 +438,11 @@ def test_classes_and_names_of_a_fitted_adapter_are_checked(gradiends: Gradiends)
     other_shape = feature_of({"embeddings.LayerNorm.weight": nn.Parameter(torch.zeros(2, 2))})
     infinite = feature_of(targeted_parameters(model, NAME))
     infinite.decoder.weight["embeddings.LayerNorm.weight"][0] = torch.inf
+    short = feature_of(targeted_parameters(model, NAME))
+    short.decoder.bias["embeddings.LayerNorm.weight"] = torch.ones(1)  # it would be spread over all entries
     cases = [
         ([bad], [PAIR], "block 'nothing.weight'"),
+        ([short], [PAIR], r"1 values at 'embeddings\.LayerNorm\.weight', where it keeps"),
         ([other_shape], [PAIR], "has shape"),
         ([infinite], [PAIR], "not finite"),
         ([feature], [("female", "nobody")], "'nobody', which is not among classes"),
