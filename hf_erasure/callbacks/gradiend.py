@@ -18,6 +18,7 @@ from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
 from hf_erasure.adapters.common.layer import innermost
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
+from hf_erasure.gradiend.features import dense
 
 from .trainer import LoggingCallback, is_sharded
 
@@ -266,10 +267,8 @@ class _Guard:
         """Move a LoRA's matrices in the steepest direction, until to first order no component is left."""
         direction, index = self.direction[weight.name], self.index[weight.name]
         along = float(((self._values(weight) - self.recorded[weight.name]) * direction).double().sum())
-        dense = torch.zeros(weight.weight.numel(), device=direction.device)
-        dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
         steps: list[tuple[nn.Parameter, Tensor]] = []
-        toward = weight.oriented(dense.view_as(weight.weight))
+        toward = weight.oriented(dense(direction, index, weight.weight.numel()).view_as(weight.weight))
         for a, b, scaling in weight.lora:
             steps.append((b, scaling * toward @ a.detach().float().T))
             steps.append((a, scaling * b.detach().float().T @ toward))

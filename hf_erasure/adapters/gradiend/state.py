@@ -34,13 +34,13 @@ class StoredFeature:
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """Full name without wrappers → parameter that an adapter changes; a tied weight has only one entry."""
-    layers, _ = _layers_and_config(model, adapter_name, fitted=False, unmerged=False)
+    layers, _ = layers_and_config(model, adapter_name, fitted=False, unmerged=False)
     return {name: layer.parameter(own) for name, layer, own in _parameter_places(layers, adapter_name)}
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
     """The bytes that an adapter's state takes once it is fitted, in memory and on disk, with its present `density`."""
-    _, config = _layers_and_config(model, adapter_name, fitted=False, unmerged=False)
+    _, config = layers_and_config(model, adapter_name, fitted=False, unmerged=False)
     n = sum(p.numel() for p in targeted_parameters(model, adapter_name).values())
     pairs = config.expected_pairs()
     vectors = (3 if config.keep_encoder else 2) * pairs
@@ -59,7 +59,7 @@ def set_features(
     There is one feature for each pair of classes, at +1 and −1. The blocks of a feature are named as in
     `targeted_parameters`, or are some of them. The adapter acts once its learning rate is not 0.
     """
-    layers, config = _layers_and_config(model, adapter_name, fitted=False)
+    layers, config = layers_and_config(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
     if len(features) != len(pairs) or not features:
         raise ValueError(
@@ -113,7 +113,7 @@ def set_features(
 
 def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     """The features of a fitted adapter, one for each pair of classes; they share the adapter's tensors."""
-    layers, config = _layers_and_config(model, adapter_name, unmerged=False)
+    layers, config = layers_and_config(model, adapter_name, unmerged=False)
     places = list(_parameter_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
 
@@ -144,7 +144,7 @@ def steer(model: nn.Module, adapter_name: str, **strengths: Any) -> None:
     `strengths` are `feature_factor`, `learning_rate` and the `pair` of classes that acts; others stay as they are. In
     place: compiled code stays valid, unless the learning rate changes from or to 0. An error changes nothing.
     """
-    layers, config = _layers_and_config(model, adapter_name)
+    layers, config = layers_and_config(model, adapter_name)
     steered = _with_strengths(config, **strengths)
     for field in ("feature_factor", "learning_rate", "pair"):
         setattr(config, field, getattr(steered, field))
@@ -160,7 +160,7 @@ def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[No
     block the adapter itself does not act, and other adapters act as before. Afterwards the weights are restored bit for
     bit. A sparse edit reads and writes only the entries that change. Quantised and offloaded weights are refused.
     """
-    layers, config = _layers_and_config(model, adapter_name)
+    layers, config = layers_and_config(model, adapter_name)
     factors = steering_factors(_with_strengths(config, **strengths))
     changes = [(layer, name, edit) for layer in layers.values() for name, edit in layer.edits_of(adapter_name, factors)]
     for layer, name, _ in changes:
@@ -181,12 +181,12 @@ def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
     It is the rounded edit's length along the exact edit, divided by the exact edit's length. In bfloat16, edits far
     below the spacing of a weight's values vanish, so a small edit may do nothing. `strengths` are as for `edited`.
     """
-    layers, config = _layers_and_config(model, adapter_name)
+    layers, config = layers_and_config(model, adapter_name)
     factors = steering_factors(_with_strengths(config, **strengths))
     return rounded_share((x.parameter(own), e) for x in layers.values() for own, e in x.edits_of(adapter_name, factors))
 
 
-def _layers_and_config(
+def layers_and_config(
     model: nn.Module, name: str, *, fitted: bool = True, unmerged: bool = True
 ) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
     """An adapter's layers and configuration; raise an error if it must be `fitted` or `unmerged` and is not."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_erasure.adapters import gradiend_layers, targeted_parameters
+from hf_erasure.adapters import targeted_parameters
+from hf_erasure.adapters.gradiend.state import layers_and_config
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
@@ -208,14 +209,9 @@ def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = No
     Raises:
         ValueError: If the adapter is merged.
     """
-    layers = gradiend_layers(model, adapter_name).values()
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(
-            f"The adapter {adapter_name!r} is merged into the weights, whose gradients are not those of the base "
-            "model: call unmerge_adapter() first."
-        )
+    layers, _ = layers_and_config(model, adapter_name, fitted=False)
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in layers.values():
             stack.enter_context(layer.suspend(adapter_name))
         yield GradientReader(model, targeted_parameters(model, adapter_name), task)
 

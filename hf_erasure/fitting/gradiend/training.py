@@ -136,7 +136,8 @@ class Training:
         run = self._run_closed_form if closed else self._run_trained
         with self.progress.running(sum(start.steps for start in starts)):
             for start in starts[facts["start"] :]:
-                run(start, state, facts)
+                correlation = abs(run(start, state, facts))
+                self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": correlation})
                 state, facts = {}, {"step": 0}
         self.processes.wait()
         found = [self.progress.best[pair][1] for pair in pairs]
@@ -181,7 +182,7 @@ class Training:
 
     # ---- closed form ------------------------------------------------------------------------------------------------
 
-    def _run_closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _run_closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> float:
         estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         # A saved state is the sum over all processes: the main process continues with it, the others start from zero.
         if state and self.processes.is_main:
@@ -211,7 +212,7 @@ class Training:
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
         self.progress.keep(start.number, PairFit(start.pair, feature, correlation, start.steps, start.seed))
-        self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": abs(correlation)})
+        return correlation
 
     def _class_means(self, encoders: Sequence[FeatureEncoder], sides: list[list[Signed]]) -> list[list[float]]:
         """Each encoder's mean `⟨w, g⟩ + bias` over the gradients of some batches of each class."""
@@ -225,7 +226,7 @@ class Training:
 
     # ---- trained ----------------------------------------------------------------------------------------------------
 
-    def _run_trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _run_trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> float:
         args = self.args
         neuron = FeatureNeuron(
             self.reader.shapes, activation=args.activation, lr=args.learning_rate, eps=args.adam_epsilon,
@@ -247,7 +248,7 @@ class Training:
                 self._evaluate(start, neuron, best, done)
             if control.should_save and done < start.steps:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
-        self.results.append({"pair": "/".join(start.pair), "seed": start.seed, "correlation": best["size"]})
+        return float(best["size"])
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
         """This process's rows of the batch of a step, and its sign; the order of batches depends on seed and epoch."""
