@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -439,9 +439,12 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
     found: set[Read] = set()
     queue = [function]
     for current in queue:
-        for code in _nested_codes(current.__code__):
+        codes = [current.__code__]
+        for code in codes:
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
             bytecode = list(dis.get_instructions(code))
-            for before, read, after in zip([None, *bytecode], bytecode, [*bytecode[1:], None], strict=False):
+            # An object is loaded before its attribute, and something is done with the attribute afterwards.
+            for before, read, after in zip(bytecode, bytecode[1:], bytecode[2:], strict=False):
                 if _is_attribute(read) and not (_is_attribute(after) and after.argval in _NO_VALUES):
                     found.add((_object_name(before), read.argval))
             if "getattr" in code.co_names:
@@ -457,22 +460,13 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
     return frozenset(found)
 
 
-def _nested_codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _nested_codes(inner)
-
-
-def _is_attribute(instruction: dis.Instruction | None) -> TypeGuard[dis.Instruction]:
+def _is_attribute(instruction: dis.Instruction) -> bool:
     # From Python 3.12 on, `super().forward` has its own instruction.
-    return instruction is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+    return instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
-def _object_name(instruction: dis.Instruction | None) -> str:
+def _object_name(instruction: dis.Instruction) -> str:
     """The name of the object of which an attribute is read, from the instruction that loads the object."""
-    if instruction is None:
-        return ANY
     if _is_attribute(instruction):
         return str(instruction.argval)
     # Newer releases of Python load two variables at once.
