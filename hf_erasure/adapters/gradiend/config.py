@@ -131,13 +131,11 @@ class GradiendConfig(ChildConfig):
 
     def check_strength(self) -> None:
         """Raise a `ValueError` for a strength that is not finite or too large for float32."""
-        for name in ("feature_factor", "learning_rate"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} is not a finite number.")
-        if max(abs(self.feature_factor * self.learning_rate), abs(self.learning_rate)) > _MOST_FLOAT:
+        factors = self.feature_factor * self.learning_rate, self.learning_rate
+        if not all(abs(factor) <= _MOST_FLOAT for factor in factors):  # also if one is NaN
             raise ValueError(
                 f"feature_factor={self.feature_factor:g} and learning_rate={self.learning_rate:g} are beyond what "
-                "float32 can hold."
+                "float32 can hold: write finite numbers."
             )
 
     def pair_index(self, pair: Iterable[str] | None) -> int:

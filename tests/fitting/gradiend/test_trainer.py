@@ -718,7 +718,7 @@ def test_steering_beyond_float32_changes_nothing(strength: tuple[float, float], 
     adapter = GradiendAdapter.of(model, NAME)
     adapter.steer(1.0, 0.01)
     before = logits_of(model, "llama")
-    with pytest.raises(ValueError, match=r"float32|not a finite number"):
+    with pytest.raises(ValueError, match="what float32 can hold"):
         adapter.steer(*strength)
     assert (adapter.config.feature_factor, adapter.config.learning_rate) == (1.0, 0.01)
     assert torch.equal(logits_of(model, "llama"), before)
