@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from hf_erasure.models.dummy import dummy_batch
@@ -66,9 +67,7 @@ def _towers(model: nn.Module, body: Any) -> list[str]:
 
     def watch(call: Callable[[], Any]) -> None:
         reached.clear()
-        with ExitStack() as hooks:
-            for module in body.modules():
-                hooks.callback(module.register_forward_pre_hook(lambda module, _: reached.add(module)).remove)
+        with register_module_forward_pre_hook(lambda module, _: reached.add(module)):
             call()
 
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -282,7 +282,7 @@ def scan(
     model: nn.Module,
     adapter_name: str,
     scorer: Scorer,
-    pairs: Iterable[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]],
     budget: float,
     feature_factors: Sequence[float] = FEATURE_FACTORS,
     learning_rates: Sequence[float] = LEARNING_RATES,
@@ -292,7 +292,6 @@ def scan(
     For each feature factor the steps grow. If language modelling has lost `COST_LIMIT` times the budget, larger steps
     in that direction are left out.
     """
-    pairs = list(pairs)
     with edited(model, adapter_name, feature_factor=0.0, learning_rate=0.0, pair=pairs[0]):
         base = scorer.score(pairs[0], 0.0, 0.0, None)
     yield base
