@@ -17,7 +17,7 @@ LIMITS = {
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
     "load_adapter": (10, 74),
-    "GradiendTrainer.train": (20, 134),
+    "GradiendTrainer.train": (20, 129),
     "select, 1 × 1": (15, 106),
     "steer": (7, 16),
     "forward with GRADIEND": (4, 17),

@@ -119,7 +119,7 @@ class UndoRecord:
 
     def undo(self) -> None:
         """Put the values back: bit for bit, unless other code has changed the weight in between."""
-        flat = _flat(self.parameter)
+        flat = self.parameter.detach().reshape(-1)
         before, index = self.before.to(flat.device), None if self.index is None else self.index.to(flat.device)
         after = edited_tensor(before, [edit.to(flat.device) for edit in self.edits])
         now = flat if index is None else flat.index_select(0, index)
@@ -133,7 +133,7 @@ class UndoRecord:
 
 def write_edits(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
-    flat, index = _flat(parameter), None
+    flat, index = parameter.detach().reshape(-1), None
     edits = [edit.to(flat.device) for edit in edits]
     positions = [edit.index.long() for edit in edits if edit.index is not None]
     if len(positions) == len(edits) == 1:  # only the entries that change are read and written
@@ -146,18 +146,13 @@ def write_edits(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     return UndoRecord(parameter, index, before, edits)
 
 
-def _flat(parameter: Tensor) -> Tensor:
-    """The values of a weight as a vector: a view where the weight is contiguous, a copy otherwise."""
-    return parameter.detach().reshape(-1)
-
-
 @torch.no_grad()
 def _overwrite(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Tensor) -> None:
     # `detach` shares memory and version counter, so a backward pass that needs the old values raises an error.
     target = parameter.detach()
     if index is None:
         target.copy_(values.view(parameter.shape))
-    elif flat.data_ptr() == parameter.data_ptr():
+    elif flat.data_ptr() == parameter.data_ptr():  # a view of the weight; of one that is not contiguous it is a copy
         flat.index_copy_(0, index, values)
     else:
         target.copy_(flat.index_copy(0, index, values).view(parameter.shape))
@@ -178,7 +173,7 @@ def rounded_share(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
     """The share of the changes of weights that is left after rounding to the weights' dtype; 1 if all is left."""
     squares = product = 0.0
     for parameter, edit in changes:
-        flat = _flat(parameter)
+        flat = parameter.detach().reshape(-1)
         edit = edit.to(flat.device)
         if edit.index is not None:
             flat, edit = flat.index_select(0, edit.index), WeightEdit(None, edit.values)
