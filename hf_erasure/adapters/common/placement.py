@@ -7,8 +7,6 @@ like a float tensor, and 8-bit floats have their scales in another parameter. No
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,27 +128,6 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
         present.data = ordinary(value.to(present.device, present.dtype))
     if offloaded:
         write_value(module, name, value)
-
-
-@contextmanager
-def writable_parameter(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
-    """Yield a parameter for changes in place, or a copy of an offloaded one, which is written back after the block."""
-    module, name = places[0]
-    parameter, value = module._parameters[name], value_of(module, name)
-    if parameter is None or value is None:
-        raise ValueError(f"The parameter {name!r} is gone from the model: load the adapter into its own base model.")
-    writable = nn.Parameter(value.clone(), requires_grad=False) if owns_offloaded(module) else parameter
-    # An offloaded tied weight has a copy for each owner, with equal values; a weight that was untied has other values.
-    others = [(owner, own_name) for owner, own_name in places if owner._parameters[own_name] is not writable]
-    equal_places = [
-        place for place in others if owns_offloaded(place[0]) or torch.equal(place[0].get_parameter(place[1]), writable)
-    ]
-    yield writable
-    for owner, own_name in equal_places:
-        if owns_offloaded(owner):
-            write_value(owner, own_name, writable)
-        else:
-            owner.get_parameter(own_name).data.copy_(writable.detach())
 
 
 class _ChangedWeights(ChainMap[str, Tensor]):

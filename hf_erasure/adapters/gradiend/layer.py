@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.config import INDICES
 from ..common.layer import AdapterChild, StateDict, innermost
-from ..common.placement import FLOAT_FIRST, is_quantised, owns_offloaded, shared_weights, writable_parameter
+from ..common.placement import FLOAT_FIRST, is_quantised, owns_offloaded, shared_weights, values_of, write_value
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
 from .forward import NOT_A_PARAMETER, Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write_edits
@@ -247,9 +247,15 @@ class GradiendLayer(AdapterChild):
         """Undo the last merge."""
         names, written = self._merges.pop()
         for name, change in reversed(written):
-            # accelerate may have moved the weights since the merge, so the parameter is looked up again.
-            with writable_parameter(self.owners[name]) as change.parameter:
+            # accelerate may have moved the weight since the merge. If it offloads a tied one, each owner has a copy.
+            places = {id(m._parameters[own]): (m, own) for m, own in self.owners[name]}
+            for module, own in places.values():
+                change.parameter = module.get_parameter(own)
+                if owns_offloaded(module):
+                    change.parameter = nn.Parameter(values_of(module)[own].clone(), requires_grad=False)
                 change.undo()
+                if owns_offloaded(module):
+                    write_value(module, own, change.parameter)
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
 
     def forget_originals(self) -> None:

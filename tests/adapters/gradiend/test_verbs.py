@@ -455,3 +455,23 @@ def test_classes_and_names_of_a_fitted_adapter_are_checked(gradiends: Gradiends)
         before.assert_same(state_of(model, "bert"))
     assert model.peft_config[NAME].classes == CLASSES
     assert distance(before.outputs, outputs_of(model, batch_of("bert", seed=7))) == 0
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_tied_weight_that_is_offloaded_after_a_merge_is_unmerged_for_all_its_owners(
+    where: str, gradiends: Gradiends, tmp_path
+):
+    batch, base = batch_of("tied_llama"), gradiends.base("tied_llama")
+    model = peft.PeftModel.from_pretrained(base, gradiends.folder("tied_llama"))
+    expected = outputs_of(gradiends.base("tied_llama"), batch)
+    model.merge_adapter()
+    if where == "cpu":
+        accelerate.cpu_offload(base, execution_device="cpu")
+    else:
+        accelerate.disk_offload(base, tmp_path, execution_device="cpu")
+    with torch.no_grad():
+        merged = model(**inputs_of(batch))[0]
+        model.unmerge_adapter()
+        model.base_model.disable_adapter_layers()
+        assert torch.equal(model(**inputs_of(batch))[0], next(iter(expected.values())))
+    assert not torch.equal(merged, next(iter(expected.values())))
