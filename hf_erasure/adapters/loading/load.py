@@ -393,15 +393,12 @@ def _check_saved_modules(
             kept = {*module._parameters, *module._buffers} & tensors.keys()
             wanted |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in kept}
     setting, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(found.keys() - wanted.keys())
-    of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
-    if of_modules:
-        raise ValueError(
-            f"{of_modules[0]!r} {where} belongs to a module that was trained with the {config.described}, one of its "
-            f"{setting}. This {type(model).__name__} has no module of that name: load the adapter into a "
-            f"{Provenance.of(config).base_class or 'model of the class'} that it was fitted on."
-        )
-    belong = f"belong neither to the {config.described} nor to its {setting}"
-    _refuse_tensors(extra, f"{where} {belong}: it would change the model itself.")
+    base = Provenance.of(config).base_class or "model of the class"
+    _refuse_tensors(
+        extra,
+        f"{where} belong neither to the {config.described} nor to modules of this {type(model).__name__} that "
+        f"{setting} names: they would change the model itself. Load the adapter into a {base} that it was fitted on.",
+    )
     required = {name for name in wanted if is_saved(name, saved)}
     _refuse_tensors(required - found.keys(), f"of {setting} are missing {where}. Load the complete folder.")
     for name, shape in found.items():
