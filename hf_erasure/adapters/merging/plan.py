@@ -243,8 +243,8 @@ def _folded_uses(
             f"{refused} running the model on a dummy input, but this {type(model).__name__} fails on it "
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
-    uses, weight_uses = trace_uses(model, probe.run, sites, names)
-    found = {path: why_not_foldable(model, path, uses[path], weight_uses) for path in uses}
+    uses = trace_uses(model, probe.run, sites, names)
+    found = {path: why_not_foldable(model, here) for path, here in uses.items()}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
         return uses

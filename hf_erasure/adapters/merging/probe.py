@@ -110,7 +110,8 @@ def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Ten
 class SiteUses:
     """What a forward pass does with the activation of one site."""
 
-    weights: list[Weight] = field(default_factory=list)  # the weights that multiply it, in the order of the calls
+    # The weights that multiply it, in the order of the calls → the other sites and operations that use the weight.
+    weights: dict[Weight, list[str]] = field(default_factory=dict)
     obstacles: list[str] = field(default_factory=list)  # names of the other operations that it goes into
     quantised: list[str] = field(default_factory=list)  # names of the modules with quantised weights that it goes into
     returned: bool = False  # whether it is part of what the model returns
@@ -119,11 +120,10 @@ class SiteUses:
 
 def trace_uses(
     model: nn.Module, run: Callable[[], Any], sites: dict[str, ErasureLayer], names: list[str]
-) -> tuple[dict[str, SiteUses], dict[Weight, set[str]]]:
+) -> dict[str, SiteUses]:
     """Run the model on a small input and find where the activations of `sites` go, whose erasers will be folded.
 
-    An erasure of an adapter that is not among `names` stays unmerged, and is an obstacle. Returns path of a site → its
-    uses; and weight → what it is used for: paths of sites, or names of other operations.
+    An erasure of an adapter that is not among `names` stays unmerged, and is an obstacle.
     """
     graph, uses = Graph(model, run), {path: SiteUses() for path in sites}
     erased = [
@@ -172,10 +172,11 @@ def trace_uses(
             is_named = node.kind != "parameter" and node.operation != node.product.owner
             text = f"<{node.operation}>" if is_named else "another use"
             weight_uses.setdefault(id(weight), set()).add(site_of.get(node, text))
-    for here in uses.values():
-        here.weights += [other for other in sibling_experts(model, graph, here.weights) if other not in here.weights]
-    known = {weight for here in uses.values() for weight in here.weights}
-    return uses, {w: weight_uses.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
+    for path, here in uses.items():
+        known = [*here.weights, *sibling_experts(model, graph, [*here.weights])]
+        used_by = {w: weight_uses.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
+        here.weights = {weight: sorted(others - {path}) for weight, others in used_by.items()}
+    return uses
 
 
 def _record_use(graph: Graph, use: Use, axis: int, uses: SiteUses) -> None:
@@ -201,11 +202,10 @@ def _record_use(graph: Graph, use: Use, axis: int, uses: SiteUses) -> None:
     ):
         uses.obstacles.append(type(graph.calls[product.call].module).__name__)
     else:
-        weight = Weight(product.owner, product.parameter, product.in_axis)
-        uses.weights += [weight] * (weight not in uses.weights)
+        uses.weights.setdefault(Weight(product.owner, product.parameter, product.in_axis), [])
 
 
-def why_not_foldable(model: nn.Module, path: str, uses: SiteUses, weight_uses: dict[Weight, set[str]]) -> str | None:
+def why_not_foldable(model: nn.Module, uses: SiteUses) -> str | None:
     """The reason why a site cannot be folded into the layers that take its activation; None when it can."""
     if not uses.runs:
         return "it was not reached when the model ran on a dummy input"
@@ -221,8 +221,7 @@ def why_not_foldable(model: nn.Module, path: str, uses: SiteUses, weight_uses: d
         return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after a merge"
     if not uses.weights:
         return "no layer of the model takes its activation"
-    for weight in uses.weights:
-        others = sorted(weight_uses[weight] - {path})
+    for weight, others in uses.weights.items():
         tied = tied_to(model, weight.module) if others else None
         # A table that an embedding shares gets a copy of its own before a merge.
         if others and not (others == ["<embedding>"] and tied):
@@ -250,17 +249,16 @@ def sites_without_bias(
             places[path] = [(layer.host, "weight", config.site)]
         else:
             folded[path] = layer
-    traced: list[Any] = []
+    traced: dict[str, SiteUses] = {}
     if folded:
         acting = {name, *(other for layer in erasure_layers(model).values() for other in layer.acting_adapters())}
         can_run = may_run and not is_offloaded(model)
-        if not can_run or Probe(model, lambda call: traced.extend(trace_uses(model, call, folded, [*acting]))).failure:
+        if not can_run or Probe(model, lambda call: traced.update(trace_uses(model, call, folded, [*acting]))).failure:
             return set()
-    for path, use in traced[0].items() if traced else ():
-        quantised = [Weight(module, "weight", 1) for module in use.quantised]
-        whole = replace(use, weights=[*use.weights, *quantised], quantised=[])
-        known = {weight: traced[1].get(weight, {path}) for weight in whole.weights}
-        if why_not_foldable(model, path, whole, known) is not None:
+    for path, use in traced.items():
+        quantised: dict[Weight, list[str]] = {Weight(module, "weight", 1): [] for module in use.quantised}
+        whole = replace(use, weights=use.weights | quantised, quantised=[])
+        if why_not_foldable(model, whole) is not None:
             return set()
         places[path] = [(model.get_submodule(w.module), w.parameter, "input") for w in whole.weights]
     without = set()
