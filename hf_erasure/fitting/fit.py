@@ -103,8 +103,7 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_inactive(model, adapter_name)
-    # The fit writes into a copy, so that a failed one leaves the configuration as it was.
-    attached, task.config = task.config, _with_extras(task.config, collator, pair_rank, environment_rank)
+    task.config = _with_extras(task.config, collator, pair_rank, environment_rank)
     checkpoint, rows = None, set[int]()
     if checkpoint_dir is not None:
         with task.processes.fail_together("opening checkpoint_dir"):
@@ -125,7 +124,6 @@ def fit_concept_erasure(
     left_out = [site for site in task.layers if site not in fits]
     report = finish_fit(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
-    attached.__dict__.update(task.config.__dict__)
     if left_out and checkpoint is not None and task.processes.is_main:
         checkpoint.leave_out(left_out)
     return report
@@ -290,12 +288,14 @@ def finish_fit(
     left_out = {site: layer for site, layer in task.layers.items() if site not in fits}
     task.layers = {site: layer for site, layer in task.layers.items() if site in fits}
     names, reading_rows = known_readings(task.config, fits.values())
-    config, lines = task.config, [fits[site].line for site in task.layers]
+    lines = [fits[site].line for site in task.layers]
     examples, fitted, environments = 0, 0, None
     if eval_batches is not None:
         lines, examples, fitted, environments = measure(
             task, eval_batches, lambda site, x: fits[site].erase(x), lines, fitted_rows
         )
+    task.attached.__dict__.update(task.config.__dict__)
+    config = task.config = task.attached
     for site, layer in task.layers.items():
         fit = fits[site]
         readings = None if names is None or fit.readings is None else fit.readings[reading_rows]

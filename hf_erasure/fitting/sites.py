@@ -44,7 +44,8 @@ class FitTask:
     runner: Runner  # Calls the model.
     layers: dict[str, ErasureLayer]  # The sites, by the name of their module, in the model's order.
     name: str  # The adapter.
-    config: ConceptErasureConfig  # Its configuration.
+    config: ConceptErasureConfig  # Its configuration, or the copy that a fit writes into until it cannot fail any more.
+    attached: ConceptErasureConfig  # The configuration that the model has.
     layouts: Layouts  # Tells what the axes of activations are.
     pool: str  # Which rows a sequence label counts for, one of `POOLS`.
     reader: str  # What the model's head reads, in words.
@@ -120,7 +121,7 @@ def task_for(
     else:
         guarded, reader = pool_for(pool, model, layouts, concept or config, rows)
     shows = progress and processes.is_main
-    task = FitTask(adapter.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
+    task = FitTask(adapter.owner, runner, layers, name, config, config, layouts, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
 
 

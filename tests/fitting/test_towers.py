@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ def test_a_fit_that_fails_leaves_no_site_out() -> None:
     assert set(erasure_layers(model, "e")) == sites
     assert not model.peft_config["e"].fitted
     assert same(before, outputs_of(model, BATCHES[0]))
+
+
+def test_a_warning_that_is_an_error_leaves_a_whole_adapter() -> None:
+    model = with_adapter(clip())
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="leaves out 5"):
+        warnings.filterwarnings("error", message=".*leaves out")
+        fit(model, by_token(BATCHES))
+    assert set(erasure_layers(model, "e")) == set(model.peft_config["e"].fitted_sites)
+    assert model.peft_config["e"].fitted
 
 
 @pytest.mark.parametrize("sequential", [True, False])
