@@ -258,7 +258,8 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
     rows = len(inputs[0])
     if any(len(value) != rows for value in inputs):
         return found
-    lengths = found.get("attention_mask", torch.ones(rows, 1, device="cpu")).flatten(1).sum(1)
+    mask = found.get("attention_mask")
+    lengths = (mask if isinstance(mask, Tensor) else torch.ones(rows, 1, device="cpu")).flatten(1).sum(1)
     order = sorted(range(rows), key=lambda row: -int(lengths[row]))
     return rows_of(found, rows, sorted({order[0], order[-1]}))
 

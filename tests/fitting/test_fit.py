@@ -106,6 +106,14 @@ def test_padding_does_not_count() -> None:
             assert torch.equal(one, other)
 
 
+def test_a_batch_without_a_mask_and_with_a_list_of_labels_counts_all_its_tokens() -> None:
+    plain = [{**one, "attention_mask": torch.ones_like(one["input_ids"])} for one in small_batches("bert")]
+    bare = [{**one, "attention_mask": None, "concept_labels": one["concept_labels"].tolist()} for one in plain]
+    model, other = with_adapter(), with_adapter()
+    assert fit(model, plain).sites[0].rows == fit(other, bare).sites[0].rows
+    assert same(outputs_of(model, plain[0]), outputs_of(other, plain[0]))
+
+
 def test_rows_labelled_ignore_do_not_count() -> None:
     batches = small_batches("bert")
     silent = [
