@@ -82,8 +82,8 @@ def _library_patches() -> tuple[Patch, ...]:
         Patch(
             tuners, "BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict"), wrapper=tuner.inject_adapter
         ),
-        # Another method merges and unmerges every layer that it finds, also those of this package.
-        Patch(tuners, "onload_layer", ("layer",), wrapper=tuner.onload_layer),
+        # It forgets the configuration of an adapter of another method, which then acts on and is not saved.
+        Patch(models, "PeftModel.delete_adapter", ("adapter_name",), wrapper=tuner.delete_adapter),
         # Another method removes its wrappers, and with them the adapters of this package that are their children.
         Patch(tuners, "BaseTuner.unload", wrapper=tuner.unload),
         # It removes the same as unload.

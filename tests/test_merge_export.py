@@ -456,10 +456,10 @@ def test_unmerging_one_site_leaves_the_others_in_a_weight_they_share() -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
     erased, original = model(x), {name: value.clone() for name, value in model.state_dict().items()}
     model.merge_adapter()
-    erasure_layers(model)["norm"].unmerge()
+    erasure_layers(model)["norm"].unmerge_weights()
     torch.testing.assert_close(model(x), erased, rtol=1e-5, atol=1e-5)  # sums of 8 float32 products
     assert not torch.equal(model.get_base_model().up.weight, original["base_model.model.up.weight"])
-    erasure_layers(model)["up"].unmerge()
+    erasure_layers(model)["up"].unmerge_weights()
     assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
 
 

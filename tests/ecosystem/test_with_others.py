@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, verify_adapter
 from hf_erasure.adapters import erasure_layers, gradiend_layers, targeted_parameters
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.gradiend.lifecycle import RATE, Gradiends, config_of, edit_by_hand, feature_of, lora
 from tests.adapters.gradiend.lifecycle import fit as give_feature
 from tests.adapters.lifecycle import MERGE_TOLERANCE, Lifecycle, fit
@@ -434,6 +435,25 @@ def test_verbs_of_the_peft_model_of_a_lora(
     matrix(TABLE, "`unload` and `merge_and_unload` of a LoRA's PeftModel", COLUMNS[kind], "stays on")
 
 
+@pytest.mark.parametrize("gone", ["lora", "ours"])
+@both_kinds
+def test_a_peft_model_deletes_an_adapter_of_another_method(kind: str, gone: str, others: Others):
+    """PEFT forgets its configuration and leaves it on, where no save finds it any more."""
+    batch, names = small_batch("llama", seed=5), {"lora": "lora", "ours": kind}
+    name = names.pop(gone)
+    (left,) = names.values()
+    model, wrapped = beside_a_peft_model(others, "llama", kind, "before")
+    if gone == "lora":
+        model = others.with_adapters("llama", ("lora",))
+        wrapped = PeftModel.from_pretrained(model, others.folder("llama", kind), adapter_name=kind)
+    else:
+        wrapped.set_adapter(name)  # its layers switch the LoRA on again
+    wrapped.delete_adapter(name)
+    assert list(wrapped.peft_config) == wrapped.active_adapters == [left]
+    assert same(outputs_of(wrapped, batch), outputs_of(others.with_adapters("llama", (left,)), batch))
+    assert bool(adapter_children(model)) == (left == kind)
+
+
 # ---- merged beside others, and unmerged in any order -----------------------------------------------------------------
 
 
@@ -684,7 +704,7 @@ def test_an_erasure_of_a_norm_and_one_of_the_linear_behind_it_in_any_order(other
         layers = {name: list(erasure_layers(model, name).values()) for name in unmerging}
         for number, name in enumerate(unmerging):
             for layer in layers[name]:
-                layer.unmerge()
+                layer.unmerge_weights()
             assert distance(outputs_of(model, batch), together) < MERGE_TOLERANCE[torch.float32]
             assert (worst(weights_of(model), plain) == 0) == (number == 1)
         assert same(outputs_of(model, batch), together)

@@ -99,6 +99,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled = True
     _hook: Callable[[], None]  # lets the adapters act in the forward pass of the host
     _unhook: Callable[[], None]  # undoes what `_hook` did
+    unmerge_weights: Callable[[], None]  # puts the weights back that the host had before adapters were merged
     _part_in_words: Callable[[str, str], str]  # how messages name a part: (attribute that holds it, adapter) → words
     _are_positions: Callable[[str, Tensor], bool]  # whether the integers in a part are positions in ascending order
 
@@ -239,6 +240,12 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: PEFT calls it on every layer when another method merges; our tuners call `merge_weights`."""
+
+    def unmerge(self) -> None:
+        """Do nothing, as `merge`; our tuners call `unmerge_weights`."""
+
     def rehome(self, host: nn.Module) -> None:
         """Move this child and its hooks to another host, for example when PEFT wraps the old host."""
         self.detach()
@@ -283,7 +290,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; switching off also unmerges them from the weights."""
         if not enabled and self.merged:
-            self.unmerge()
+            self.unmerge_weights()
         super().enable_adapters(enabled)
         # `enable_adapters` of transformers leaves out trained modules, such as a head: the first child enables them.
         model = self.model_reference.model() if enabled and self.model_reference is not None else None

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
+from peft.functional import delete_adapter as delete_from_layers
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
+
+from hf_erasure.models.model import base_of
 
 from ..loading.fingerprint import check_base
 from . import acting
@@ -260,7 +264,7 @@ class ChildTuner(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Unmerge the adapters of this kind; PEFT would unmerge those of all methods, whichever of them was merged."""
         for child in self._children():
-            child.unmerge()
+            child.unmerge_weights()
 
     def _adapters_to_merge(self, names: list[str] | None) -> list[str]:
         """The given adapters, by default all that act, that are not merged yet; warns when all are merged."""
@@ -296,7 +300,7 @@ class ChildTuner(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge=safe_merge, **merging)
         for child in children:
             if not merge and child.merged:
-                child.unmerge()
+                child.unmerge_weights()
             child.forget_originals()
             child.detach()
         for name, wrapper in reversed(acting.auxiliary_wrappers(self.model).items()):
@@ -367,20 +371,21 @@ def make_peft_model(
         original(model, peft_config, adapter_name, **kwargs)
 
 
-@contextmanager
-def onload_layer(original: Callable, layer: nn.Module) -> Iterator[None]:
-    """Make `merge` and `unmerge` do nothing when another method calls them on a child; our tuners do not come here."""
-    if not isinstance(layer, AdapterChild):
-        with original(layer):
-            yield
-        return
-    methods = dict.fromkeys(("merge", "unmerge"), lambda *args, **kwargs: None)
-    vars(layer).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del vars(layer)[name]
+def delete_adapter(original: Callable, model: Any, adapter_name: str) -> None:
+    """`PeftModel.delete_adapter`, which forgets the configuration of any adapter, but deletes those of one method."""
+    config, base, tuner = model.peft_config.get(adapter_name), base_of(model), model.base_model
+    kind: Any = config.peft_type if config is not None else None
+    if kind in (None, model.peft_type) or not adapter_children(base):
+        return original(adapter_name)
+    for child in adapter_children(base, adapter_name):
+        child.refuse_if_merged(adapter_name)
+    delete_from_layers(base, adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
+    del model.peft_config[adapter_name]
+    acting.update_model(base)
+    if adapter_name in model.active_adapters:  # the layers of the tuner have switched another adapter on
+        own: Any = (layer.active_adapters for layer in base.modules() if isinstance(layer, tuner.tuner_layer_cls))
+        tuner.active_adapter = next(own, [])
+        model.active_adapter = next(iter(tuner.active_adapter), adapter_name)
 
 
 def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:

@@ -215,7 +215,7 @@ class ErasureLayer(AdapterChild):
             site.check_values(name)
         return apply_erasure(hidden, left, right, bias, axis)
 
-    def unmerge(self) -> None:
+    def unmerge_weights(self) -> None:
         """Put the original weights back; they are equal bit for bit unless erasers of other sites are in them."""
         for module in self.merged_into:
             remove_site(module, self.path)
@@ -223,7 +223,7 @@ class ErasureLayer(AdapterChild):
         self.merged_adapters.clear()
 
     def forget_originals(self) -> None:
-        """Drop the copies that `unmerge` needs: merged erasers stay merged."""
+        """Drop the copies that `unmerge_weights` needs: merged erasers stay merged."""
         for module in self.merged_into:
             forget_record(module)
         self.merged_into.clear()

@@ -218,7 +218,7 @@ class GradiendLayer(AdapterChild):
                 return f"an erasure is merged into {self.path!r}. Unmerge the erasure, and merge it last"
         return None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge_weights(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the weights of this module; without names, the adapters that are switched on."""
         wanted = self.switched_on() if adapter_names is None else adapter_names
         names = [name for name in self.adapters if name in wanted and name not in self.merged_adapters]
@@ -237,7 +237,7 @@ class GradiendLayer(AdapterChild):
         self._merges.append((names, written))
         self.merged_adapters.extend(names)
 
-    def unmerge(self) -> None:
+    def unmerge_weights(self) -> None:
         """Put the weights back; they are equal bit for bit unless other code has changed them since."""
         while self._merges:
             self.unmerge_last()
@@ -259,7 +259,7 @@ class GradiendLayer(AdapterChild):
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
 
     def forget_originals(self) -> None:
-        """Drop the copies that `unmerge` needs: merged adapters stay merged."""
+        """Drop the copies that `unmerge_weights` needs: merged adapters stay merged."""
         self._merges.clear()
 
 

@@ -207,7 +207,7 @@ class GradiendModel(ChildTuner):
                 )
         with ExitStack() as undo_merges:
             for layer in layers:
-                layer.merge(safe_merge=safe_merge, adapter_names=names)
+                layer.merge_weights(safe_merge=safe_merge, adapter_names=names)
                 undo_merges.callback(layer.unmerge_last)
             undo_merges.pop_all()
 

@@ -222,7 +222,7 @@ def test_a_lora_merged_over_a_merged_gradiend_stays_when_that_is_unmerged(gradie
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.merge()
     for layer in gradiend_layers(model).values():
-        layer.unmerge()
+        layer.unmerge_weights()
     assert distance(outputs_of(model, batch), expected) < TOLERANCE
     assert not same(outputs_of(model, batch), outputs_of(gradiends.base("bert"), batch))
 
