@@ -228,8 +228,8 @@ class GradiendTrainer:
         pairs, source, encoders, batches = self.pairs_to_read(dataset), self.config.source, self.encoders(), []
         if neutral is not None:
             batches = neutral_batches(
-                neutral, self.processing_class, self.task, all_words(self._words()), batch_size=1, seed=self.args.seed,
-                config=bare_model(self.model).config,
+                neutral, self.processing_class, self.task, all_words(self._words(dataset)), batch_size=1,
+                seed=self.args.seed, config=bare_model(self.model).config,
             )  # fmt: skip
         texts = [(batch, 0) for batch in batches]
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
@@ -360,7 +360,8 @@ class GradiendTrainer:
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
         if neutral is None:
             raise ValueError("Scoring an edit needs eval_dataset and neutral_dataset; neutral_dataset is missing.")
-        words, size, config = self._words(), self.args.per_device_eval_batch_size, bare_model(self.model).config
+        words, size = self._words(eval_dataset), self.args.per_device_eval_batch_size
+        config = bare_model(self.model).config
         probabilities = class_probabilities(words, pairs, self.processing_class, config, size)
         # A score is that of the model at the time of the call: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
@@ -378,9 +379,13 @@ class GradiendTrainer:
             model: Any = adapter_of(self.model, self.adapter_name, GradiendConfig).holder
             model.save_pretrained(output_dir or self.args.output_dir)
 
-    def _words(self) -> dict[str, list[str]]:
-        """Class → its words in all sets of pairs, each once; for classification the names of the model's labels."""
-        sets = [self._pair_set(d) for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
+    def _words(self, given: datasets.Dataset | None = None) -> dict[str, list[str]]:
+        """Class → its words in all sets of pairs and in the set `given` to a call, each once.
+
+        For classification they are the names of the model's labels.
+        """
+        known = (self.train_dataset, *self._eval_sets().values(), given)
+        sets = [self._pair_set(dataset) for dataset in known if dataset is not None]
         return {name: list(dict.fromkeys(w for s in sets for w in s.words[i])) for i, name in enumerate(self.classes)}
 
     def _pair_set(self, dataset: datasets.Dataset) -> PairSet:

@@ -380,6 +380,19 @@ def test_a_word_is_scored_as_it_is_spelled_in_its_slot(name: str, text: str, tmp
             assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_set_that_a_call_is_given_is_scored_by_its_own_words_too(tmp_path: Path):
+    text = "Tom said that the [FEATURE]"
+    _, trainer = scored(
+        "llama", ["a", "b"], [(text, "king", "nurse", "a", "b"), (text, "nurse", "king", "b", "a")], tmp_path
+    )
+    rows = [("he", "she", "a"), ("she", "he", "b")]
+    columns = ("factual", "counterfactual", "label")
+    other = Dataset.from_list([{"text": text} | dict(zip(columns, row, strict=True)) for row in rows])
+    king, nurse, he, she = alone(trainer, text, ["king", "nurse", "he", "she"])
+    (found,) = trainer.scorer(other).class_probabilities().tolist()
+    assert found == pytest.approx([king + he, nurse + she], rel=1e-5)
+
+
 # ---- the adapter -----------------------------------------------------------------------------------------------------
 
 
