@@ -559,7 +559,10 @@ class Strata:
                 centred = cross - cross.sum(1, keepdim=True) * within
                 concept = within.diag() - torch.outer(within, within)
                 columns.append(share.sqrt() * centred @ whiten_concept(concept))
-        return torch.cat(columns, 1)
+        found = torch.cat(columns, 1)
+        if not found.shape[1]:
+            raise ValueError("Every environment has rows of one class only: they tell nothing that differs within one.")
+        return found
 
     def _all_ids(self) -> Tensor:
         return torch.arange(self.size, device="cpu")

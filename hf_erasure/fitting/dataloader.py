@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from hf_erasure.adapters.common.config import short
 from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models.model import datasets
@@ -166,9 +167,9 @@ class ConceptCollator:
         """Raise a `ValueError` if an adapter, whose labels are `wanted`, numbers its classes differently."""
         if self.labels is not None and wanted is not None and list(self.labels) != list(wanted):
             raise ValueError(
-                f"The batches number their classes {list(self.labels)}, the adapter {list(wanted)}. Name every class "
-                "in ConceptErasureConfig(labels=[…]), or filter its rows out of the data, and give both the same "
-                "order: concept_dataloader(…, labels=config.labels)."
+                f"The batches number their classes {short(list(self.labels))}, the adapter {short(list(wanted))}. Name "
+                "every class in ConceptErasureConfig(labels=[…]), or filter its rows out of the data, and give both "
+                "the same order: concept_dataloader(…, labels=config.labels)."
             )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -254,8 +255,8 @@ class _LabelReader:
             if value in self.id_of:
                 return self.id_of[value]
             raise ValueError(
-                f"unknown label {value!r} in column {self.column!r}; known labels: {list(self.id_of)}. Add it to "
-                f"labels, or filter such rows out of dataset."
+                f"unknown label {value!r} in column {self.column!r}; known labels: {short(list(self.id_of))}. Add it "
+                f"to labels, or filter such rows out of dataset."
             )
         if not isinstance(value, int) or value < 0 or (self.names is not None and value >= len(self.names)):
             known = "a class id of 0 or more" if self.names is None else f"a class id below {len(self.names)}"

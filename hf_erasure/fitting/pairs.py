@@ -16,6 +16,7 @@ from hf_erasure.models.layout import rows_of
 
 # The keys of a batch that describe its pairs of texts and counterfactuals.
 _PAIR_KEYS = ("concept_pairs", "concept_pair_labels", "concept_words")
+_ARGUMENTS = {"concept_environments": "environment_column", "concept_kept": "keep"}  # of concept_dataloader
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def ids_in(batch: Mapping[str, Any], name: str, rows: int, count: int | None = N
         ValueError: The rows do not have one id each, or an id is out of range.
     """
     values = batch.get(name)
+    if values is None and name in _ARGUMENTS:
+        raise ValueError(
+            f"A batch has no {name!r}, which the adapter was configured or fitted with: give "
+            f"concept_dataloader(…, {_ARGUMENTS[name]}=…), or add the adapter anew."
+        )
     ids = torch.as_tensor([] if values is None else values, device="cpu")
     if ids.shape != (rows,) or ids.is_floating_point():
         raise ValueError(

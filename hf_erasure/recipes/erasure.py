@@ -102,6 +102,8 @@ class DataRecipe:
                 f"data.test_share={self.test_share} in a recipe must be a number between 0 and 1, and the data must "
                 "not be a stream, because its length is not known."
             )
+        if self.keep_column == self.label_column:
+            raise ValueError(f"data.keep_column in a recipe is {self.keep_column!r}, the column that is erased.")
 
     def origin(self) -> dict[str, Any]:
         """Where the data come from, in the words of a card. The data must have been loaded."""

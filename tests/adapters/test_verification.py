@@ -100,6 +100,12 @@ def test_a_model_without_a_dummy_input_asks_for_a_batch(lifecycle: Lifecycle):
     assert verify_adapter(model, NAME, batch)
 
 
+@pytest.mark.parametrize("not_a_model", ["bert-base-uncased", [1], None])
+def test_what_is_not_a_model_is_named(not_a_model):
+    with pytest.raises(TypeError, match=f"model must be .* got {type(not_a_model).__name__}"):
+        verify_adapter(not_a_model, NAME)
+
+
 def test_every_reason_why_an_adapter_does_not_act(lifecycle: Lifecycle):
     def reason(model, name=NAME) -> str:
         verified = verify_adapter(model, name)

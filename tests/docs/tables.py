@@ -105,7 +105,8 @@ def commands() -> str:
 def _describe(command: Any, path: str, found: list[str]) -> None:
     if hasattr(command, "commands"):
         for name, child in command.commands.items():
-            _describe(child, f"{path} {name}", found)
+            if not child.hidden:  # such as an older name of a command
+                _describe(child, f"{path} {name}", found)
         return
     # Python 3.13 removes the indentation of docstrings, earlier versions keep it.
     paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(command.help or "").split("\n\n")]

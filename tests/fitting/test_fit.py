@@ -430,6 +430,9 @@ def test_a_class_that_the_adapter_does_not_have_is_named(assets: Path) -> None:
     rows = Dataset.from_dict({"text": ["a dog", "a cat", "a hen"], "label": ["female", "male", "other"]})
     with pytest.raises(ValueError, match=r"\['female', 'male', 'other'\], the adapter \['female', 'male'\]. Name"):
         fit(with_adapter(), concept_dataloader(rows, tokenizer))
+    many = Dataset.from_dict({"text": [f"a dog {number}" for number in range(99)]})
+    with pytest.raises(ValueError, match=r"number their classes .{78}, the adapter"):
+        fit(with_adapter(), concept_dataloader(many, tokenizer, label_column="text"))
 
 
 @pytest.mark.parametrize("options", [{"sequential": True, "pool": "mean"}, {"sequential": False}])

@@ -171,6 +171,14 @@ def test_a_fit_that_was_killed_continues(sequential: bool, tmp_path: Path) -> No
         )
 
 
+def test_environments_of_one_class_each_are_refused() -> None:
+    """Nothing differs between the classes within such an environment, as where the label is given as environment."""
+    given = paired_batches("bert", 2)
+    batches = [batch | {"concept_environments": batch["concept_labels"].clamp_min(0)} for batch in given]
+    with pytest.raises(ValueError, match="Every environment has rows of one class only"):
+        fit(with_adapter("bert", environments=LABELS), batches, pool="mean", environment_rank=2)
+
+
 def test_held_out_halves_share_no_environment() -> None:
     """If environments show the concept in different ways, random halves find it, but halves of environments do not."""
     draw = torch.Generator().manual_seed(0)
@@ -339,6 +347,18 @@ def test_a_stream_needs_the_names_of_environments(tokenizer: Any) -> None:
         ({}, {}, {"environment_rank": 2}, "the batches name no environments"),
         ({}, {}, {"pair_rank": -1}, "numbers of directions"),
         ({}, {"environments": ["a", "b"]}, {"environment_rank": 2}, "ids from 0 to 2"),
+        (
+            {"concept_environments": None},
+            {"environments": ["a", "b", "c"]},
+            {"environment_rank": 2},
+            "environment_column=",
+        ),
+        (
+            {"concept_kept": None},
+            {"kept": ["a", "b"]},
+            {},
+            r"no 'concept_kept', .*concept_dataloader\(…, keep=…\), or add the adapter anew",
+        ),
         ({"concept_pairs": None}, {}, {"pair_rank": 1}, "has a counterfactual"),
         ({"concept_pairs": torch.arange(32)}, {}, {}, "a row of the same batch that is a text"),
         ({"concept_pair_labels": torch.zeros(32).long()}, {}, {}, "two of the 2 classes"),

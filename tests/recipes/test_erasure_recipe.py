@@ -46,6 +46,7 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
         ("data=5", "data of a recipe is a section with keys of its own, not 5"),
         ("data.probe_rows=-1", "data.probe_rows=-1 in a recipe must be 1 or more"),
         ("data.text_column=[a]", "data.text_column=.* in a recipe must be str"),
+        ("data.keep_column=gender", "data.keep_column in a recipe is 'gender', the column that is erased"),
         ("adapter.methodd=leace", "adapter.methodd is not known in a recipe; adapter has method"),
         ("adapter.method=laece", "'laece'"),
         ("adapter.method=5", "adapter.method=5 in a recipe must be str"),

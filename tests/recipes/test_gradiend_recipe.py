@@ -59,6 +59,8 @@ def test_a_template_gives_a_row_for_every_filler_word_and_other_class() -> None:
     [
         ({"templates": ["a [FEATURE]"]}, r"'a \[FEATURE\]' needs \{name\}"),
         ({"templates": ["a {name} [FEATURE] [FEATURE]"]}, "each once"),
+        ({"templates": "a {name} [FEATURE]"}, "templates are 'a {name} .*write a list of texts"),
+        ({"templates": []}, r"templates are \[\]; write a list of texts"),
         ({"fillers": {"dog": ["a"]}}, "fillers must have a list for each"),
         ({"fillers": None}, "fillers must have a list for each"),
         ({"words": {**WORDS, "dog": ["dog", "dogs"]}}, "all of one length"),

@@ -70,6 +70,8 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> FoundAdapter[C]:
 
 def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Iterator[FoundAdapter[C]]:
     """The adapters of a kind, or only those with one name, each with the model that has it, in the model's order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, such as a transformers model, got {type(model).__name__}.")
     for path, owner in model.named_modules():
         for name, config in (configs_on(owner) or {}).items():
             if only in (None, name) and isinstance(config, kind) and adapter_children(owner, name):

@@ -109,6 +109,8 @@ def pairs_from_templates(
                 raise PairError(f"{what} of {label!r} are {entries!r}; write a list of words")
     counterparts = read_counterparts(words, classes)
     rows: dict[tuple[str, ...], None] = {}
+    if isinstance(templates, str) or not templates:
+        raise PairError(f"templates are {templates!r}; write a list of texts with {FILLER} and {SLOT}")
     for template in templates:
         if template.count(SLOT) != 1 or template.count(FILLER) != 1:
             raise PairError(f"the template {shortened(template)} needs {FILLER} and {SLOT}, each once")
