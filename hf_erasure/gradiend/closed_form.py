@@ -62,22 +62,17 @@ class ClosedFormEstimator:
             kind: "source" or "target".
             name: The name of the block.
             gradient: The gradient in the block's shape, any floating-point dtype.
-            sign: +1 or −1, the class of the batch.
+            sign: 1 for a batch of the class that is read as +1, −1 for the other.
             norm: The norm of the whole source gradient, over all blocks: a source is scaled to unit norm.
 
         Raises:
+            KeyError: If the kind, the block or the sign is not known.
             TypeError: If the gradient is not a tensor of floating-point numbers.
-            ValueError: If the block is unknown, has another shape or is not finite, the norm is not a positive number,
-                or the sign is neither. Nothing is changed then.
+            ValueError: If the block has another shape or is not finite, or the norm is not a positive number. Nothing
+                is changed, whatever is raised.
         """
-        if sign not in SIGNS:
-            raise ValueError(
-                f"sign is {sign!r}: write 1 for a batch of the class that is read as +1, -1 for the other."
-            )
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"The source gradient has the norm {norm}, so it has no direction: leave this batch out.")
-        if name not in self.shapes:
-            raise ValueError(f"There is no block {name!r}: the estimator was declared with {list(self.shapes)[:3]}, ….")
         block = flat_block(name, gradient, self.shapes[name], self.device)
         # The sum is not finite if an entry is not, or if it overflows: only then are the entries checked.
         quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
