@@ -309,9 +309,7 @@ def test_files_that_cannot_be_looked_at_are_not_loaded(lifecycle: Lifecycle, mon
     monkeypatch.setattr(load.Source, "of", lambda *given: replace(of(*given), is_folder=False))
     monkeypatch.setattr(load, "hf_hub_download", fail)
     for way in WAYS[:2]:
-        refused(
-            way, lifecycle.base("bert"), lifecycle.folder(CELL), "could not be checked before they are loaded .*503"
-        )
+        refused(way, lifecycle.base("bert"), lifecycle.folder(CELL), "could not be checked before they are loaded")
 
 
 def test_patterns_match_as_those_of_re():

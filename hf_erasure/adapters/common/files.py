@@ -21,8 +21,8 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 CARD = "README.md"
 COMMIT = ".hf-erasure-commit"
 STAGING = ".hf-erasure-saving-"
-# The reason why the files of the adapter that is being loaded could not be checked; such an adapter is refused.
-UNCHECKED: ContextVar[str | None] = ContextVar("unchecked", default=None)
+# True while PEFT or transformers load files that were not checked here; an adapter of this package is refused then.
+UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
 
 
 def target_of(folder: str | Path) -> Path:

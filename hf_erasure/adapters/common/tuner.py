@@ -75,11 +75,8 @@ class ChildTuner(BaseTuner):
             undone = acting.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
             with undone, torch.inference_mode(False), torch.no_grad():
                 copies = acting.ActiveCopies(model)
-                if UNCHECKED.get() is not None:
-                    raise ValueError(
-                        "The adapter's files could not be checked before they are loaded "
-                        f"({UNCHECKED.get()}): try again."
-                    )
+                if UNCHECKED.get():
+                    raise ValueError("The adapter's files could not be checked before they are loaded: try again.")
                 _check_new(config, adapter_name, model)
                 if config.fitted:
                     check_base(model, config)

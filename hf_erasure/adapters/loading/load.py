@@ -96,7 +96,6 @@ class AdapterFiles:
     config: ChildConfig | None = None  # its configuration; None where it is not an adapter of this package
     # Its tensors by their names without PEFT's prefix; they do not share memory with the file.
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    why_unchecked: str | None = None  # the reason why its files could not be checked
 
 
 # The adapter that `from_pretrained` has read before it calls `load_adapter`.
@@ -137,7 +136,7 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
             pickled = extra.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
             read = read_adapter(model, source, config, pickled=pickled)
         if read.config is None:
-            return _load_by_original(read, original, call)
+            return _load_by_original(original, call)
         if arguments.get("hotswap") is True:
             raise ValueError(f"hotswap=True is for a LoRA: leave it out to load the {read.config.described}.")
         if model._hf_peft_config_loaded and name in model.peft_config:
@@ -165,7 +164,7 @@ def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwa
         source = Source.of(call.arguments["model_id"], kwargs)
         read = _READ_FILES.get() or read_adapter(model, source, present, is_given=False)
         if read.config is None:
-            return _load_by_original(read, original, call)
+            return _load_by_original(original, call)
         if present is None:
             read.config.inference_mode = not is_trainable
             model.add_adapter(adapter_name, read.config)
@@ -185,7 +184,7 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         read = read_adapter(model, Source.of(arguments["model_id"], kwargs), arguments.get("config"))
         stack.callback(_READ_FILES.reset, _READ_FILES.set(read))
         if read.config is None:
-            return _load_by_original(read, original, call)
+            return _load_by_original(original, call)
         arguments["config"] = read.config
         # If PEFT saw the device map of an offloaded model, it would dispatch the model anew and load offloaded weights.
         base = base_of(model) if isinstance(model, PeftModel) else model
@@ -194,9 +193,9 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         return original(*call.args, **call.kwargs)
 
 
-def _load_by_original(read: AdapterFiles, original: Callable, call: inspect.BoundArguments) -> Any:
+def _load_by_original(original: Callable, call: inspect.BoundArguments) -> Any:
     """Let PEFT or transformers load an adapter that is not of this package, or whose files could not be checked."""
-    token = UNCHECKED.set(read.why_unchecked)
+    token = UNCHECKED.set(True)
     try:
         return original(*call.args, **call.kwargs)
     finally:
@@ -244,10 +243,10 @@ def read_adapter(
         finish_save(source.folder)
     try:
         file = source.file(CONFIG)
-    except Exception as error:
+    except Exception:
         if isinstance(config, ChildConfig) or source.is_folder:
             raise
-        return AdapterFiles(why_unchecked=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
+        return AdapterFiles()  # PEFT's own error is clearer
     stamps = _stamps(file)
     saved = config if file is None else _config_of(file)
     if is_given and isinstance(config, ChildConfig):
@@ -263,7 +262,7 @@ def read_adapter(
     if not is_given and isinstance(config, ChildConfig) and isinstance(saved, ChildConfig) and saved is not config:
         _check_same_meaning(config, saved, base_of(model), source)
     if not isinstance(config, ChildConfig):
-        return AdapterFiles(why_unchecked=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
+        return AdapterFiles()
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
     weights = _weights_of(source, file)
