@@ -168,7 +168,7 @@ def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwa
         if present is None:
             read.config.inference_mode = not is_trainable
             model.add_adapter(adapter_name, read.config)
-            if is_trainable and hasattr(model, "set_requires_grad"):  # older releases do not have it
+            if is_trainable:
                 model.set_requires_grad(adapter_name)
         _load_values(model, adapter_name, read)
         if not is_trainable:
