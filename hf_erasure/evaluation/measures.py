@@ -117,20 +117,13 @@ def _benchmark(subject: Subject, run: Callable[..., dict[str, Any]], source: Pat
     return run(subject.model, subject.tokenizer, source, limit=subject.data.limit, **options, **subject.statistics)
 
 
-def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
-    """StereoSet, computed once for a subject: two measures are figures of one result."""
-    key = f"stereoset {bias_types}"
-    if key not in subject.results:
-        subject.results[key] = _benchmark(
-            subject, benchmarks.stereoset, subject.data.file("stereoset"), bias_types=bias_types,
-            convention=subject.plan.stereoset,
-        )  # fmt: skip
-    return subject.results[key]
-
-
 def _language_bias(bias_type: str, bias_types: Sequence[str] | None) -> list[Measure]:
     """StereoSet and CrowS-Pairs, for one kind of bias or for all."""
-    stereoset = partial(_stereoset, bias_types=bias_types)
+
+    def stereoset(subject: Subject) -> dict[str, Any]:
+        path, convention = subject.data.file("stereoset"), subject.plan.stereoset
+        return _benchmark(subject, benchmarks.stereoset, path, bias_types=bias_types, convention=convention)
+
     name, suffix = f" ({bias_type or 'all kinds'})", f"_{bias_type}" if bias_type else ""
     return [
         _metric_measure(

@@ -156,7 +156,10 @@ class _Run:
     def _add_measure(self, measure: Measure, name: str, subject: Subject) -> None:
         if measure.needs_head:
             subject.require_head()
-        found = measure.compute(subject.with_pool(measure.pool))
+        subject = subject.with_pool(measure.pool)
+        if measure.compute not in subject.results:
+            subject.results[measure.compute] = measure.compute(subject)
+        found = subject.results[measure.compute]
         value = found[measure.figure]
         if value is None or not math.isfinite(value):
             raise ValueError(f"{measure.figure} has no value on these items")

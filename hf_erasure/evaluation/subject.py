@@ -72,7 +72,8 @@ class Subject:
     base_states: list[Tensor] = field(default_factory=list)
     is_base: bool = True
     pool: str = "mean"  # how the states of a text become one vector
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # results that several measures read
+    # The result of each function that computes measures: several of them may be figures of one result.
+    results: dict[Callable[..., Any], dict[str, Any]] = field(default_factory=dict)
     other_pools: dict[str, Subject] = field(default_factory=dict)  # the same model with other pools
 
     def with_pool(self, pool: str | None) -> Subject:
