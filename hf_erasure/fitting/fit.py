@@ -208,10 +208,8 @@ MOST_BYTES = 1 << 31
 
 def _site_groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | None) -> list[list[str]]:
     """The sites, in groups whose sums are held at once: one group where the batches or a checkpoint allow one pass."""
-    processes = task.processes
-    with processes.fail_together("looking at its batches"):
-        own = task.layouts.widths, all(source.rereadable is not None for source in sources)
-    every = processes.gathered([own])
+    own = task.layouts.widths, all(source.rereadable is not None for source in sources)
+    every = task.processes.gathered([own])
     widths = {key: width for found, _ in every for key, width in found.items()}
     # The sums of a site are little more than half of a float64 matrix, for each kind of batches.
     sizes = dict.fromkeys(task.layers, 0)
@@ -296,11 +294,12 @@ def finish_fit(
         )
     task.attached.__dict__.update(task.config.__dict__)
     config = task.config = task.attached
+    config.readings = names
     for site, layer in task.layers.items():
         fit = fits[site]
         readings = None if names is None or fit.readings is None else fit.readings[reading_rows]
         layer.set_eraser(task.name, fit.eraser, fit.dtype, fit.axis, fit.examples, readings)
-    config.readings = names
+        layer.erasures[task.name].dial = config.dial
     report = ErasureReport(
         concept=config.concept,
         adapter_name=task.name,
@@ -358,8 +357,6 @@ def _record_fit(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) 
     config = task.config
     config.fitted_sites = {site: task.layers[site].size_of(task.name) for site in fits}
     config.fitted = True
-    for site in fits:
-        task.layers[site].erasures[task.name].dial = config.dial
     figures = ("examples", "tokens", "pool", "reader", "leakage", "leakage_intervals", "measured_on")
     config.provenance = {
         "hf_erasure_version": __version__,
