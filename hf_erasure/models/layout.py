@@ -181,11 +181,10 @@ def with_lengths(batch: Mapping[str, Any], lengths: Lengths, wanted: Lengths, pl
         # Images and sounds are floats, and their channels or samples are not cut.
         floats = ("mask", "embeds", "_values", *([] if "input_ids" in batch else ["_features"]))
         if is_of_tokens and (not value.is_floating_point() or name.endswith(floats)):
-            missing = wanted.by_side[side] - lengths.by_side[side]
-            kept = value[:, :1] if place == "second" else value[:, :0]
-            rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]
-            longer = torch.cat([value] * (1 + -(-missing // value.shape[1])), 1)[:, : wanted.by_side[side]]
-            found[name] = longer if missing > 0 else torch.cat([kept, rest], 1)
+            now, size = lengths.by_side[side], wanted.by_side[side]
+            from_second = place == "second" and size < now
+            kept = [0, *range(1 + now - size, now)] if from_second else [position % now for position in range(size)]
+            found[name] = value[:, kept]
     return found
 
 
