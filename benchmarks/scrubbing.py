@@ -30,7 +30,7 @@ import hf_erasure  # noqa: F401  registers the adapter type
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser
-from hf_erasure.fitting.batch_threads import OutOfStep
+from hf_erasure.fitting.forward_passes import OutOfStep
 from hf_erasure.fitting.scrubbing import Scrubber
 
 hf.logging.set_verbosity_error()

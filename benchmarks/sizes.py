@@ -10,7 +10,7 @@ reset at every step. It is compared with the formulas in docs/speed.md.
 `--memory` prints only peaks, with glibc's allocator set to give every block of 128 KB or more back to the system as
 soon as it is freed (MALLOC_MMAP_THRESHOLD_). By default it does not. The peaks are then what the steps really hold.
 
-`--growth` fits a small model on growing numbers of batches from a stream, and prints time, threads and memory.
+`--growth` fits a small model on growing numbers of batches from a stream, and prints time and memory.
 `--quick` takes small models, to try the script itself.
 """
 
@@ -27,7 +27,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +41,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.fitting.batch_threads import Record
+from hf_erasure.fitting.forward_passes import TensorsOnDisk
 from hf_erasure.fitting.gradiend import GradientReader, PairBatch
 from hf_erasure.gradiend import ClosedFormEstimator
 
@@ -188,14 +187,14 @@ def run_model(name: str, count: int, *, quick: bool, timed_too: bool) -> None:
     say("plain", last, own, weights=weights, bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
     config_ = ConceptErasureConfig(labels=["a", "b"])
 
-    waiting, write = 0.0, Record.write
+    waiting, write = 0.0, TensorsOnDisk._write
 
-    def noted(record: Record) -> None:
+    def noted(tensors: TensorsOnDisk, index: int) -> None:
         nonlocal waiting
-        write(record)
-        waiting = max(waiting, record._path.stat().st_size / 2**20)
+        write(tensors, index)
+        waiting = max(waiting, Path(tensors._folder.name, str(index)).stat().st_size / 2**20)
 
-    Record.write = noted  # type: ignore[method-assign]
+    TensorsOnDisk._write = noted  # type: ignore[method-assign]
 
     def timed(step: str, run: Callable[[], object]) -> None:
         nonlocal last
@@ -302,16 +301,8 @@ def run_growth(count: int, resident: int | None) -> None:
     sizes = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = hf.BertModel(hf.BertConfig(**sizes, intermediate_size=512)).eval()
     model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name="gender")
-    most = 0
-
-    def count_threads(*_: object) -> None:
-        nonlocal most
-        most = max(most, threading.active_count())
-
-    model.encoder.layer[-1].register_forward_hook(count_threads)
     data = DataLoader(Stream(count), batch_size=None)
     fit_concept_erasure(model, list(itertools.islice(data, 4)), "gender", progress=False)
-    most = 0
 
     def plain() -> None:
         with torch.no_grad():
@@ -323,15 +314,13 @@ def run_growth(count: int, resident: int | None) -> None:
         lambda: fit_concept_erasure(model, data, "gender", progress=False, resident_batches=resident)
     )
     after, _ = measured(plain)
-    print(
-        json.dumps({"batch": taken / count, "ratio": 2 * taken / (before + after), "memory": memory, "threads": most})
-    )
+    print(json.dumps({"batch": taken / count, "ratio": 2 * taken / (before + after), "memory": memory}))
 
 
 def report_growth(counts: Sequence[int], threads: int) -> None:
-    """Print time, memory and threads against the number of batches."""
+    """Print time and memory against the number of batches."""
     print("\nGrowth: BERT 128 x 2, batches of 4 x 32 tokens from an IterableDataset; sequential")
-    print(f"  {'resident':>8} {'batches':>8} {'x plain':>8} {'ms/batch':>9} {'peak MB':>8} {'threads':>8}")
+    print(f"  {'resident':>8} {'batches':>8} {'x plain':>8} {'ms/batch':>9} {'peak MB':>8}")
     for resident in (None, 8):
         first = None
         for count in counts:
@@ -341,7 +330,7 @@ def report_growth(counts: Sequence[int], threads: int) -> None:
             mark = "" if abs(off) <= LINEAR else f"  {off:+.0%} a batch, limit {LINEAR:.0%}"
             print(
                 f"  {resident!s:>8} {count:>8} {found['ratio']:>8.2f} {found['batch'] * 1e3:>9.1f} "
-                f"{found['memory']:>8.0f} {found['threads']:>8}{mark}",
+                f"{found['memory']:>8.0f}{mark}",
                 flush=True,
             )
 

@@ -7,7 +7,6 @@ known at the first. So the fit assumes that later visits are as in the pass befo
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from tqdm.auto import tqdm
 from hf_erasure.erasers import ConceptMoments, Eraser
 from hf_erasure.models.model import evaluating, on_cpu
 
-from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, digest_of, joint_digest
+from .forward_passes import ForwardPass, OutOfStep, forward_passes
 from .labels import BatchesOnDisk, BatchLabels, SiteStatistics, Source
 from .layouts import is_of_pairs, observed, pairs_of, site_of, visit_of
 from .report import SETTLED
@@ -53,7 +52,7 @@ class Scrubber:
     checkpoint: FitCheckpoint | None = None
     fits: dict[str, SiteFit] = field(default_factory=dict, init=False)  # Site → its fit, so far.
     _batches: Sequence[BatchLabels] = field(default=(), init=False)
-    _running: BatchThread = field(init=False)
+    _running: ForwardPass = field(init=False)
     # Sites that the checkpoint had, and the digest of the batches that they were fitted on.
     _restored: set[str] = field(default_factory=set, init=False)
     _digest: str = field(default="", init=False)
@@ -170,13 +169,9 @@ class Scrubber:
     def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it and let them go on, until all have ended."""
         task, order = self.task, list(self.task.layers)
-        # A batch is in memory once its thread asks for it.
-        forwards = [
-            lambda index=index: functools.partial(task.runner, self._batches[index].batch)
-            for index in range(len(self._batches))
-        ]
-        with observed(task.layers, task.name, self._stop_at), batch_threads(forwards, self.resident_batches) as threads:
-            waiting = threads
+        running = forward_passes(task.runner, self._batches, self.resident_batches)
+        with observed(task.layers, task.name, self._stop_at), running as passes:
+            waiting = passes
             while True:
                 refusal = None
                 with task.processes.fail_together("running over its batches"):
@@ -184,12 +179,12 @@ class Scrubber:
                         # In turn forwards and backwards, so that batches whose tensors are in memory go first. The
                         # direction depends on the site alone: sums are the same to the bit for any number of resident
                         # batches, and wherever a killed fit continues.
-                        for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
-                            self._advance(thread)
+                        for forward in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                            self._advance(forward)
                     except OutOfStep as reason:
                         refusal = str(reason)
                 # If a batch skips a module, others wait at an earlier one: the first in the model's order is next.
-                first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
+                first = min((order.index(forward.site) for forward in passes if forward.site is not None), default=None)
                 reached = task.processes.gathered([(first, refusal)])
                 for _, refused in reached:
                     if refused is not None:
@@ -198,37 +193,37 @@ class Scrubber:
                 if not stops:
                     return
                 site = order[min(stops)]
-                waiting = [thread for thread in threads if thread.site == site]
+                waiting = [forward for forward in passes if forward.site == site]
                 self._solve(site)
                 shown.update()
 
-    def _advance(self, thread: BatchThread) -> None:
+    def _advance(self, forward: ForwardPass) -> None:
         """Let a batch run to the next site that it has not visited, and add its activations there and on the way."""
-        self._running, labels = thread, self._batches[thread.index]
+        self._running, labels = forward, self._batches[forward.index]
         while True:
-            thread.advance()
-            if thread.site is None or thread.hidden is None:
+            forward.advance()
+            if forward.site is None or forward.hidden is None:
                 return
-            is_first = thread.site in self.task.layers
-            (labels.source if is_first else self._later[labels.source.key]).add(thread.site, labels, thread.hidden)
-            thread.hidden = None
+            is_first = forward.site in self.task.layers
+            (labels.source if is_first else self._later[labels.source.key]).add(forward.site, labels, forward.hidden)
+            forward.hidden = None
             if is_first:
                 return
 
     def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
-        """Let the running batch wait at a site until its eraser is fitted; called in the batch's thread."""
-        thread = self._running
+        """Let the running batch wait at a site until its eraser is fitted; called within its pass."""
+        forward = self._running
         if site in self._left_out:
             return hidden
-        visit = 1 + sum(site_of(key) == site for key in thread.visited)
+        visit = 1 + sum(site_of(key) == site for key in forward.visited)
         if visit > 1 and site in self._restored:
             raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
         if visit == 1 and site in self._restored:
-            thread.visited.append(site)
-        elif visit == 1 and site in self.fits and site not in thread.past_stops:
+            forward.visited.append(site)
+        elif visit == 1 and site in self.fits:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
-            thread.stop(visit_of(site, visit), hidden)
+            forward.stop(visit_of(site, visit), hidden)
         return self.fits[site].erase(hidden) if site in self.fits else hidden
 
     # ---- one site per pass -----------------------------------------------------------------------------------------

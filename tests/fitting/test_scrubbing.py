@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
-from hf_erasure.fitting.batch_threads import OutOfStep, Record
+from hf_erasure.fitting.forward_passes import OutOfStep
 from hf_erasure.fitting.scrubbing import Columns, Scrubber
 from tests.small_models import (
     ARCHITECTURES,

@@ -1,0 +1,267 @@
+"""Run many batches through a model side by side, all stopping at the same module.
+
+Every batch has its own forward pass, in its own greenlet: a call that can be left in the middle and continued later, in
+the same thread. A hook stops the batch at each site; once all batches wait, the caller decides which activations go on,
+and lets the batches run to the next stop. So a decision at one depth can use all batches, no module runs twice, and
+nothing needs to be known about the architecture: what a block passes to the next one stays in the frames of its forward
+pass.
+
+Together, the tensors in these frames may be larger than memory. So only a limited number of batches keep them there.
+The bytes of the others' tensors are on disk, and their storages are empty, until their batch goes on. A model may keep
+a tensor of one pass and use it in another, such as a table of positions: it gets its bytes back before it is used.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from greenlet import greenlet
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_erasure.models.model import TextTooLong
+
+from .labels import BatchesOnDisk, BatchLabels
+
+# How many batches keep their tensors in memory by default.
+RESIDENT = 256
+# In bytes. Smaller storages stay in memory: to write and read them takes longer than their room is worth.
+_SMALLEST = 4096
+# Bytes of emptied storages after which free memory is given back to the system, which takes some milliseconds.
+_BYTES_PER_TRIM = 1 << 24
+# The devices whose autocast a model may switch in a part of its forward pass.
+_AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
+class OutOfStep(Exception):
+    """A site is called again, or different batches reach it in different orders."""
+
+
+class ForwardPass:
+    """The forward pass of one batch, with stops at the sites."""
+
+    def __init__(self, index: int, run: Callable[[], None], tensors: TensorsOnDisk | None) -> None:
+        self.index = index  # The position of the batch.
+        self.site: str | None = None  # Where it waits; None before the start and after the end.
+        self.hidden: Tensor | None = None  # The activation there.
+        self.visited: list[str] = []  # The sites where it has stopped so far.
+        self._tensors = tensors
+        self._greenlet = greenlet(run)
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    def advance(self) -> None:
+        """Let the batch run to its next stop, or to the end; errors name the batch, and the site before them."""
+        try:
+            if self._tensors is not None:
+                self._tensors.make_room_for(self.index)
+            self._enter(self._greenlet.switch)
+            if self._greenlet.dead and self._tensors is not None:
+                self._tensors.forget(self.index)
+        except OutOfStep:
+            raise
+        except TextTooLong as error:
+            raise TextTooLong(f"Batch {self.index}: {error}") from error
+        except Exception as error:
+            place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
+            raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
+
+    def stop(self, site: str, hidden: Tensor) -> None:
+        """Offer the activation to the caller, and wait until it lets the batch go on; called within the pass."""
+        self.visited.append(site)
+        self.site, self.hidden = site, hidden
+        del hidden
+        restore = _modes()
+        self._greenlet.parent.switch()
+        restore()
+        self.site, self.hidden = None, None
+
+    def abandon(self) -> None:
+        """End the pass where it is."""
+        if self._greenlet:
+            self._enter(self._greenlet.throw)
+
+    def _enter(self, go: Callable[[], Any]) -> None:
+        """Go on with the pass until it leaves; the caller then has the modes that it had before."""
+        restore = _modes()
+        try:
+            with self._tensors or nullcontext():
+                go()
+        finally:
+            restore()
+
+
+@contextmanager
+def forward_passes(
+    run: Callable[[Any], Any], batches: Sequence[BatchLabels], resident: int | None = None
+) -> Iterator[list[ForwardPass]]:
+    """A forward pass for each batch, in the modes of the caller; all have ended when the block is left in any way.
+
+    At most `resident` batches, the running one included, keep their tensors in memory; `RESIDENT` batches when None.
+    """
+    is_limited = resident is not None or len(batches) > RESIDENT
+    tensors = TensorsOnDisk(resident or RESIDENT) if is_limited else None
+
+    def run_batch(index: int) -> None:
+        batch = batches[index].batch
+        if tensors is not None and isinstance(batches, BatchesOnDisk):
+            tensors.track(batch)  # nothing else needs these inputs
+        run(batch)
+
+    passes = [ForwardPass(i, lambda index=i: run_batch(index), tensors) for i in range(len(batches))]
+    try:
+        # Compiled code cannot be left in the middle.
+        with torch.compiler.set_stance("force_eager"):
+            yield passes
+    finally:
+        for each in passes:
+            each.abandon()
+        if tensors is not None:
+            tensors.close()
+
+
+def _modes() -> Callable[[], None]:
+    """A function that sets those modes of torch that a part of a forward pass may change, as they are now."""
+    grad = torch.is_grad_enabled()
+    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
+
+    def restore() -> None:
+        torch.set_grad_enabled(grad)
+        for kind, is_on, dtype in casts:
+            torch.set_autocast_enabled(kind, is_on)
+            torch.set_autocast_dtype(kind, dtype)
+
+    return restore
+
+
+# ---- the tensors of batches that wait --------------------------------------------------------------------------------
+
+
+class TensorsOnDisk(TorchDispatchMode):
+    """Keeps the tensors of some passes in memory, and those of others on disk while they wait.
+
+    While a pass runs, it notes the storages that operations make, and fills those that they need.
+    """
+
+    def __init__(self, resident: int) -> None:
+        super().__init__()
+        self._resident = resident
+        self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
+        self._in_memory: list[int] = []  # Passes, the one that ran longest ago first; the last one is running.
+        # Pass → the storages that were made in it, by their addresses, which the references reserve.
+        self._made: dict[int, dict[int, StorageWeakRef]] = {}
+        # Address of an empty storage → the file of its bytes, their position there and their number.
+        self._written: dict[int, tuple[Path, int, int]] = {}
+        self._emptied = 0  # Bytes since memory was given back.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = set()
+        for storage in _storages_in((args, kwargs)):
+            given.add(storage._cdata)
+            if storage._cdata in self._written:  # the model has kept it from another pass
+                self._fill(storage)
+                for made in self._made.values():
+                    made.pop(storage._cdata, None)
+        result = func(*args, **(kwargs or {}))
+        self._note(storage for storage in _storages_in(result) if storage._cdata not in given)
+        return result
+
+    def track(self, inputs: Any) -> None:
+        """Let the inputs of the running pass be written with its tensors."""
+        self._note(_storages_in(inputs))
+
+    def _note(self, storages: Iterator[torch.UntypedStorage]) -> None:
+        made = self._made[self._in_memory[-1]]
+        for storage in storages:
+            if storage._cdata not in made:
+                made[storage._cdata] = StorageWeakRef(storage)
+
+    def make_room_for(self, index: int) -> None:
+        """Write passes to disk until there is room for one, and read what is written of this one."""
+        if index in self._in_memory:
+            self._in_memory.remove(index)
+        while len(self._in_memory) >= self._resident:
+            # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
+            self._write(self._in_memory.pop(0))
+        self._in_memory.append(index)
+        self._made[index] = dict(self._read(index))
+
+    def forget(self, index: int) -> None:
+        """A pass has ended: what is still alive of it, the model keeps."""
+        self._in_memory.remove(index)
+        del self._made[index]
+
+    def close(self) -> None:
+        """Fill what is still alive, and delete the files."""
+        for index in self._made:
+            list(self._read(index))
+        self._folder.cleanup()
+
+    def _write(self, index: int) -> None:
+        path = Path(self._folder.name, str(index))
+        with path.open("wb") as file:
+            for reference in self._made[index].values():
+                storage = _live(reference)
+                if storage is not None and storage.nbytes() >= _SMALLEST and storage.resizable():
+                    self._written[storage._cdata] = path, file.tell(), storage.nbytes()
+                    self._emptied += storage.nbytes()
+                    # A copy, since the storage of an array of numpy cannot be emptied.
+                    _bytes_of(storage).to("cpu", copy=True).numpy().tofile(file)
+                    storage.resize_(0)
+        if self._emptied > _BYTES_PER_TRIM:
+            _trim_memory()
+            self._emptied = 0
+
+    def _read(self, index: int) -> Iterator[tuple[int, StorageWeakRef]]:
+        """Fill the storages of a pass that are alive, and yield them."""
+        for address, reference in self._made.get(index, {}).items():
+            storage = _live(reference)
+            if storage is None:
+                self._written.pop(address, None)
+            else:
+                if address in self._written:
+                    self._fill(storage)
+                yield address, reference
+
+    def _fill(self, storage: torch.UntypedStorage) -> None:
+        path, position, size = self._written.pop(storage._cdata)
+        storage.resize_(size)
+        content = np.fromfile(path, np.uint8, size, offset=position)
+        _bytes_of(storage).copy_(torch.from_numpy(content))
+
+
+def _trim_memory() -> None:
+    """Give free memory back to the system.
+
+    The allocator of glibc does not put a tensor into the gap that one of the same size has left, because of alignment.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of the tensors in an operation's arguments or results."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf.untyped_storage()
+
+
+def _live(reference: StorageWeakRef) -> torch.UntypedStorage | None:
+    """The storage of a reference, if a tensor still uses it."""
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """A view of a storage's bytes."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
