@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ from .labels import BatchesOnDisk, BatchLabels
 RESIDENT = 256
 # In bytes. Smaller storages stay in memory: to write and read them takes longer than their room is worth.
 _SMALLEST = 4096
-# Bytes of emptied storages after which free memory is given back to the system, which takes some milliseconds.
+# Bytes that were written and read since free memory was given back to the system, which takes some milliseconds.
 _BYTES_PER_TRIM = 1 << 24
 # The devices whose autocast a model may switch in a part of its forward pass.
 _AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
@@ -65,7 +66,8 @@ class ForwardPass:
         try:
             if self._tensors is not None:
                 self._tensors.make_room_for(self.index)
-            self._enter(self._greenlet.switch)
+            with self._tensors or nullcontext():
+                _with_modes_kept(self._greenlet.switch)
             if self._greenlet.dead and self._tensors is not None:
                 self._tensors.forget(self.index)
         except OutOfStep:
@@ -81,24 +83,14 @@ class ForwardPass:
         self.visited.append(site)
         self.site, self.hidden = site, hidden
         del hidden
-        restore = _modes()
-        self._greenlet.parent.switch()
-        restore()
+        _with_modes_kept(self._greenlet.parent.switch)
         self.site, self.hidden = None, None
 
     def abandon(self) -> None:
         """End the pass where it is."""
         if self._greenlet:
-            self._enter(self._greenlet.throw)
-
-    def _enter(self, go: Callable[[], Any]) -> None:
-        """Go on with the pass until it leaves; the caller then has the modes that it had before."""
-        restore = _modes()
-        try:
             with self._tensors or nullcontext():
-                go()
-        finally:
-            restore()
+                _with_modes_kept(self._greenlet.throw)
 
 
 @contextmanager
@@ -118,7 +110,7 @@ def forward_passes(
             tensors.track(batch)  # nothing else needs these inputs
         run(batch)
 
-    passes = [ForwardPass(i, lambda index=i: run_batch(index), tensors) for i in range(len(batches))]
+    passes = [ForwardPass(index, functools.partial(run_batch, index), tensors) for index in range(len(batches))]
     try:
         # Compiled code cannot be left in the middle.
         with torch.compiler.set_stance("force_eager"):
@@ -130,18 +122,17 @@ def forward_passes(
             tensors.close()
 
 
-def _modes() -> Callable[[], None]:
-    """A function that sets those modes of torch that a part of a forward pass may change, as they are now."""
+def _with_modes_kept(switch: Callable[[], Any]) -> None:
+    """Switch to another greenlet; afterwards the modes of torch that a part of a model may change are as before."""
     grad = torch.is_grad_enabled()
     casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
-
-    def restore() -> None:
+    try:
+        switch()
+    finally:
         torch.set_grad_enabled(grad)
         for kind, is_on, dtype in casts:
             torch.set_autocast_enabled(kind, is_on)
             torch.set_autocast_dtype(kind, dtype)
-
-    return restore
 
 
 # ---- the tensors of batches that wait --------------------------------------------------------------------------------
@@ -162,7 +153,7 @@ class TensorsOnDisk(TorchDispatchMode):
         self._made: dict[int, dict[int, StorageWeakRef]] = {}
         # Address of an empty storage → the file of its bytes, their position there and their number.
         self._written: dict[int, tuple[Path, int, int]] = {}
-        self._emptied = 0  # Bytes since memory was given back.
+        self._moved = 0  # Bytes that were written and read since memory was given back.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = set()
@@ -193,6 +184,9 @@ class TensorsOnDisk(TorchDispatchMode):
         while len(self._in_memory) >= self._resident:
             # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
             self._write(self._in_memory.pop(0))
+        if self._moved > _BYTES_PER_TRIM:
+            _trim_memory()
+            self._moved = 0
         self._in_memory.append(index)
         self._made[index] = dict(self._read(index))
 
@@ -214,13 +208,10 @@ class TensorsOnDisk(TorchDispatchMode):
                 storage = _live(reference)
                 if storage is not None and storage.nbytes() >= _SMALLEST and storage.resizable():
                     self._written[storage._cdata] = path, file.tell(), storage.nbytes()
-                    self._emptied += storage.nbytes()
+                    self._moved += storage.nbytes()
                     # A copy, since the storage of an array of numpy cannot be emptied.
                     _bytes_of(storage).to("cpu", copy=True).numpy().tofile(file)
                     storage.resize_(0)
-        if self._emptied > _BYTES_PER_TRIM:
-            _trim_memory()
-            self._emptied = 0
 
     def _read(self, index: int) -> Iterator[tuple[int, StorageWeakRef]]:
         """Fill the storages of a pass that are alive, and yield them."""
@@ -235,6 +226,7 @@ class TensorsOnDisk(TorchDispatchMode):
 
     def _fill(self, storage: torch.UntypedStorage) -> None:
         path, position, size = self._written.pop(storage._cdata)
+        self._moved += size
         storage.resize_(size)
         content = np.fromfile(path, np.uint8, size, offset=position)
         _bytes_of(storage).copy_(torch.from_numpy(content))

@@ -411,7 +411,7 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
         # What batches share, which stays in memory: source, pool and axes.
         self._shared: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
-        # The batch that was read last: a thread that begins asks for the batch that was used just before.
+        # The batch that was read last: a forward pass that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
             torch.save((labels.batch, labels._frames), Path(self._folder.name, str(len(self._shared))))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import threading
+import gc
 import warnings
 import weakref
 from collections import Counter
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from greenlet import greenlet
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
-from hf_erasure.fitting.forward_passes import OutOfStep
+from hf_erasure.fitting.forward_passes import OutOfStep, TensorsOnDisk
 from hf_erasure.fitting.scrubbing import Columns, Scrubber
 from tests.small_models import (
     ARCHITECTURES,
@@ -398,8 +400,9 @@ def same_parts(fitted: list[dict[str, tuple[Tensor, ...]]]) -> bool:
     return all(torch.equal(a, b) for site, held in one.items() for a, b in zip(held, other[site], strict=True))
 
 
-def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf-erasure")]
+def unfinished() -> list[greenlet]:
+    """The forward passes that have begun and not ended."""
+    return [one for one in gc.get_objects() if type(one) is greenlet and one and one.parent is not None]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("boom"), KeyboardInterrupt()])
@@ -422,15 +425,17 @@ def test_an_exception_in_one_batch_surfaces_once_and_leaves_the_model_as_it_was(
     else:
         assert raised.type is RuntimeError
         assert "Batch 1 failed after 'encoder.layer.0.output.LayerNorm': ZeroDivisionError: boom" in str(raised.value)
-    assert not _threads()
+    assert not unfinished()
     assert not any(layer.observers for layer in erasure_layers(model).values())
     for site, held in parts(model).items():
         assert all(torch.equal(one, other) for one, other in zip(held, before[site], strict=True))
 
 
-def test_no_thread_outlives_a_fit() -> None:
-    fit(with_adapter(copy.deepcopy(small_model("bert"))), small_batches("bert", 4))
-    assert not _threads()
+def test_no_pass_outlives_a_fit() -> None:
+    model, most = with_adapter(copy.deepcopy(small_model("bert"))), []
+    model.encoder.layer[1].register_forward_hook(lambda *_: most.append(len(unfinished())))
+    fit(model, small_batches("bert", 4))
+    assert max(most) == 4 and not unfinished()
 
 
 def test_background_is_erased_upstream_too() -> None:
@@ -492,46 +497,48 @@ def test_waiting_batches_hold_no_memory() -> None:
     assert held[None] == 6 * held[1]
 
 
+@pytest.fixture
+def all_sizes_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_erasure.fitting.forward_passes._SMALLEST", 1)
+
+
+@pytest.mark.usefixtures("all_sizes_are_written")
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
-def test_threads_are_bounded_and_nothing_is_computed_twice(
-    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fitted, most = [], []
+def test_more_batches_than_are_resident_by_default_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, runs, written = [], [], Counter[int]()
+    write = TensorsOnDisk._write
+
+    def count(tensors: TensorsOnDisk, index: int) -> None:
+        write(tensors, index)
+        written[len(tensors._in_memory)] += bool(tensors._written)
+
+    monkeypatch.setattr(TensorsOnDisk, "_write", count)
     for bound in (256, 3):
-        monkeypatch.setattr("hf_erasure.fitting.batch_threads.MOST_THREADS", bound)
-        model, running = with_adapter(copy.deepcopy(small_model(name))), []
-        first = next(iter(erasure_layers(model).values())).host
-        first.register_forward_hook(lambda *_, running=running: running.append(len(_threads())))
+        monkeypatch.setattr("hf_erasure.fitting.forward_passes.RESIDENT", bound)
+        model, calls = with_adapter(copy.deepcopy(small_model(name))), Counter[str]()
+        for site, layer in erasure_layers(model).items():
+            layer.host.register_forward_hook(lambda *_, site=site, calls=calls: calls.update([site]))
         fit(model, small_batches(name, 7))
         fitted.append(parts(model))
-        most.append(max(running))
-    assert most == [7, 3]
-    assert all(
-        torch.equal(a, b) for site, held in fitted[0].items() for a, b in zip(held, fitted[1][site], strict=True)
-    )
-    # Passes continued from their records, and did not start again.
-    assert "run again from the beginning" not in caplog.text
+        runs.append(calls)
+    assert same_parts(fitted)
+    assert runs[0] == runs[1]  # nothing is computed twice
+    assert set(written) == {2} and written[2] > 7  # beside the batch that runs next
 
 
-def test_of_batches_that_wait_or_have_ended_no_record_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of batches that wait or have ended are on disk, so that memory does not grow with their number."""
-    records, held = [], []
-    begin, solve = Record.__init__, Scrubber._solve
+@pytest.mark.usefixtures("all_sizes_are_written")
+def test_of_batches_that_have_ended_nothing_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TensorsOnDisk] = []
+    begin = TensorsOnDisk.__init__
 
-    def made(record: Record, *given: Any) -> None:
-        begin(record, *given)
-        records.append(record)
+    def note(tensors: TensorsOnDisk, resident: int) -> None:
+        begin(tensors, resident)
+        made.append(tensors)
 
-    def count(scrubber: Scrubber, site: str) -> None:
-        held.append(sum(bool(record._entries or record._storages) for record in records))
-        solve(scrubber, site)
-
-    monkeypatch.setattr(Record, "__init__", made)
-    monkeypatch.setattr(Scrubber, "_solve", count)
+    monkeypatch.setattr(TensorsOnDisk, "__init__", note)
     fit(with_adapter(copy.deepcopy(small_model("bert"))), small_batches("bert", 6), resident_batches=2)
-    assert len(records) == 6
-    assert set(held) == {2}
-    assert not any(record._entries or record._storages for record in records)
+    assert len(made) == 1
+    assert not made[0]._made and not made[0]._written and not Path(made[0]._folder.name).exists()
 
 
 def test_batches_that_are_not_resident_are_not_held() -> None:
@@ -552,37 +559,44 @@ def test_batches_that_are_not_resident_are_not_held() -> None:
     assert len(inputs) == 6 and alive[-1] == 0
 
 
-def test_a_tensor_that_a_model_keeps_until_a_batch_of_another_length(caplog: pytest.LogCaptureFixture) -> None:
-    """A tensor that the model keeps looks like one that is not needed any more, so passes are computed again."""
+@pytest.mark.usefixtures("all_sizes_are_written")
+@pytest.mark.parametrize("resident", [1, 3])
+def test_a_tensor_that_a_model_keeps_for_batches_of_one_length(resident: int) -> None:
     kept: dict[str, Any] = {}
 
     def cached(module: nn.Module, args: tuple) -> tuple:
         if kept.get("length") != args[0].shape[1]:
             kept.update(length=args[0].shape[1], values=torch.ones(args[0].shape[1], 1) * 2)
+        kept["values"] += 0  # another pass may change it, too
         return (args[0] * kept["values"] / 2, *args[1:])
 
     whole = small_batches("bert", 4)
     short = [{k: v[:, :8] if v.dim() > 1 else v for k, v in batch.items()} for batch in whole]
     fitted = []
-    for resident in (None, 3):
+    for bound in (None, resident):
         kept.clear()
         model = with_adapter(copy.deepcopy(small_model("bert")))
         model.encoder.layer[0].register_forward_pre_hook(cached)
-        fit(model, [batch for pair in zip(whole, short, strict=True) for batch in pair], resident_batches=resident)
+        fit(model, [batch for pair in zip(whole, short, strict=True) for batch in pair], resident_batches=bound)
         fitted.append(parts(model))
-    assert all(
-        torch.equal(a, b) for site, held in fitted[0].items() for a, b in zip(held, fitted[1][site], strict=True)
-    )
-    assert "run again from the beginning, since the model keeps tensors" in caplog.text
+        assert torch.equal(kept["values"], torch.full((kept["length"], 1), 2.0))
+    assert same_parts(fitted)
 
 
-def test_a_tensor_that_the_model_keeps_from_another_batch_is_brought_back() -> None:
+@pytest.mark.usefixtures("all_sizes_are_written")
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("boom")])
+def test_a_tensor_that_the_model_keeps_has_its_values_during_and_after_a_fit(error: BaseException | None) -> None:
     plain = copy.deepcopy(small_model("bert"))
     kept: list[Tensor] = []
 
     def cached(module: nn.Module, args: tuple) -> tuple:
         if not kept:
             kept.append(torch.ones(32) * 2)
+            kept.append(torch.arange(2048.0) * 2)  # is not used again
+        elif error is not None and len(kept) == 6:
+            raise error
+        else:
+            kept.append(kept[0])
         return (args[0] * kept[0] / 2, *args[1:])
 
     fitted = []
@@ -590,10 +604,35 @@ def test_a_tensor_that_the_model_keeps_from_another_batch_is_brought_back() -> N
         kept.clear()
         model = with_adapter(copy.deepcopy(plain))
         model.encoder.layer[1].register_forward_pre_hook(cached)
-        fit(model, small_batches("bert", 3), resident_batches=resident)
-        fitted.append(parts(model))
-    for site, held in fitted[0].items():
-        assert all(torch.equal(a, b) for a, b in zip(held, fitted[1][site], strict=True))
+        with contextlib.nullcontext() if error is None else pytest.raises(RuntimeError, match="boom"):
+            fit(model, small_batches("bert", 5), resident_batches=resident)
+        assert torch.equal(kept[0], torch.full((32,), 2.0)) and torch.equal(kept[1], torch.arange(2048.0) * 2)
+        fitted.append(parts(model) if error is None else {})
+    assert same_parts(fitted)
+
+
+@pytest.mark.parametrize("mode", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
+def test_a_mode_of_a_part_of_the_model_does_not_reach_other_batches(mode: Any) -> None:
+    """A site within such a part is reached by one batch after the other, and all wait there."""
+    model, seen = copy.deepcopy(small_model("bert")), []
+
+    def modes() -> tuple[bool, bool]:
+        return torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+
+    inner = model.encoder.layer[0].forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append((False, modes()))
+        with copy.copy(mode):
+            result = inner(*args, **kwargs)
+            seen.append((True, modes()))
+        seen.append((False, modes()))
+        return result
+
+    model.encoder.layer[0].forward = forward
+    fit(with_adapter(model), small_batches("bert", 3))
+    assert {found for inside, found in seen if not inside} == {(False, False)}
+    assert len({found for inside, found in seen if inside}) == 1 and modes() == (False, True)
 
 
 @pytest.mark.parametrize(("resident", "sequential"), [(0, True), (1, False)])
