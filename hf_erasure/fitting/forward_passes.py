@@ -58,8 +58,8 @@ class ForwardPass:
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
         self._tensors = tensors
-        self._greenlet = greenlet(run)
-        self._greenlet.gr_context = contextvars.copy_context()
+        self.greenlet = greenlet(run)
+        self.greenlet.gr_context = contextvars.copy_context()
 
     def advance(self) -> None:
         """Let the batch run to its next stop, or to the end; errors name the batch, and the site before them."""
@@ -67,8 +67,8 @@ class ForwardPass:
             if self._tensors is not None:
                 self._tensors.make_room_for(self.index)
             with self._tensors or nullcontext():
-                _with_modes_kept(self._greenlet.switch)
-            if self._greenlet.dead and self._tensors is not None:
+                _with_modes_kept(self.greenlet.switch)
+            if self.greenlet.dead and self._tensors is not None:
                 self._tensors.forget(self.index)
         except OutOfStep:
             raise
@@ -83,14 +83,8 @@ class ForwardPass:
         self.visited.append(site)
         self.site, self.hidden = site, hidden
         del hidden
-        _with_modes_kept(self._greenlet.parent.switch)
+        _with_modes_kept(self.greenlet.parent.switch)
         self.site, self.hidden = None, None
-
-    def abandon(self) -> None:
-        """End the pass where it is."""
-        if self._greenlet:
-            with self._tensors or nullcontext():
-                _with_modes_kept(self._greenlet.throw)
 
 
 @contextmanager
@@ -117,7 +111,9 @@ def forward_passes(
             yield passes
     finally:
         for each in passes:
-            each.abandon()
+            if each.greenlet:  # it has begun and not ended
+                with tensors or nullcontext():
+                    each.greenlet.throw()
         if tensors is not None:
             tensors.close()
 
@@ -207,10 +203,11 @@ class TensorsOnDisk(TorchDispatchMode):
             for reference in self._made[index].values():
                 storage = _live(reference)
                 if storage is not None and storage.nbytes() >= _SMALLEST and storage.resizable():
-                    self._written[storage._cdata] = path, file.tell(), storage.nbytes()
-                    self._moved += storage.nbytes()
+                    written = path, file.tell(), storage.nbytes()
                     # A copy, since the storage of an array of numpy cannot be emptied.
                     _bytes_of(storage).to("cpu", copy=True).numpy().tofile(file)
+                    self._written[storage._cdata] = written
+                    self._moved += storage.nbytes()
                     storage.resize_(0)
 
     def _read(self, index: int) -> Iterator[tuple[int, StorageWeakRef]]:
