@@ -63,18 +63,16 @@ class Axes:
 
         Raises a `ValueError` if the number of rows for each example is not the number when the axes were found.
         """
-        shape = tuple(activation.shape)
-        entries = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)][self.example]
-        entries *= rows if self.is_shared else 1
-        if entries % rows or not (self.is_flat or entries == rows * self.per_example):
-            raise ValueError(
-                f"The activation at {where!r} has shape {shape}: axis {self.example} holds {entries} rows of {rows} "
-                f"examples, but {self.per_example} for each example in another batch. The number of rows depends on "
-                "the content of an example there, so they cannot be labelled: choose another target module."
-            )
         found = activation.movedim(self.width, -1)
+        count = found.shape[self.example] * (rows if self.is_shared else 1)
+        if count % rows or not (self.is_flat or count == rows * self.per_example):
+            raise ValueError(
+                f"The activation at {where!r} has shape {tuple(activation.shape)}: axis {self.example} holds {count} "
+                f"rows of {rows} examples, but {self.per_example} for each example in another batch. Their number "
+                "depends on the content of an example there, so they cannot be labelled: choose another target module."
+            )
         found = found.expand(rows, *found.shape[1:]) if self.is_shared else found
-        per_example = found.shape[self.example] // rows
+        per_example = count // rows
         owners, entries, position = self.example, self.example + 1, self.position
         if self.is_flat or per_example > 1:
             found = found.unflatten(self.example, (rows, per_example) if self.is_major else (per_example, rows))
