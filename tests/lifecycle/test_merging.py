@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -55,6 +56,17 @@ def test_one_of_two_is_merged_for_good(architecture: str, kind: str, matrix):
     assert distance(outputs(merged, architecture), expected) < TOLERANCE
     assert not children(merged) and not hasattr(merged, "peft_config")
     matrix(TABLE, "`merge_and_unload(adapter_names=[…])`", kind, "same")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_acts_is_merged_after_the_model_inside_was_given_another_adapter(kind: str, tmp_path: Path):
+    """The `PeftModel` still names its own adapter as the active one."""
+    OF[kind].added("bert", "a", "b").save_pretrained(tmp_path)
+    model = OF[kind].wrapped("bert", "a")
+    model.get_base_model().load_adapter(tmp_path, "b")
+    expected = outputs(model, "bert")
+    assert model.active_adapter == "a"
+    assert distance(outputs(model.merge_and_unload(), "bert"), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", OURS)

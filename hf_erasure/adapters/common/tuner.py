@@ -270,8 +270,9 @@ class ChildTuner(BaseTuner):
             # Sticky adapters that are not active act too, before the active ones.
             sticky = {name for child in children for name, on in child.sticky_adapters.items() if on}
             known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
-            on = [name for name in known if name in sticky and name not in self.active_adapters]
-            names = [*on, *self.active_adapters]
+            # The layers know it; the model inside may have been given another adapter than this tuner.
+            active = children[0].active_adapters if children else self.active_adapters
+            names = [*(name for name in known if name in sticky and name not in active), *active]
         elif unknown := [name for name in names if name not in acting.adapters_now(self.model).loaded]:
             here = sorted({name for child in children for name in child.adapters})
             raise ValueError(
