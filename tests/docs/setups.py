@@ -145,6 +145,7 @@ def _random_llama(page: Page, name: str) -> None:
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = roughen(hf.LlamaForCausalLM(config), torch.Generator().manual_seed(0))
     model.save_pretrained(page.folder / name)

@@ -199,13 +199,20 @@ def _has_bias_shifts(loras: dict[str, _ModuleLora]) -> bool:
     return any(lora.shift is not None and bool(lora.shift.any()) for lora in loras.values())
 
 
+def _refuse_idle(config: Any) -> None:
+    if not config.fitted:
+        raise ValueError(f"The {config.described} was never fitted and changes nothing: {config.remedy}")
+    if isinstance(config, GradiendConfig) and config.learning_rate == 0:
+        raise ValueError(
+            f"The {config.described} has the learning_rate 0 and changes nothing: choose a learning rate by steer(…) or "
+            "select(…), and save the adapter again."
+        )
+
+
 def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
     if rank < 1:
         raise ValueError(f"rank={rank} cannot be the rank of a LoRA: write a positive number.")
-    if not config.fitted or config.learning_rate == 0:
-        raise ValueError(
-            f"The GRADIEND adapter {name!r} changes nothing: {config.remedy} Then choose a learning rate, by steer(…)."
-        )
+    _refuse_idle(config)
     loras: dict[str, _ModuleLora] = {}
     kept = lost = 0.0
     left_out: dict[str, float] = {}
@@ -332,6 +339,7 @@ def save_merged(
     """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged."""
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_ADAPTER]
+    _refuse_idle(config)
     if isinstance(config, GradiendConfig):
         where, options = f"into {len(targeted_parameters(wrapped, _ADAPTER))} weights", {}
     else:
