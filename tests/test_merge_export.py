@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from hf_erasure import ConceptErasureConfig, export_to_lora, fit_concept_erasure
+from hf_erasure import ConceptErasureConfig, GradiendConfig, export_to_lora, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.merging import record
 from hf_erasure.adapters.merging.export import low_rank
@@ -689,6 +689,18 @@ def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tm
     batch, logits = torch.load(tmp_path / "outputs.pt")
     expected = outputs_of(model, batch)["logits"]
     assert distance({"logits": logits}, {"logits": expected}) < MERGE_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("config", [ConceptErasureConfig(labels=LABELS), GradiendConfig(classes=LABELS)])
+def test_an_adapter_that_was_never_fitted_is_not_merged(config: Any, assets: Path, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(assets / "models" / "stories260k")
+    model.add_adapter(config)
+    with pytest.warns(UserWarning, match="never fitted"):
+        model.save_pretrained(tmp_path / "adapter")
+    command = ["merge", str(assets / "models" / "stories260k"), str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "was never fitted and changes nothing" in result.stderr
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merge_unties_on_request_and_says_what_it_costs(assets: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_what_cannot_be_exported_says_why(gradiends: Gradiends, tmp_path: Path):
     with pytest.raises(ValueError, match="rank=0"):
         export_to_lora(model, NAME, tmp_path, rank=0)
     for layer in gradiend_layers(model).values():
-        layer.merge()
+        layer.merge_weights()
     with pytest.raises(ValueError, match="is merged into the weights"):
         export_to_lora(model, NAME, tmp_path)
     norms = gradiends.fitted("bert", 1.0, target_modules=("LayerNorm",))

@@ -119,7 +119,7 @@ def test_unmerged_equals_merged_where_all_weights_are_changed(way: str):
     with torch.no_grad():
         unmerged = _outputs(model)
         for layer in gradiend_layers(model).values():
-            layer.merge()
+            layer.merge_weights()
         assert torch.equal(_outputs(model), unmerged)
 
 

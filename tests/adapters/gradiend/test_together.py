@@ -217,7 +217,7 @@ def test_a_lora_merged_over_a_merged_gradiend_stays_when_that_is_unmerged(gradie
     model.set_adapter("tuned")
     expected = outputs_of(model, batch)
     for layer in gradiend_layers(model).values():
-        layer.merge(adapter_names=[NAME])
+        layer.merge_weights(adapter_names=[NAME])
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.merge()
@@ -324,7 +324,7 @@ def test_one_kind_is_merged_and_the_other_stays(first: str, gradiends: Gradiends
         model.set_adapter("erasure")
         tuners["erasure"].merge_adapter()
         with pytest.raises(ValueError, match=r"an erasure is merged into .*merge it last"):
-            tuners["steering"].merge_adapter()
+            tuners["steering"].merge_adapter(adapter_names=["steering"])
         return
     plain = tuners["steering"].merge_and_unload()
     assert list(plain.peft_config) == ["erasure"] and not gradiend_layers(plain)
