@@ -204,8 +204,8 @@ def _refuse_idle(config: Any) -> None:
         raise ValueError(f"The {config.described} was never fitted and changes nothing: {config.remedy}")
     if isinstance(config, GradiendConfig) and config.learning_rate == 0:
         raise ValueError(
-            f"The {config.described} has the learning_rate 0 and changes nothing: choose a learning rate by steer(…) or "
-            "select(…), and save the adapter again."
+            f"The {config.described} has the learning_rate 0 and changes nothing: choose a learning rate by steer(…) "
+            "or select(…), and save the adapter again."
         )
 
 
