@@ -66,7 +66,7 @@ class ConceptErasureCallback(LoggingCallback):
             raise ValueError(f"refit_leakage={refit_leakage} is a correlation: give a number between 0 and 1.")
         if refit_leakage is not None and eval_batches is None:
             raise ValueError("refit_leakage needs eval_batches to measure leakage on: give held-out labelled batches.")
-        for name, given in (("batches", batches), ("eval_batches", eval_batches)):
+        for name, given in {"batches": batches, "eval_batches": eval_batches, "background": background}.items():
             if given is not None and iter(given) is given:
                 raise ValueError(f"{name} is an iterator that can be read only once: give a list or a DataLoader.")
         super().__init__(adapter_name, {"refits": 0, "is_due": False})

@@ -182,6 +182,8 @@ def test_what_means_nothing_is_refused(options: dict[str, Any], message: str):
         ConceptErasureCallback([1], NAME, **options)
     with pytest.raises(ValueError, match=r"^batches is an iterator that can be read only once"):
         ConceptErasureCallback(iter([1]), NAME)
+    with pytest.raises(ValueError, match=r"^background is an iterator that can be read only once"):
+        ConceptErasureCallback([1], NAME, background=iter([1]))
     with pytest.raises(ValueError, match=r"^eval_batches is an iterator that can be read only once"):
         ConceptErasureCallback([1], NAME, eval_batches=iter([1]))
 
