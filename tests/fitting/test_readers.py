@@ -21,7 +21,7 @@ NOTHING = 1e-5
 THERE = 0.01
 
 
-def model_of(kind: str, auto: Any, target: str, **fields: Any) -> Any:
+def model_of(kind: str, auto: Any, target: str | None, **fields: Any) -> Any:
     model = build(kind, auto)
     model.add_adapter(ConceptErasureConfig(labels=["a", "b"], target_modules=target, **fields))
     return model
@@ -97,6 +97,16 @@ def test_no_reader_is_given_the_concept(kind: str, auto: Any) -> None:
     config = model.peft_config["default"]
     assert [line.site for line in report.sites if "last_hidden" not in line.site] == list(site_layers(model, "default"))
     assert config.weights.keys() == config.fitted_sites.keys()
+
+
+def test_a_head_that_changes_what_the_backbone_is_given_is_fitted_with_it() -> None:
+    """The classifier of Longformer lets the first token attend to all others, which its backbone alone does not."""
+    model = model_of("longformer", AutoModelForSequenceClassification, None)
+    batches = batches_of(model)
+    assert taken_by(model, ["classifier.dense"], batches)["classifier.dense"] > THERE
+    report = fit_concept_erasure(model, batches, progress=False)
+    assert report.pool == "cls"
+    assert taken_by(model, ["classifier.dense"], batches)["classifier.dense"] < NOTHING
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen3_moe", "opt", "mamba"])
