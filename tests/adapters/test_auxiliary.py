@@ -272,6 +272,39 @@ def test_a_trained_head_that_comes_and_does_not_act_is_named(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_the_head_of_the_second_of_two_that_are_loaded_acts(kind: str, tmp_path: Path):
+    """PEFT switches the first one's head off before the second one's is there; the untrained head would answer."""
+    for shift, name in enumerate(("first", "second"), 1):
+        model = classifier()
+        OF[kind].add(model, "bert", name, shift, target_modules=["key"], modules_to_save=["classifier"])
+        with torch.no_grad():
+            model.classifier.modules_to_save[name].bias.add_(float(shift))
+        model.save_pretrained(tmp_path / name)
+    expected = logits_of(model)
+    model = classifier()
+    for name in ("first", "second"):
+        model.load_adapter(tmp_path / name, adapter_name=name)
+    assert head_that_acts(model) == "second"
+    assert torch.equal(logits_of(model), expected)
+    model.delete_adapter("first")
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_an_adapter_is_deleted_while_no_head_acts(kind: str):
+    """PEFT looks for the head that acts; the deletion failed, and left the adapter without its layers."""
+    model = classifier()
+    for name in ("first", "second"):
+        OF[kind].add(model, "bert", name, target_modules=["key"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.modules_to_save["second"].bias.add_(1.0)
+    model.classifier.set_adapter([])
+    model.delete_adapter("first")
+    assert list(model.peft_config) == ["second"]
+    assert head_that_acts(model) == "base"
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_trained_tokens_stay_on_too(kind: str, folders: dict[str, Path]):
     alone = tuned(**TOKENS, modules_to_save=None)
     plain = tuned(modules_to_save=None)

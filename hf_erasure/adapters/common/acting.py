@@ -146,7 +146,10 @@ class _TrainedWrapper(AuxiliaryTrainingWrapper):
         """Remove an adapter's copy; after the last copy, the original module replaces the wrapper."""
         left, before = self._adapters - {adapter_name}, self._active_adapter
         acting = [name for name in self.active_adapters if name in left]
-        follows = [] if acting else [name for name in new_active_adapters or () if name in left]
+        # Where no copy acts, none does afterwards; PEFT would look for the one that acts.
+        follows = (
+            [] if acting or not self.active_adapters else [name for name in new_active_adapters or () if name in left]
+        )
         super().delete_adapter(adapter_name, follows[:1])
         if acting:
             self._active_adapter = before if isinstance(before, str) else acting

@@ -105,6 +105,11 @@ class ChildTuner(BaseTuner):
                     if trained is not None and adapter_name in trained and former not in same_method:
                         trained[adapter_name].load_state_dict(trained[former].state_dict())
                 acting.refuse_copies(model, adapter_name)
+                for wrapper in acting.auxiliary_wrappers(model).values():
+                    # PEFT switches copies before the new one is there, so none may act.
+                    is_on = adapter_name in wrapper._adapters and adapter_name in self.active_adapters
+                    if is_on and not wrapper._adapters.intersection(wrapper.active_adapters):
+                        wrapper._active_adapter = [adapter_name]
                 # A `state_dict` may choose some of the modules, so the others are not required then.
                 wanted = list(config.fitted_modules) if kwargs.get("state_dict") is None else []
                 self._check_complete(config, adapter_children(model, adapter_name), wanted)
