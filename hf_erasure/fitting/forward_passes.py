@@ -28,7 +28,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from hf_erasure.models.model import TextTooLong
@@ -242,7 +242,9 @@ def _trim_memory() -> None:
 def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
     """The storages of the tensors in an operation's arguments or results."""
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        if is_traceable_wrapper_subclass(leaf):  # such as packed weights
+            yield from _storages_in([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()
 
 

@@ -59,11 +59,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return Bases(tmp_path_factory.mktemp("bases"))
 
 
-def erased(model: PreTrainedModel, architecture: str, **fields: Any) -> PreTrainedModel:
+def erased(
+    model: PreTrainedModel, architecture: str, resident_batches: int | None = None, **fields: Any
+) -> PreTrainedModel:
     """The model with an erasure that was fitted on it."""
     where = {"target_modules": TARGETS[architecture], **fields}
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **where), adapter_name=NAME)
-    fit_concept_erasure(model, small_batches(architecture), NAME, progress=False)
+    fit_concept_erasure(model, small_batches(architecture), NAME, progress=False, resident_batches=resident_batches)
     return model
 
 
@@ -118,6 +120,17 @@ def test_an_erasure_fitted_on_a_quantised_base_erases(kind: str, architecture: s
     assert distance(outputs_of(model, batch), plain) > 0.01
     assert verify_adapter(model, NAME, batch)
     matrix(TABLE, "erasure: attach, fit; the concept is gone at the sites", kind, "same")
+
+
+@every_kind
+def test_batches_that_are_not_resident_give_the_same_on_a_quantised_base(
+    kind: str, bases: Bases, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hf_erasure.fitting.forward_passes._SMALLEST", 1)
+    fitted = [erasure_layers(erased(bases.load("llama", kind), "llama", resident_batches=bound)) for bound in (None, 1)]
+    for site, layer in fitted[0].items():
+        found = fitted[1][site].eraser_state(NAME)
+        assert all(map(torch.equal, layer.eraser_state(NAME)[:2], found[:2])), site
 
 
 @every_architecture

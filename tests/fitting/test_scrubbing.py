@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from greenlet import greenlet
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -609,6 +610,19 @@ def test_a_tensor_that_the_model_keeps_has_its_values_during_and_after_a_fit(err
         assert torch.equal(kept[0], torch.full((32,), 2.0)) and torch.equal(kept[1], torch.arange(2048.0) * 2)
         fitted.append(parts(model) if error is None else {})
     assert same_parts(fitted)
+
+
+def test_tensors_within_a_tensor_get_their_bytes_back_before_they_are_used() -> None:
+    tensors, plain = TensorsOnDisk(1), torch.arange(4096.0)
+    tensors.make_room_for(0)
+    with tensors:
+        kept = TwoTensor(plain * 2, plain * 3)
+    tensors.make_room_for(1)
+    assert kept.a.untyped_storage().nbytes() == kept.b.untyped_storage().nbytes() == 0
+    with tensors:
+        result = kept * 10
+    assert torch.equal(result.a, plain * 20) and torch.equal(result.b, plain * 30)
+    tensors.close()
 
 
 @pytest.mark.parametrize("mode", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
