@@ -7,7 +7,9 @@ the batches and checks each of them; other functions rely on these checks.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -408,13 +410,14 @@ class BatchesOnDisk(Sequence[BatchLabels]):
     """Batches on disk, each read again whenever it is asked for; their folder is deleted together with this object."""
 
     def __init__(self, batches: Iterable[BatchLabels]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
+        self._folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         # What batches share, which stays in memory: source, pool and axes.
         self._shared: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
         # The batch that was read last: a forward pass that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
-            torch.save((labels.batch, labels._frames), Path(self._folder.name, str(len(self._shared))))
+            torch.save((labels.batch, labels._frames), self._folder / str(len(self._shared)))
             self._shared.append((labels.source, labels._pool, labels._axes))
 
     def __len__(self) -> int:
@@ -424,7 +427,7 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         if not 0 <= which < len(self):
             raise IndexError(which)
         if self._last is None or self._last[0] != which:
-            path = Path(self._folder.name, str(which))
+            path = self._folder / str(which)
             batch, frames = torch.load(path, weights_only=False)  # a file of this process
             source, pool, axes = self._shared[which]
             self._last = which, BatchLabels(batch, source, pool, axes, frames)
