@@ -291,17 +291,19 @@ def test_the_head_of_the_second_of_two_that_are_loaded_acts(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_an_adapter_is_deleted_while_no_head_acts(kind: str):
-    """PEFT looks for the head that acts; the deletion failed, and left the adapter without its layers."""
-    model = classifier()
-    for name in ("first", "second"):
-        OF[kind].add(model, "bert", name, target_modules=["key"], modules_to_save=["classifier"])
+def test_the_head_of_the_adapter_that_a_deletion_switches_on_acts(kind: str):
+    """PEFT fails where no head acts, or leaves the untrained head on."""
+    model = peft.get_peft_model(classifier(), OF[kind].config(target_modules=["key"]), "alone")
+    OF[kind].add(model, "bert", "headed", target_modules=["key"], modules_to_save=["classifier"])
     with torch.no_grad():
-        model.classifier.modules_to_save["second"].bias.add_(1.0)
-    model.classifier.set_adapter([])
-    model.delete_adapter("first")
-    assert list(model.peft_config) == ["second"]
-    assert head_that_acts(model) == "base"
+        model.base_model.model.classifier.modules_to_save["headed"].bias.add_(1.0)
+    assert head_that_acts(model.eval()) == "base"
+    model.delete_adapter("alone")
+    assert model.active_adapters == ["headed"] and head_that_acts(model) == "headed"
+    model.add_adapter("other", OF[kind].config(target_modules=["key"], modules_to_save=["classifier"]))
+    model.base_model.model.classifier.set_adapter([])
+    model.delete_adapter("other")
+    assert head_that_acts(model) == "headed"
 
 
 @pytest.mark.parametrize("kind", OURS)

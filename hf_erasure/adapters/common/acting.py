@@ -146,13 +146,12 @@ class _TrainedWrapper(AuxiliaryTrainingWrapper):
         """Remove an adapter's copy; after the last copy, the original module replaces the wrapper."""
         left, before = self._adapters - {adapter_name}, self._active_adapter
         acting = [name for name in self.active_adapters if name in left]
-        # Where no copy acts, none does afterwards; PEFT would look for the one that acts.
-        follows = (
-            [] if acting or not self.active_adapters else [name for name in new_active_adapters or () if name in left]
-        )
-        super().delete_adapter(adapter_name, follows[:1])
+        follows = [] if acting else [name for name in new_active_adapters or () if name in left]
+        super().delete_adapter(adapter_name, [])  # with a name, PEFT fails where no copy acts
         if acting:
             self._active_adapter = before if isinstance(before, str) else acting
+        elif follows:
+            self.set_adapter(follows[:1])
         model = self.model_reference.model()
         if model is not None and not left:
             for place in [name for name, module in model.named_modules() if module is self]:
