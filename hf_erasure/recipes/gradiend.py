@@ -126,6 +126,8 @@ class GradiendRun:
         """What the first of the chosen edits does, in a sentence."""
         goal = next(iter(self.chosen))
         before, after = self.tested[NO_EDIT], self.tested[goal]
+        if not after.learning_rate:
+            return f"No edit within the budget was better for {goal!r}, so the adapter has learning_rate 0: no effect."
         moved = ", ".join(f"{n} {p:.3f} → {after.probabilities[n]:.3f}" for n, p in before.probabilities.items())
         return (
             f"With the edit for {goal!r}, the mean probability of the words in test sentences goes from {moved}; "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from datasets import Dataset
 from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
+from hf_erasure.recipes.gradiend import NO_EDIT, GradiendRun
 from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe
 from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
@@ -229,3 +232,14 @@ def test_a_recipe_that_cannot_be_run_is_refused_before_anything_is_loaded(
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=said):
         read_gradiend_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.0, "No edit .* better for 'she', .* no effect"), (0.1, "she 0.200 → 0.300")]
+)
+def test_a_summary_says_whether_an_edit_was_found(rate: float, said: str) -> None:
+    run = SimpleNamespace(chosen={"she": None}, tested={
+        NO_EDIT: SimpleNamespace(probabilities={"she": 0.2}),
+        "she": SimpleNamespace(probabilities={"she": 0.3}, learning_rate=rate, cost=0.01),
+    })  # fmt: skip
+    assert re.search(said, GradiendRun.in_plain_words(run))  # type: ignore[arg-type]
