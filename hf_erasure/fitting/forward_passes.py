@@ -18,6 +18,7 @@ import ctypes
 import functools
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -39,8 +40,8 @@ from .labels import BatchesOnDisk, BatchLabels
 RESIDENT = 256
 # In bytes. Smaller storages stay in memory: to write and read them takes longer than their room is worth.
 _SMALLEST = 4096
-# Bytes that were written and read since free memory was given back to the system, which takes some milliseconds.
-_BYTES_PER_TRIM = 1 << 24
+# The largest share of time for giving free memory back to the system. It takes longer the more batches wait.
+_SHARE_FOR_TRIMS = 0.05
 # The devices whose autocast a model may switch in a part of its forward pass.
 _AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
@@ -149,7 +150,7 @@ class TensorsOnDisk(TorchDispatchMode):
         self._made: dict[int, dict[int, StorageWeakRef]] = {}
         # Address of an empty storage → the file of its bytes, their position there and their number.
         self._written: dict[int, tuple[Path, int, int]] = {}
-        self._moved = 0  # Bytes that were written and read since memory was given back.
+        self._next_trim = 0.0  # In seconds of the clock.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = set()
@@ -180,9 +181,9 @@ class TensorsOnDisk(TorchDispatchMode):
         while len(self._in_memory) >= self._resident:
             # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
             self._write(self._in_memory.pop(0))
-        if self._moved > _BYTES_PER_TRIM:
+        if (began := time.perf_counter()) >= self._next_trim:
             _trim_memory()
-            self._moved = 0
+            self._next_trim = began + (time.perf_counter() - began) / _SHARE_FOR_TRIMS
         self._in_memory.append(index)
         self._made[index] = dict(self._read(index))
 
@@ -207,7 +208,6 @@ class TensorsOnDisk(TorchDispatchMode):
                     # A copy, since the storage of an array of numpy cannot be emptied.
                     _bytes_of(storage).to("cpu", copy=True).numpy().tofile(file)
                     self._written[storage._cdata] = written
-                    self._moved += storage.nbytes()
                     storage.resize_(0)
 
     def _read(self, index: int) -> Iterator[tuple[int, StorageWeakRef]]:
@@ -223,7 +223,6 @@ class TensorsOnDisk(TorchDispatchMode):
 
     def _fill(self, storage: torch.UntypedStorage) -> None:
         path, position, size = self._written.pop(storage._cdata)
-        self._moved += size
         storage.resize_(size)
         content = np.fromfile(path, np.uint8, size, offset=position)
         _bytes_of(storage).copy_(torch.from_numpy(content))
