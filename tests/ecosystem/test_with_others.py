@@ -454,6 +454,18 @@ def test_a_peft_model_deletes_an_adapter_of_another_method(kind: str, gone: str,
     assert bool(adapter_children(model)) == (left == kind)
 
 
+@both_kinds
+def test_a_peft_model_runs_after_its_own_last_adapter_was_deleted(kind: str, others: Others):
+    """PEFT fails at the next forward pass: it looks for the configuration of the deleted adapter."""
+    batch = small_batch("llama", seed=5)
+    model = PeftModel.from_pretrained(
+        others.with_adapters("llama", (kind,)), others.folder("llama", "lora"), adapter_name="lora"
+    )
+    model.delete_adapter("lora")
+    assert same(outputs_of(model, batch), outputs_of(others.with_adapters("llama", (kind,)), batch))
+    assert verify_adapter(model.get_base_model(), kind, batch)
+
+
 # ---- merged beside others, and unmerged in any order -----------------------------------------------------------------
 
 

@@ -379,7 +379,11 @@ def delete_adapter(original: Callable, model: Any, adapter_name: str) -> None:
     config, base, tuner = model.peft_config.get(adapter_name), base_of(model), model.base_model
     kind: Any = config.peft_type if config is not None else None
     if kind in (None, model.peft_type) or not adapter_children(base):
-        return original(adapter_name)
+        original(adapter_name)
+        if model.active_adapter == adapter_name and adapter_children(base):
+            # The tuner has no adapter left; a forward pass reads the configuration of the active one.
+            model.active_adapter = next(iter(model.peft_config), adapter_name)
+        return
     for child in adapter_children(base, adapter_name):
         child.refuse_if_merged(adapter_name)
     delete_from_layers(base, adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[kind])
