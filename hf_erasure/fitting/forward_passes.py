@@ -20,16 +20,17 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.overrides as function_modes
+import torch.utils._python_dispatch as dispatch_modes
 from greenlet import greenlet
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from hf_erasure.models.model import TextTooLong
@@ -44,6 +45,17 @@ _SMALLEST = 4096
 _SHARE_FOR_TRIMS = 0.05
 # The devices whose autocast a model may switch in a part of its forward pass.
 _AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+# What returns, leaves and enters the modes of operations and of functions.
+_MODES: tuple[tuple[Callable[..., Any], ...], ...] = (
+    (dispatch_modes._get_current_dispatch_mode_stack, dispatch_modes._pop_mode, dispatch_modes._push_mode),
+    (function_modes._get_current_function_mode_stack, function_modes._pop_mode, function_modes._push_mode),
+)
+# The parts of a sparse tensor.
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
 
 
 class OutOfStep(Exception):
@@ -58,6 +70,7 @@ class ForwardPass:
         self.site: str | None = None  # Where it waits; None before the start and after the end.
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
+        self._inference = torch.is_inference_mode_enabled()  # The caller's mode.
         self._tensors = tensors
         self.greenlet = greenlet(run)
         self.greenlet.gr_context = contextvars.copy_context()
@@ -82,9 +95,12 @@ class ForwardPass:
     def stop(self, site: str, hidden: Tensor) -> None:
         """Offer the activation to the caller, and wait until it lets the batch go on; called within the pass."""
         self.visited.append(site)
-        self.site, self.hidden = site, hidden
+        # An operation, so that an activation that the model has kept from another pass gets its bytes back.
+        self.site, self.hidden = site, hidden.detach()
         del hidden
-        _with_modes_kept(self.greenlet.parent.switch)
+        is_other = torch.is_inference_mode_enabled() != self._inference
+        with torch.inference_mode(self._inference) if is_other else nullcontext():
+            _with_modes_kept(self.greenlet.parent.switch)
         self.site, self.hidden = None, None
 
 
@@ -106,27 +122,35 @@ def forward_passes(
         run(batch)
 
     passes = [ForwardPass(index, functools.partial(run_batch, index), tensors) for index in range(len(batches))]
-    try:
-        # Compiled code cannot be left in the middle.
-        with torch.compiler.set_stance("force_eager"):
-            yield passes
-    finally:
-        for each in passes:
-            if each.greenlet:  # it has begun and not ended
-                with tensors or nullcontext():
-                    each.greenlet.throw()
-        if tensors is not None:
-            tensors.close()
+    with nullcontext() if tensors is None else closing(tensors):
+        try:
+            # Compiled code cannot be left in the middle.
+            with torch.compiler.set_stance("force_eager"):
+                yield passes
+        finally:
+            for each in passes:
+                while each.greenlet:  # it has begun and not ended; a model may catch this, and go on to a stop
+                    # The caller is not told of errors that the model raises because of this.
+                    with suppress(Exception), tensors or nullcontext():
+                        _with_modes_kept(each.greenlet.throw)
 
 
 def _with_modes_kept(switch: Callable[[], Any]) -> None:
     """Switch to another greenlet; afterwards the modes of torch that a part of a model may change are as before."""
-    grad = torch.is_grad_enabled()
+    grad, forward_grad = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    stacks = [entered() for entered, *_ in _MODES]
     casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
     try:
         switch()
     finally:
         torch.set_grad_enabled(grad)
+        torch._C._set_fwd_grad_enabled(forward_grad)
+        for (entered, pop, push), stack in zip(_MODES, stacks, strict=True):
+            if (current := entered()) != stack:
+                for _ in current:
+                    pop()
+                for mode in stack:
+                    push(mode)
         for kind, is_on, dtype in casts:
             torch.set_autocast_enabled(kind, is_on)
             torch.set_autocast_dtype(kind, dtype)
@@ -135,7 +159,7 @@ def _with_modes_kept(switch: Callable[[], Any]) -> None:
 # ---- the tensors of batches that wait --------------------------------------------------------------------------------
 
 
-class TensorsOnDisk(TorchDispatchMode):
+class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
     """Keeps the tensors of some passes in memory, and those of others on disk while they wait.
 
     While a pass runs, it notes the storages that operations make, and fills those that they need.
@@ -169,7 +193,7 @@ class TensorsOnDisk(TorchDispatchMode):
         self._note(_storages_in(inputs))
 
     def _note(self, storages: Iterator[torch.UntypedStorage]) -> None:
-        made = self._made[self._in_memory[-1]]
+        made = self._made[self._in_memory[-1]] if self._in_memory else {}  # a pass that is ended may run operations
         for storage in storages:
             if storage._cdata not in made:
                 made[storage._cdata] = StorageWeakRef(storage)
@@ -222,10 +246,11 @@ class TensorsOnDisk(TorchDispatchMode):
                 yield address, reference
 
     def _fill(self, storage: torch.UntypedStorage) -> None:
-        path, position, size = self._written.pop(storage._cdata)
+        path, position, size = self._written[storage._cdata]
         storage.resize_(size)
         content = np.fromfile(path, np.uint8, size, offset=position)
         _bytes_of(storage).copy_(torch.from_numpy(content))
+        del self._written[storage._cdata]
 
 
 def _trim_memory() -> None:
@@ -241,10 +266,13 @@ def _trim_memory() -> None:
 def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
     """The storages of the tensors in an operation's arguments or results."""
     for leaf in tree_leaves(tree):
-        if is_traceable_wrapper_subclass(leaf):  # such as packed weights
+        if dispatch_modes.is_traceable_wrapper_subclass(leaf):  # such as packed weights
             yield from _storages_in([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
-        elif isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            yield leaf.untyped_storage()
+        elif isinstance(leaf, Tensor) and leaf.layout in _PARTS:
+            yield from _storages_in([getattr(leaf, name)() for name in _PARTS[leaf.layout]])
+        elif isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta:
+            # The storage of a subclass with its own dispatch may be without bytes, as one on the meta device.
+            yield from [leaf.untyped_storage()] if type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__ else []
 
 
 def _live(reference: StorageWeakRef) -> torch.UntypedStorage | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import warnings
 import weakref
 from collections import Counter
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from greenlet import greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -623,6 +626,140 @@ def test_tensors_within_a_tensor_get_their_bytes_back_before_they_are_used() -> 
         result = kept * 10
     assert torch.equal(result.a, plain * 20) and torch.equal(result.b, plain * 30)
     tensors.close()
+
+
+class Unpacked(Tensor):
+    """A tensor around another one, which says nothing about what is in it, and whose own storage has no bytes."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(func(*(arg.inner if isinstance(arg, cls) else arg for arg in args), **(kwargs or {})))
+
+
+class Site(nn.Module):
+    def forward(self, hidden: Tensor, shift: Tensor) -> Tensor:
+        return shift
+
+
+KEPT: dict[str, Any] = {
+    "meta": (lambda: torch.empty(64, 64, device="meta"), lambda kept: torch.zeros(())),
+    "sparse": (
+        lambda: torch.ones(64, 64).to_sparse(),
+        lambda kept: torch.sparse.mm(kept, torch.ones(64, 1)).sum() + 0 * kept.values().sum(),
+    ),
+    "wrapper": (lambda: Unpacked(torch.ones(64, 64)) * 3, lambda kept: kept.inner.sum()),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_tensors_of_other_kinds_that_a_model_keeps(kind: str) -> None:
+    make, read = KEPT[kind]
+    fitted = []
+    for resident in (None, 1):
+        model, kept = with_adapter(copy.deepcopy(small_model("bert"))), []
+
+        def shift(module: nn.Module, args: tuple, kept: Any = kept) -> tuple:
+            if not kept:
+                kept.append(make())
+            return (args[0] + read(kept[0]) / 1e4, *args[1:])
+
+        model.encoder.layer[1].register_forward_pre_hook(shift)
+        fit(model, small_batches("bert", 4), resident_batches=resident)
+        fitted.append(parts(model))
+    assert same_parts(fitted)
+
+
+@pytest.mark.usefixtures("all_sizes_are_written")
+def test_a_site_whose_module_returns_a_tensor_of_another_pass() -> None:
+    fitted = []
+    for resident in (None, 1):
+        model, kept = copy.deepcopy(small_model("bert")), {}
+        model.encoder.layer[0].shift = Site()
+
+        def shift(module: nn.Module, args: tuple, kept: Any = kept) -> tuple:
+            table = kept.setdefault(args[0].shape, torch.zeros_like(args[0]) + torch.arange(args[0].shape[1])[:, None])
+            return (args[0] + module.shift(args[0], table), *args[1:])
+
+        model.encoder.layer[0].register_forward_pre_hook(shift)
+        with_adapter(model, target_modules=["shift", "encoder.layer.1"])
+        fit(model, small_batches("bert", 4), resident_batches=resident)
+        fitted.append(parts(model))
+    assert same_parts(fitted)
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+@pytest.mark.parametrize("cleaning", ["fails", "goes on"])
+def test_passes_are_ended_whatever_the_model_does_about_it(resident: int | None, cleaning: str) -> None:
+    model, kept = copy.deepcopy(small_model("bert")), []
+    layer = model.encoder.layer[0]
+    inner = layer.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept.append(torch.arange(2048.0) * 2)
+        try:
+            return inner(hidden, *args, **kwargs)
+        except GreenletExit:
+            if cleaning == "fails":
+                raise ZeroDivisionError from None
+            return hidden
+
+    def interrupt(*_: object) -> None:
+        if getcurrent().parent is not None and len(kept) >= 4 and next(calls) == 2:
+            raise KeyboardInterrupt
+
+    calls = itertools.count()
+    layer.forward = forward
+    layer.intermediate.register_forward_pre_hook(interrupt)
+    with_adapter(model)
+    training = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, small_batches("bert", 4), resident_batches=resident)
+    assert all(torch.equal(each, torch.arange(2048.0) * 2) for each in kept)
+    assert torch.is_grad_enabled() and training == [module.training for module in model.modules()]
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+@pytest.mark.parametrize("mode", [torch.inference_mode, Functions, Operations])
+def test_a_mode_of_a_part_of_the_model_does_not_reach_the_fit(
+    mode: Any, resident: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, solve = copy.deepcopy(small_model("bert")), [], Scrubber._solve
+    inner = model.encoder.layer[0].forward
+
+    def modes() -> tuple[Any, ...]:
+        stacks = len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())
+        return *stacks, torch.is_inference_mode_enabled(), torch._C._is_fwd_grad_enabled()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode():
+            return inner(*args, **kwargs)
+
+    def noted(scrubber: Scrubber, site: str) -> None:
+        seen.append(modes())
+        solve(scrubber, site)
+
+    monkeypatch.setattr(Scrubber, "_solve", noted)
+    model.encoder.layer[0].forward, before = forward, modes()
+    fit(with_adapter(model), small_batches("bert", 3), resident_batches=resident)
+    assert {*seen, modes()} == {before}
 
 
 @pytest.mark.parametrize("mode", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
