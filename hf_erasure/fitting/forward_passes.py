@@ -223,16 +223,17 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
         self._folder.cleanup()
 
     def _write(self, index: int) -> None:
-        path = Path(self._folder.name, str(index))
+        path, written = Path(self._folder.name, str(index)), []
         with path.open("wb") as file:
             for reference in self._made[index].values():
                 storage = _live(reference)
                 if storage is not None and storage.nbytes() >= _SMALLEST and storage.resizable():
-                    written = path, file.tell(), storage.nbytes()
+                    written.append((storage, (path, file.tell(), storage.nbytes())))
                     # A copy, since the storage of an array of numpy cannot be emptied.
-                    _bytes_of(storage).to("cpu", copy=True).numpy().tofile(file)
-                    self._written[storage._cdata] = written
-                    storage.resize_(0)
+                    file.write(_bytes_of(storage).to("cpu", copy=True).numpy())
+        for storage, place in written:  # the disk had room for all of them
+            self._written[storage._cdata] = place
+            storage.resize_(0)
 
     def _read(self, index: int) -> Iterator[tuple[int, StorageWeakRef]]:
         """Fill the storages of a pass that are alive, and yield them."""

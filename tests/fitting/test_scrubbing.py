@@ -615,6 +615,19 @@ def test_a_tensor_that_the_model_keeps_has_its_values_during_and_after_a_fit(err
     assert same_parts(fitted)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only on Linux")
+def test_tensors_that_a_full_disk_has_no_room_for_keep_their_values() -> None:
+    tensors = TensorsOnDisk(1)
+    tensors.make_room_for(0)
+    with tensors:
+        kept = torch.arange(1024.0)
+    Path(tensors._folder.name, "0").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        tensors.make_room_for(1)
+    tensors.close()
+    assert torch.equal(kept, torch.arange(1024.0))
+
+
 def test_tensors_within_a_tensor_get_their_bytes_back_before_they_are_used() -> None:
     tensors, plain = TensorsOnDisk(1), torch.arange(4096.0)
     tensors.make_room_for(0)
