@@ -230,7 +230,7 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
                 if storage is not None and storage.nbytes() >= _SMALLEST and storage.resizable():
                     written.append((storage, (path, file.tell(), storage.nbytes())))
                     # A copy, since the storage of an array of numpy cannot be emptied.
-                    file.write(_bytes_of(storage).to("cpu", copy=True).numpy())
+                    file.write(_bytes_of(storage).to("cpu", copy=True).numpy().data)
         for storage, place in written:  # the disk had room for all of them
             self._written[storage._cdata] = place
             storage.resize_(0)
