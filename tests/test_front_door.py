@@ -266,7 +266,8 @@ def test_a_feature_is_learned_from_sentences_and_words(assets: Path, model: Path
     (tmp_path / "stories.txt").write_text("\n".join(lines))
     code, said, errors = run(
         "gradiend", "fit", model, tmp_path / "stories.txt", "--words", "she,he", "--out", tmp_path / "out",
-        "--no-progress", "select.feature_factors=[1, -1]", "select.learning_rates=[0.1]", "select.budget=0.5",
+        "--no-progress", "select.goal=she", "select.feature_factors=[1, -1]", "select.learning_rates=[0.1]",
+        "select.budget=100",
     )  # fmt: skip
     assert code == 0, errors
     assert "the mean probability of the words" in said

@@ -153,8 +153,11 @@ def test_one_id_for_all_labels_tells_of_each(seed: int, classes: int, environmen
 
 def test_an_environment_of_one_class_says_nothing() -> None:
     x, z = rows(3)
-    strata = Strata(2, 2)
-    environment = torch.where(z == 0, 1, torch.randint(0, 2, z.shape, generator=torch.Generator().manual_seed(0)))
-    environment[z == 1] = 0
-    moments = ConceptMoments(12, 4).update(x, strata.ids(z, environment))
-    assert not strata.environment_columns(moments).any()
+    mixed = torch.rand(len(z), generator=torch.Generator().manual_seed(0)) < 0.5
+    strata, alone = Strata(2, 3), Strata(2, 1)
+    # Two environments have one class each, the third has both.
+    found = strata.environment_columns(ConceptMoments(12, 6).update(x, strata.ids(z, torch.where(mixed, 2, z))))
+    own = ConceptMoments(12, 2).update(x[mixed], alone.ids(z[mixed], torch.zeros_like(z[mixed])))
+    torch.testing.assert_close(found, mixed.double().mean().sqrt() * alone.environment_columns(own), **CLOSE)
+    with pytest.raises(ValueError, match="rows of one class only"):
+        strata.environment_columns(ConceptMoments(12, 6).update(x, strata.ids(z, z)))
