@@ -266,7 +266,7 @@ def test_a_feature_is_learned_from_sentences_and_words(assets: Path, model: Path
     (tmp_path / "stories.txt").write_text("\n".join(lines))
     code, said, errors = run(
         "gradiend", "fit", model, tmp_path / "stories.txt", "--words", "she,he", "--out", tmp_path / "out",
-        "--no-progress", "select.goal=she", "select.feature_factors=[1, -1]", "select.learning_rates=[0.1]",
+        "--no-progress", "select.goal=she", "select.feature_factors=[1, -1]", "select.learning_rates=[0.01, 0.001]",
         "select.budget=100",
     )  # fmt: skip
     assert code == 0, errors
