@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ from .labels import BatchesOnDisk, BatchLabels
 RESIDENT = 256
 # In bytes. Smaller storages stay in memory: to write and read them takes longer than their room is worth.
 _SMALLEST = 4096
-# The largest share of time for giving free memory back to the system. It takes longer the more batches wait.
+# Gives free memory back to the system. The allocator of glibc does not put a tensor into the gap that one of the same
+# size has left, because of alignment.
+_TRIM_MEMORY = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+# The largest share of time for this. It takes longer the more batches wait.
 _SHARE_FOR_TRIMS = 0.05
 # The devices whose autocast a model may switch in a part of its forward pass.
 _AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
@@ -65,6 +68,8 @@ class OutOfStep(Exception):
 class ForwardPass:
     """The forward pass of one batch, with stops at the sites."""
 
+    next_trim: ClassVar[float] = 0.0  # When free memory is given back again, in seconds of the clock.
+
     def __init__(self, index: int, run: Callable[[], None], tensors: TensorsOnDisk | None) -> None:
         self.index = index  # The position of the batch.
         self.site: str | None = None  # Where it waits; None before the start and after the end.
@@ -80,6 +85,9 @@ class ForwardPass:
         try:
             if self._tensors is not None:
                 self._tensors.make_room_for(self.index)
+            if _TRIM_MEMORY is not None and (began := time.perf_counter()) >= ForwardPass.next_trim:
+                _TRIM_MEMORY(0)
+                ForwardPass.next_trim = began + (time.perf_counter() - began) / _SHARE_FOR_TRIMS
             with self._tensors or nullcontext():
                 _with_modes_kept(self.greenlet.switch)
             if self.greenlet.dead and self._tensors is not None:
@@ -174,7 +182,6 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
         self._made: dict[int, dict[int, StorageWeakRef]] = {}
         # Address of an empty storage → the file of its bytes, their position there and their number.
         self._written: dict[int, tuple[Path, int, int]] = {}
-        self._next_trim = 0.0  # In seconds of the clock.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = set()
@@ -205,9 +212,6 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
         while len(self._in_memory) >= self._resident:
             # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
             self._write(self._in_memory.pop(0))
-        if (began := time.perf_counter()) >= self._next_trim:
-            _trim_memory()
-            self._next_trim = began + (time.perf_counter() - began) / _SHARE_FOR_TRIMS
         self._in_memory.append(index)
         self._made[index] = dict(self._read(index))
 
@@ -252,16 +256,6 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
         content = np.fromfile(path, np.uint8, size, offset=position)
         _bytes_of(storage).copy_(torch.from_numpy(content))
         del self._written[storage._cdata]
-
-
-def _trim_memory() -> None:
-    """Give free memory back to the system.
-
-    The allocator of glibc does not put a tensor into the gap that one of the same size has left, because of alignment.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
