@@ -173,7 +173,7 @@ def test_encode_writes_a_value_a_text(fitted: tuple[Path, str], tmp_path: Path) 
         "encode", fitted[0], tmp_path / "texts.csv", "--output", tmp_path / "values.csv", "--no-progress"
     )
     assert code == 0, errors
-    assert "1 texts have no [FEATURE] slot" in errors
+    assert "each read at one of its tokens: 1" in errors
     assert printed.startswith("3 texts: ")
     values = pd.read_csv(tmp_path / "values.csv")
     assert list(values.columns) == ["text", "factual", "female/male"]

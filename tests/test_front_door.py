@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 import hf_erasure
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.cli import app
-from hf_erasure.recipes.erasure import DataRecipe, embedded_model, load_data, read_recipe
+from hf_erasure.recipes.erasure import DataRecipe, background_rows, embedded_model, load_data, read_recipe
 from hf_erasure.recipes.from_data import erasure_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from hf_erasure.recipes.run import load_source
@@ -240,7 +242,7 @@ def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
         ("text,gender\n", "rows"),
         ("text,gender\na,f\nb,f\n", "data.csv: 'gender' is 'f' in all rows"),
         ("bio,job,gender\na,x,f\nb,y,m\n", "Write --text bio or --text job"),
-        ("text,gender\na,f\nb,\nc,m\n", "1 rows have no 'gender'"),
+        ("text,gender\na,f\nb,\nc,m\n", "'gender' is empty in 1 row,"),
         ("text,gender\na,0.5\nb,0.7\n", "not one class a row"),
         ("text,gender\na,f\na,f\nb,m\nc,m\n", "too few different texts"),
     ],
@@ -249,6 +251,42 @@ def test_a_table_that_cannot_be_used_is_refused(content: str, message: str, tmp_
     (tmp_path / "data.csv").write_text(content)
     code, _, errors = run("fit", "no/such-model", tmp_path / "data.csv", "--label", "gender")
     assert code == 2 and message in errors, errors
+
+
+@pytest.mark.parametrize("column", ["keep_column", "group_column", "environment_column"])
+def test_a_recipe_with_a_column_that_is_not_there_is_refused_before_a_model_is_loaded(
+    column: str, people: Path, tmp_path: Path
+) -> None:
+    content = {"model": "no/such-model", "concept": "gender", "labels": ["female", "male"], "output": str(tmp_path)}
+    data = {"source": str(people), "test_share": 0.2, column: "nothing"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"data": data}))
+    code, _, errors = run("fit", tmp_path / "recipe.yaml")
+    assert code == 2 and "has no column 'nothing'; it has text, gender, field, by" in errors
+
+
+def test_a_section_without_content_can_be_filled_by_a_word(people: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: m\nconcept: c\nlabels: [a, b]\noutput: o\nfit:\nadapter:\n")
+    recipe = read_recipe(tmp_path / "recipe.yaml", ["fit.batch_size=16", "adapter.rank=1"])
+    assert (recipe.fit.batch_size, recipe.config().rank) == (16, 1)
+
+
+def test_what_is_said_of_the_data_holds_for_a_sample_and_for_a_stream(people: Path, tmp_path: Path) -> None:
+    assert erasure_recipe("m", str(people), "gender", ["data.fit_rows=50"])[1][1].startswith("fitted on 50 rows, ")
+    for split, count in (("train", 200), ("test", 40)):
+        lines = people.read_text(encoding="utf-8").splitlines(keepends=True)[: count + 1]
+        (tmp_path / f"{split}.csv").write_text("".join(lines), encoding="utf-8")
+    recipe, lines = erasure_recipe("m", str(tmp_path), "gender", ["data.streaming=true"])
+    assert recipe.data.streaming and lines[1] == "fitted on 200 rows, measured on 40 others (the split 'test')"
+
+
+def test_a_background_of_another_split_is_read(people: Path, tmp_path: Path) -> None:
+    (tmp_path / "background.txt").write_text("A text.\nAnother text.\n")
+    data = DataRecipe(train="first", background=str(tmp_path / "background.txt"))
+    assert background_rows(data)["text"][:] == ["A text.", "Another text."]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text\nA text.\n")
+    with pytest.raises(ValueError, match=r"has no split 'first'; it has \['test', 'train'\]"):
+        background_rows(DataRecipe(train="first", background=str(tmp_path)))
 
 
 def test_a_model_without_data_and_a_recipe_with_options(fitted: tuple[Path, str]) -> None:
@@ -312,6 +350,40 @@ def test_verify_and_list(fitted: tuple[Path, str], model: Path, tmp_path: Path) 
     assert str(fitted[0]) in run("list", fitted[0].parent)[1]
     assert "There is no adapter" in run("list", tmp_path)[1]
     assert run("verify", model, tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "double quotes"),
+        ('{"peft_type": "OF_TOMORROW"}', "PEFT does not know the type of adapter 'OF_TOMORROW'"),
+        ('{"r": 3}', "missing required keys"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named_and_hides_no_other_adapter(
+    content: str, message: str, fitted: tuple[Path, str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text(content)
+    shutil.copytree(fitted[0], tmp_path / "c")
+    listed = run("list", tmp_path)
+    assert listed[0] == 0 and message in listed[1] and "erasure of 'gender'" in listed[1]
+    for words in (("info", tmp_path / "a"), ("verify", model, tmp_path / "a")):
+        code, _, errors = run(*words)
+        assert code == 2 and message in errors and str(tmp_path / "a") in errors
+
+
+def test_numbers_and_nouns_agree(model: Path, tmp_path: Path) -> None:
+    network = AutoModel.from_pretrained(model)
+    network.add_adapter(ConceptErasureConfig(concept="c", labels=["a", "b"], target_modules=["embeddings.LayerNorm"]))
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "concept_labels": torch.tensor([0, 1])}
+    hf_erasure.fit_concept_erasure(network, [batch], progress=False)
+    network.save_pretrained(tmp_path)
+    assert "at the output of 1 site, rank 1" in run("info", tmp_path)[1]
+    assert "at 1 site (rank 1 to 1)" in run("verify", model, tmp_path)[1]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "at 1 place:" in card and "the output of 1 module, of rank 1" in card
 
 
 def test_a_share_and_a_stream_do_not_go_together(fitted: tuple[Path, str]) -> None:

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from hf_erasure import hub
+    from hf_erasure.adapters.common import config as configs
     from hf_erasure.adapters.merging import export
     from hf_erasure.fitting import combine
     from hf_erasure.recipes import erasure
 else:
-    hub, export, combine, erasure = lazy("hub", "adapters.merging.export", "fitting.combine", "recipes.erasure")
+    hub, configs, export = lazy("hub", "adapters.common.config", "adapters.merging.export")
+    combine, erasure = lazy("fitting.combine", "recipes.erasure")
 
 
 def model_path(model: str | None) -> str | None:
@@ -85,9 +87,8 @@ def merge_fits(
     """Add two one-pass fits on different data, exactly as if one fit had read both; needs neither model nor data."""
     config = combine.merge_fits(one, other, output)
     hub.write_card(output)
-    typer.echo(
-        f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
-    )
+    examples, tokens = (configs.counted(config.provenance[f"{noun}s"], noun) for noun in ("example", "token"))
+    typer.echo(f"{config.concept}: {examples}, {tokens}: {output}")
 
 
 @app.command()
@@ -146,7 +147,7 @@ def card(
         language=language,
     )  # fmt: skip
     written = hub.write_card(folder, overwrite=overwrite)
-    typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))
+    typer.echo(str(written) + (f" It has {configs.counted(len(rows), 'measure')} of {results}." if results else ""))
     if written.outcome == "left":
         raise typer.Exit(1)
 

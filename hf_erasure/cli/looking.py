@@ -13,12 +13,13 @@ from .app import app, lazy
 
 if TYPE_CHECKING:
     from hf_erasure.adapters import verification
+    from hf_erasure.adapters.common import config as configs
     from hf_erasure.adapters.common import files
     from hf_erasure.adapters.merging import export
     from hf_erasure.hub import facts, rendering
 else:
-    verification, files, export = lazy("adapters.verification", "adapters.common.files", "adapters.merging.export")
-    facts, rendering = lazy("hub.facts", "hub.rendering")
+    verification, configs, files = lazy("adapters.verification", "adapters.common.config", "adapters.common.files")
+    export, facts, rendering = lazy("adapters.merging.export", "hub.facts", "hub.rendering")
 
 
 @app.command()
@@ -35,8 +36,7 @@ def info(
 
     Example: hf-erasure info out/no-gender
     """
-    config: Any = export.PeftConfig.from_pretrained(adapter)
-    lines = {"adapter": adapter} | _adapter_lines(config, Path(adapter))
+    lines = {"adapter": adapter} | _adapter_lines(adapter)
     if "kind" in lines and model is not None:
         lines["merges"] = _try_merge(model, adapter)
     elif "kind" in lines:
@@ -70,33 +70,39 @@ def list_adapters(
         within[:] = sorted(name for name in within if not name.startswith("."))
         if files.CONFIG in names:
             count += 1
-            lines = _adapter_lines(export.PeftConfig.from_pretrained(place), Path(place))
+            try:
+                lines = _adapter_lines(place)
+            except ValueError as error:  # the other adapters are still listed
+                lines = {"where": str(error)}
             shown = [lines[name].splitlines()[0] for name in ("kind", "base", "where", "measured") if lines.get(name)]
             typer.echo(f"{place}\n  " + "\n  ".join(shown))
     if not count:
         typer.echo(f"There is no adapter in {folder}.")
 
 
-def _adapter_lines(config: Any, folder: Path) -> dict[str, str]:
-    """The facts of an adapter's configuration, by name."""
+def _adapter_lines(place: str) -> dict[str, str]:
+    """The facts of an adapter, in a folder or on the Hub, by name."""
+    config: Any = configs.adapter_config(place)
     if not hasattr(config, "described"):
         kind = getattr(config.peft_type, "value", config.peft_type)
-        return {"base": str(config.base_model_name_or_path), "where": f"a {kind} adapter of PEFT, not of hf-erasure"}
-    own = facts.facts_of(config, folder if folder.is_dir() else None)
+        return {"base": config.base_model_name_or_path or "", "where": f"a {kind} adapter of PEFT, not of hf-erasure"}
+    own = facts.facts_of(config)
     method, classes = own.method, " / ".join(own.classes)
     lines = {"kind": f"{config.described}" + (f" ({classes})" if classes else "")}
     lines["base"] = " ".join(filter(None, [own.base_class, own.base_id or str(config.base_model_name_or_path or "")]))
     if not own.fitted:
         return lines | {"where": "it was never fitted: loaded, it changes nothing"}
     if own.kind == "gradiend":
+        parameters = configs.counted(method["parameters"], "parameter")
         lines["where"] = (
-            f"{method['changed']:,} of {method['weights']:,} weights in {method['parameters']} parameters, steered "
-            f"with feature_factor={method['feature_factor']:g}, learning_rate={method['learning_rate']:g}"
+            f"{method['changed']:,} of {method['weights']:,} weights in {parameters}, steered with  "
+            f"feature_factor={method['feature_factor']:g}, learning_rate={method['learning_rate']:g}"
         )
     else:
         ranks = "-".join(str(rank) for rank in sorted(set(method["ranks"])))
-        lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
-        lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
+        sites = configs.counted(method["sites"], "site")
+        lines["where"] = f"{method['name']} at the {method['side']} of {sites}, rank {ranks}"
+        lines["pool"] = (method["pool"] or "not recorded") + (f" ({method['reader']})" if method["reader"] else "")
     rows = [
         f"{row['title']}: {rendering.number(row['before'])} → {rendering.number(row['after'])}" for row in own.measured
     ]

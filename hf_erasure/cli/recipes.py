@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from hf_erasure import hub
+    from hf_erasure.adapters.common import config as configs
     from hf_erasure.fitting import processes as shared
     from hf_erasure.recipes import erasure, from_data, gradiend_recipe
     from hf_erasure.recipes import gradiend as feature
     from hf_erasure.recipes import schema as schemas
 else:
     hub, shared, erasure, from_data = lazy("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
+    (configs,) = lazy("adapters.common.config")
     gradiend_recipe, feature, schemas = lazy("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
 
 # The largest drift of the same weights, data and probes: only the order differs in which threads add floats.
@@ -214,8 +216,8 @@ def encode(
     values, plain = feature.encode_texts(folder, data, split, progress)
     text = values.to_csv(output, index=False, float_format="%.6f")
     if plain:
-        typer.echo(f"{plain} texts have no [FEATURE] slot; each was read at one of its tokens.", err=True)
-    typer.echo(f"{len(values)} texts: {output}" if output is not None else text, nl=output is not None)
+        typer.echo(f"Texts without a [FEATURE] slot, each read at one of its tokens: {plain}", err=True)
+    typer.echo(f"{configs.counted(len(values), 'text')}: {output}" if output else text, nl=output is not None)
 
 
 def _read_plan(
@@ -234,8 +236,8 @@ def _read_plan(
         return read(source, overrides), []
     if len(data) != 1:
         raise ValueError(
-            f"{source!r} is a model, not a recipe (YAML), and is followed by {len(data) or 'no'} data: write "
-            "`hf-erasure fit MODEL DATA …` or `hf-erasure fit RECIPE.yaml KEY=VALUE …`."
+            f"{source!r} is a model, not a recipe (YAML), and is followed by {', '.join(data) or 'no data'}: write the "
+            "command with MODEL DATA, or with RECIPE.yaml KEY=VALUE …"
         )
     plan, lines = make(data[0], overrides)
     return plan, lines

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.acting import auxiliary_wrappers, check_single_copy
-from hf_erasure.adapters.common.config import ChildConfig, Provenance
+from hf_erasure.adapters.common.config import ChildConfig, Provenance, adapter_config
 from hf_erasure.adapters.loading.fingerprint import fingerprint, resample
 from hf_erasure.adapters.merging.export import class_for
 from hf_erasure.adapters.saving import digest_of, digest_of_data
@@ -94,18 +93,13 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
     """The adapters in some folders, each with a name of its own. Raises `ValueError` if a folder holds no adapter."""
     found: list[Adapter] = []
     for folder in folders:
-        try:
-            config = PeftConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{folder} holds no adapter with a configuration that can be read: {reason}") from error
         # Dots and the prefixes "gradiend_" and "concept_erasure_" have a meaning in keys of a state dict; hyphens not.
         plain = re.sub(r"[\W_]+", "-", Path(folder).resolve().name).strip("-") or "adapter"
         plain = "gradiend-adapter" if plain == "gradiend" else plain
         taken, number, name = {BASE, TOGETHER, *(adapter.name for adapter in found)}, 2, plain
         while name in taken:
             name, number = f"{plain}-{number}", number + 1
-        found.append(Adapter(name, str(folder), config))
+        found.append(Adapter(name, str(folder), adapter_config(folder)))
     return found
 
 

@@ -150,7 +150,8 @@ def _language_bias(bias_type: str, bias_types: Sequence[str] | None) -> list[Mea
 def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
     def compute(subject: Subject) -> dict[str, Any]:
         folder = subject.data.part("seat")
-        chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
+        # Without any of them all are asked for, and the error names one.
+        chosen = [name for name in tests or () if any(folder.glob(f"{name}.json*"))] or tests
         return benchmarks.seat(
             subject.model, subject.tokenizer, folder, tests=chosen, pool=subject.pool, **subject.statistics
         )

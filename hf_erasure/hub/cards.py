@@ -14,14 +14,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, TEMPLATE_MODELCARD_PATH
-from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, LoraExport
 from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.common.acting import warn_user
-from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.config import ChildConfig, adapter_config
 from hf_erasure.adapters.common.files import CARD, CONFIG, root_of, target_of, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import HEAD_OF
@@ -200,7 +199,7 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     `model` is the base, a folder or its name on the Hub; `what` says what was merged, in a sentence.
     """
     folder = Path(folder)
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = adapter_config(adapter)
     if not isinstance(config, ChildConfig):
         raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, which is not one of hf_erasure.")
     facts = facts_of(config, Path(adapter) if Path(adapter).is_dir() else None)

@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Part, Provenance
+from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Part, Provenance, counted
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
@@ -292,7 +292,7 @@ def training_rows(concept: str, provenance: Provenance) -> list[Measured]:
     where = f"at step {provenance.training.step} of training"
     held_out = f"{_figures_on(provenance, plain(provenance.training.measured_on) or 'held-out batches')}, {where}"
     refits = figures.get("erasure_refits")
-    held_out += f", refitted {refits:g} times by then" if is_number(refits) else ""
+    held_out += f", refitted {counted(int(refits), 'time')} by then" if is_number(refits) else ""
     rows = []
     for name, value in figures.items():
         site = name.removeprefix("leakage/")

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_erasure.adapters.common.config import counted
 from hf_erasure.adapters.common.files import write_whole
 from hf_erasure.fitting.report import AFTER, BEFORE, draw_leakage, figures
 from hf_erasure.models.heads import HEAD_OF, Head
@@ -153,6 +154,7 @@ def environment() -> Environment:
     made.globals |= {"somewhere": FOLDER_PLACEHOLDER, "install": Markdown(INSTALL)}
     made.filters |= {
         "code": code,
+        "counted": counted,
         "number": number,
         "listed": lambda names: Markdown(", ".join(map(code, names))),
         # A string as Python writes it, for a block of code.

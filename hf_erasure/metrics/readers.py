@@ -284,7 +284,7 @@ def read_seat(
         raise UnusableFile(f"{folder} holds no tests: give the folder with sent-weat6.jsonl and the like.")
     wanted = list(paths) if tests is None else list(tests)
     if unknown := [name for name in wanted if name not in paths]:
-        raise ValueError(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
+        raise UnusableFile(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
     if not wanted:
         raise ValueError(f"{folder}: no test is asked for: name one or more.")
     left_out: list[LeftOutRows] = []

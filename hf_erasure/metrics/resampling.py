@@ -57,7 +57,7 @@ def bootstrap(
         ValueError: If there are no items, an argument is out of range, or a figure is undefined in more than half of
             the resamples.
     """
-    whole("resamples", resamples, 2)
+    resamples = whole("resamples", resamples, 2)
     tail_quantiles(confidence)
     if strata is not None and clusters is not None:
         raise ValueError("Both strata and clusters are given: give one of them.")
@@ -117,7 +117,7 @@ def subset_test(values: Floats, size: int, *, permutations: int = 20_000, seed: 
     All choices are used if there are at most `permutations`; otherwise `permutations` choices are drawn. Returns what
     `permutation_test` does.
     """
-    whole("permutations", permutations)
+    permutations = whole("permutations", permutations)
     if not 0 < size < len(values):
         raise ValueError(f"The first set has {size} of {len(values)} items: both sets need at least one.")
     exact = math.comb(len(values), size) <= permutations

@@ -33,8 +33,8 @@ from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocess
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS, POOLS, pooled
 
+from . import run
 from .occupations import SOURCE, occupation_sentences
-from .run import difference, finished_run, load_base, load_source, names_on_hub, require, set_aside, table_of, write_run
 from .schema import check_counts, fields_of, one_of, read
 
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
@@ -107,7 +107,7 @@ class DataRecipe:
 
     def origin(self) -> dict[str, Any]:
         """Where the data come from, in the words of a card. The data must have been loaded."""
-        names = names_on_hub([self.source, self.background])
+        names = run.names_on_hub([self.source, self.background])
         name = self.source if self.source in names else "a local file"
         labels_from = f"the column {self.label_column!r} of {name}, split {self.train!r}"
         if self.source == SOURCE:
@@ -181,11 +181,11 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     Only the main process writes and returns the report of the fit and the probe table; other processes return None.
     Raises `ValueError` if model, data and concept do not fit together.
     """
-    require("matplotlib", "sklearn")
+    run.require("matplotlib", "sklearn")
     data, background = load_data(recipe.data, recipe.labels), None
     model, tokenizer = _load_model(recipe)
     if recipe.data.background is not None:
-        rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
+        rows = background_rows(recipe.data)
         options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
         background = _batches(recipe, rows, tokenizer, share=True, **options)
     extra_fields = {name: getattr(recipe.data, name) for name in _EXTRA_FIELDS}
@@ -216,7 +216,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     table = probe(recipe, model, tokenizer, data, progress, test_states)
     config = model.peft_config[ADAPTER_NAME]
     config.provenance[RECIPE] = recipe.data.origin() | {"results": _card_rows(recipe.data, table, config)}
-    write_run(recipe.output, model, asdict(recipe), Recipe, table.to_dict("index"))
+    run.write_run(recipe.output, model, asdict(recipe), Recipe, table.to_dict("index"))
     report.plot(str(Path(recipe.output) / FIGURE_FILE))
     return report, table
 
@@ -227,15 +227,15 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     Returns the new probe table, and its largest difference from the table that the run has written. Raises
     `ValueError` if the folder holds no finished run.
     """
-    recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
+    recipe, written = run.finished_run(folder, read_recipe, "hf-erasure fit")
     model, tokenizer = _load_model(recipe, folder)
     table = probe(recipe, model, tokenizer, load_data(recipe.data, recipe.labels), progress)
-    return table, difference(table, written)
+    return table, run.difference(table, written)
 
 
 def _load_model(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
     """The model on this process's device, with a new adapter or the adapter of a finished run, and its tokenizer."""
-    model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
+    model, tokenizer = run.load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
     model.to(Processes().device)
     if folder is None:
         model.add_adapter(recipe.config(), adapter_name=ADAPTER_NAME)
@@ -265,12 +265,15 @@ def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
     if recipe.source == SOURCE:
         data = occupation_sentences()
     else:
-        data = load_source(recipe.source, recipe.name, streaming=recipe.streaming)
+        data = run.load_source(recipe.source, recipe.name, streaming=recipe.streaming)
     for split in (recipe.train, recipe.test) if recipe.test_share is None else (recipe.train,):
         if split not in data:
             raise ValueError(f"The data set {recipe.source!r} has no split {split!r}; it has {sorted(data)}.")
+        columns = (recipe.text_column, recipe.label_column, recipe.keep_column, recipe.group_column)
+        if data[split].column_names is not None:  # the columns of a stream may not be known
+            run.require_columns(data[split], recipe.source, *filter(None, (*columns, recipe.environment_column)))
     if recipe.test_share is not None:
-        parts = set_aside(
+        parts = run.set_aside(
             data[recipe.train], recipe.test_share, label_column=recipe.label_column, text_column=recipe.text_column,
             group_column=recipe.group_column, seed=recipe.seed,
         )  # fmt: skip
@@ -282,6 +285,16 @@ def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
         if {label_text(value) for value in set(rows[recipe.label_column]) - {None}} <= set(labels):
             data[split] = rows.cast_column(recipe.label_column, Value("string"))
     return data
+
+
+def background_rows(recipe: DataRecipe) -> Dataset | IterableDataset:
+    """The unlabelled texts: of the split that is named as the one to fit on, or of the only split of the source."""
+    splits = run.load_source(str(recipe.background), streaming=recipe.streaming)
+    if recipe.train not in splits and len(splits) > 1:
+        raise ValueError(
+            f"The background {recipe.background!r} has no split {recipe.train!r}; it has {sorted(splits)}."
+        )
+    return splits[recipe.train if recipe.train in splits else next(iter(splits))]
 
 
 def label_text(label: Any) -> str:
@@ -376,7 +389,7 @@ def probe(
             row[f"{concept} control"] = refitted_accuracy(after, control)
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
         table[site] = row
-    return table_of(table, "layer")
+    return run.table_of(table, "layer")
 
 
 def _sample(rows: Any, most: int | None) -> Any:

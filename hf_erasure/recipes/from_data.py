@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers.utils import cached_file
 
+from hf_erasure.adapters.common.config import counted
 from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.counterparts import CounterpartWords
 from hf_erasure.models.pooling import SENTENCE_POOLS
@@ -45,10 +47,9 @@ def erasure_recipe(
         raise ValueError(f"{source} has the splits {', '.join(splits)}, none of them train: name it in a recipe.")
     rows = splits[train]
     require_columns(rows, source, *filter(None, (label, text, keep, group)))
-    labels = _class_names(rows, label, source)
     text = text or _text_column(rows, {label, keep, group}, source)
-    if empty := [number for number, value in enumerate(rows[text]) if not value]:
-        raise ValueError(f"{source}: {len(empty)} rows lack {text!r}, such as {empty[0]} (from 0): leave them out.")
+    _refuse_empty(rows, source, text, label)
+    labels = _class_names(rows, label, source)
     place = str(Path(source).resolve()) if Path(source).exists() else source
     data: dict[str, Any] = {"source": place, "name": name, "train": train, "text_column": text}
     data |= {"label_column": label, "keep_column": keep, "group_column": group}
@@ -69,7 +70,7 @@ def erasure_recipe(
         "data": data, "fit": {"pool": pool}, "adapter": adapter,
     }  # fmt: skip
     recipe = section_of(overridden(content, overrides), Recipe)
-    parts = load_data(recipe.data, recipe.labels)
+    parts = load_data(replace(recipe.data, streaming=False), recipe.labels)
     fitted, measured = (parts[name] for name in (recipe.data.train, recipe.data.test))
     unknown = {label_text(value) for value in _label_values(measured, label)} - set(recipe.labels)
     if unknown:
@@ -78,7 +79,8 @@ def erasure_recipe(
     lines = [f"{source}: {label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
     apart = f"no {group!r} in both" if group else "no text in both"
     how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
-    lines.append(f"fitted on {len(fitted)} rows, measured on {len(measured)} others ({how})")
+    count_fitted = counted(min(len(fitted), recipe.data.fit_rows or len(fitted)), "row")
+    lines.append(f"fitted on {count_fitted}, measured on {len(measured)} others ({how})")
     lines.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
     return recipe, lines
 
@@ -118,6 +120,14 @@ def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
     raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(found) or 'COLUMN'}.")
 
 
+def _refuse_empty(rows: Dataset, source: str, *columns: str) -> None:
+    """Raise a `ValueError` if a row has no value in one of the columns."""
+    for column in columns:
+        if empty := [number for number, value in enumerate(rows[column]) if value is None or value == ""]:
+            where = f"{counted(len(empty), 'row')}, such as row {empty[0]} (from 0)"
+            raise ValueError(f"{source}: {column!r} is empty in {where}: fill or remove such rows.")
+
+
 def _label_values(rows: Dataset, column: str) -> list[Any]:
     """The labels of all rows; class ids are replaced by their names."""
     names = getattr(rows.features[column], "names", None)
@@ -127,11 +137,6 @@ def _label_values(rows: Dataset, column: str) -> list[Any]:
 def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
     """The classes of a column, in the order of their ids, numbers or names."""
     values = _label_values(rows, column)
-    if missing := [number for number, value in enumerate(values) if value is None or value == ""]:
-        raise ValueError(
-            f"{source}: {len(missing)} rows have no {column!r}, the first is row {missing[0]} (from 0): label them or "
-            "leave them out."
-        )
     if not all(isinstance(value, str | int) for value in values):
         raise ValueError(
             f"{source}: {column!r} holds {type(values[0]).__name__} values, not one class a row: this command takes "

@@ -89,7 +89,9 @@ def overridden(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, A
         section = content
         *parents, last = key.split(".")
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # a key without a value stands for an empty section
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
         section[last] = _from_yaml(value, f"{override!r} has a value that is")

@@ -75,7 +75,7 @@ def test_what_was_measured_stands_on_the_card_of_the_checkpoint(wrapped: bool, t
     trainer = fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=2)
     for step in (2, 4):
         card = (tmp_path / f"checkpoint-{step}" / NAME / "README.md").read_text()
-        assert f"held-out examples, of every token, at step {step} of training, refitted 1 times by" in card
+        assert f"held-out examples, of every token, at step {step} of training, refitted 1 time by" in card
         logged = next(row for row in trainer.state.log_history if row["step"] == step)
         assert f"correlation with gender: the site that leaks most | – | {logged['leakage_max']:.3f} | lower" in card
     model.save_pretrained(tmp_path / "saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from hf_erasure.evaluation import (
 from hf_erasure.evaluation.loading import Entry, Loader
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.subject import Subject
+from hf_erasure.metrics.readers import UnusableFile
 from tests.evaluation.material import run, saved, small_data
 
 # ---- of a model, or of a folder --------------------------------------------------------------------------------------
@@ -54,6 +56,15 @@ def test_a_folder_with_nothing_for_the_suite(story: str, assets: Path, tmp_path:
     data = small_data(assets, tmp_path / "data", ("wikitext-2",))
     with pytest.raises(MissingData, match=r"Nothing of the suite 'pos' .* no ud-ewt/\*\.conllu"):
         evaluate(Evaluation(story, data, suite="pos", limit=2, resamples=10))
+
+
+def test_a_folder_with_other_tests_of_seat_names_one_that_is_missing(assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "seat").mkdir()
+    shutil.copy(assets / "data" / "seat" / "sent-weat1.jsonl", tmp_path / "seat")
+    subject: Any = SimpleNamespace(data=DataFolder(tmp_path), model=None, tokenizer=None, pool="mean", statistics={})
+    seat = next(m for m in measures_of("gender", subject.data) if m.key == "seat_gender")
+    with pytest.raises(UnusableFile, match="has no test 'sent-weat6': write some of sent-weat1"):
+        seat.compute(subject)
 
 
 @pytest.mark.parametrize(

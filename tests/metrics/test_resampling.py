@@ -75,6 +75,16 @@ def test_wrong_arguments_are_refused(options: dict, words: str):
         bootstrap(lambda index: {"x": 0.0}, 4, **options)
 
 
+def test_a_count_may_be_a_whole_float():
+    values = np.arange(30.0)
+
+    def mean(index):
+        return {"mean": values[index].mean()}
+
+    assert bootstrap(mean, 30, resamples=50.0) == bootstrap(mean, 30, resamples=50)
+    assert subset_test(values, 15, permutations=50.0) == subset_test(values, 15, permutations=50)
+
+
 def test_exact_p_is_brute_force():
     values = np.array([0.3, 1.2, -0.5, 0.9, 0.1, -0.2, 0.9])
     observed = values[:3].sum()

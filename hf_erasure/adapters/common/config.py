@@ -228,6 +228,16 @@ def resolve_patterns(config: Any, *names: str) -> Any:
 # ---- values that any file may hold -----------------------------------------------------------------------------------
 
 
+def adapter_config(place: str | Path) -> PeftConfig:
+    """The configuration of an adapter of any method, in a folder or on the Hub. Raises `ValueError` without one."""
+    try:
+        return PeftConfig.from_pretrained(str(place))
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = f"PEFT does not know the type of adapter {reason}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{place} holds no adapter with a configuration that can be read: {reason}") from error
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """The content of an `adapter_config.json`."""
     state = file.stat()
@@ -276,6 +286,11 @@ def short(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as in "1 row" and "2 rows"; the plural of the noun ends in s."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def type_text(hint: Any) -> str:
