@@ -188,6 +188,12 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
         for storage in _storages_in((args, kwargs)):
             given.add(storage._cdata)
             if storage._cdata in self._written:  # the model has kept it from another pass
+                if func is torch.ops.aten.set_.source_Storage:  # Python has asked the storage for its size
+                    raise NotImplementedError(
+                        "The model copies a tensor that it keeps from another batch with copy.deepcopy, which cannot "
+                        "read it from disk: let it use clone(), or hold all batches in memory, resident_batches=their "
+                        "number."
+                    )
                 self._fill(storage)
                 for made in self._made.values():
                     made.pop(storage._cdata, None)
@@ -268,6 +274,8 @@ def _storages_in(tree: Any) -> Iterator[torch.UntypedStorage]:
         elif isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_meta:
             # The storage of a subclass with its own dispatch may be without bytes, as one on the meta device.
             yield from [leaf.untyped_storage()] if type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__ else []
+        elif isinstance(leaf, torch.UntypedStorage):
+            yield leaf
 
 
 def _live(reference: StorageWeakRef) -> torch.UntypedStorage | None:

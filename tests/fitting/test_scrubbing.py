@@ -691,6 +691,35 @@ def test_tensors_of_other_kinds_that_a_model_keeps(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("all_sizes_are_written")
+def test_a_tensor_from_before_the_fit_that_every_batch_copies() -> None:
+    fitted = []
+    for resident in (None, 1):
+        model, prefix = with_adapter(copy.deepcopy(small_model("bert"))), torch.arange(32.0)
+        model.encoder.layer[1].register_forward_pre_hook(
+            lambda m, args, prefix=prefix: (args[0] + copy.deepcopy(prefix), *args[1:])
+        )
+        fit(model, small_batches("bert", 4), resident_batches=resident)
+        assert torch.equal(prefix, torch.arange(32.0))
+        fitted.append(parts(model))
+    assert same_parts(fitted)
+
+
+def test_a_copy_of_a_tensor_of_another_batch_is_refused_unless_all_are_in_memory() -> None:
+    for resident in (4, 1):
+        model, kept = with_adapter(copy.deepcopy(small_model("bert"))), {}
+
+        def copied(module: nn.Module, args: tuple, kept: Any = kept) -> tuple:
+            if getcurrent().parent is not None:  # within the pass of a batch
+                copy.deepcopy(kept.setdefault("batch", torch.arange(2048.0)))
+            return args
+
+        model.encoder.layer[1].register_forward_pre_hook(copied)
+        with contextlib.nullcontext() if resident == 4 else pytest.raises(RuntimeError, match=r"let it use clone\(\)"):
+            fit(model, small_batches("bert", 4), resident_batches=resident)
+        assert torch.equal(kept["batch"], torch.arange(2048.0))
+
+
+@pytest.mark.usefixtures("all_sizes_are_written")
 def test_a_site_whose_module_returns_a_tensor_of_another_pass() -> None:
     fitted = []
     for resident in (None, 1):
