@@ -85,6 +85,8 @@ class Layouts:
         )
         if form not in self._known:
             few = inputs_of(few_rows(batch) or {})
+            if few and not self._known:
+                self.runner.follow_head(few)
             with evaluating(self.runner.model), forked_rng(self.runner.model):
                 self._known[form] = self._find_axes(few) if few else {}
         return self._known[form]

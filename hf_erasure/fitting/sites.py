@@ -114,8 +114,6 @@ def task_for(
     few = processes.gathered([few_rows(first[0]) if first else None])
     rows = next((rows for rows in few if rows is not None), None)
     if rows is not None:
-        if runner.may_follow_head:
-            runner.follow_head(rows)
         layouts.of(rows)
     known = Provenance.of(config) if as_fitted and pool is None else None
     if known is not None and known.pool in POOLS:

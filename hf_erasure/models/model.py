@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -235,7 +235,6 @@ class Runner:
         model: The bare model, with its head if it has one.
         backbone: The part of it that returns the last hidden state.
         is_sharded: Whether FSDP keeps a part of every weight in every process.
-        may_follow_head: Whether a head is left out that may pass other inputs to the backbone.
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[Any] = ()) -> None:
@@ -254,9 +253,6 @@ class Runner:
         self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
-        # Heads of language models only read states.
-        is_left_out = self.callee is not self.model and self.callee is backbone
-        self.may_follow_head = is_left_out and getattr(self.model, "get_output_embeddings", lambda: None)() is None
 
     def __call__(self, batch: dict[str, Any], callee: Callable[..., Any] | None = None) -> Any:
         """Run one forward pass over a batch without its labels; of `callee`, if that part of the model is given.
@@ -283,23 +279,30 @@ class Runner:
             _raise_if_too_long(self.model, inputs, error)
             raise
 
+    def backbone_output(self, batch: dict[str, Any]) -> Any:
+        """Run one forward pass over a batch; returns what the backbone, or a tower that is run alone, returned."""
+        outputs: list[Any] = []
+        handle = self.backbone.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            returned = self(batch)
+        finally:
+            handle.remove()
+        return outputs[-1] if outputs else returned
+
     def follow_head(self, batch: dict[str, Any]) -> None:
         """Run the whole model from now on if its head passes inputs to the backbone that a batch does not have.
 
-        Longformer's classifier lets the first token attend to all others. A head that does not accept the batch stays
-        left out.
+        Longformer's classifier lets the first token attend to all others. Heads of language models only read states. A
+        head that does not accept the batch stays left out.
         """
+        is_left_out = self.callee is self.backbone and self.callee is not self.model
+        if not is_left_out or getattr(self.model, "get_output_embeddings", lambda: None)() is not None:
+            return
         states: list[Tensor] = []
-        handle = self.backbone.register_forward_hook(lambda module, args, out: states.append(last_hidden_state(out)))
-        try:
-            for callee in (self.backbone, self.model):
-                self.callee = callee
-                with evaluating(self.model), forked_rng(self.model):
-                    self(batch)
-        except Exception:
-            states.clear()
-        finally:
-            handle.remove()
+        with evaluating(self.model), suppress(Exception):
+            for self.callee in (self.backbone, self.model):
+                with forked_rng(self.model):
+                    states.append(last_hidden_state(self.backbone_output(batch)))
         differ = len(states) == 2 and not torch.equal(*states)
         self.callee = self.model if differ else self.backbone
 

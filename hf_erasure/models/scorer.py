@@ -253,10 +253,11 @@ def text_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, T] = {}
     with evaluating(runner.model):
+        runner.follow_head(padded_inputs([rows[i] for i in {order[0], order[-1]}], pad))
         for start in range(0, len(order), whole("batch_size", batch_size)):
             chosen = order[start : start + batch_size]
             inputs = padded_inputs([rows[i] for i in chosen], pad)
-            output = runner({**inputs, "output_hidden_states": True} if all_layers else inputs)
+            output = runner.backbone_output({**inputs, "output_hidden_states": True} if all_layers else inputs)
             # In most architectures the last of the hidden states is last_hidden_state, which gets that name here.
             layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if all_layers else {}
             layers[FINAL] = last_hidden_state(output)

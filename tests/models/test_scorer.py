@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LongformerConfig, LongformerForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from hf_erasure.models.scorer import LanguageScorer, Window, pooled_embeddings
+from hf_erasure.models.scorer import FINAL, LanguageScorer, Window, pooled_embeddings, text_states
 from hf_erasure.models.slots import Row
+from tests.fitting.gradiend.language_models import tokenizer_of
 from tests.metrics.models import fresh, trained
+from tests.small_models import roughen
 
 TEXTS = [
     "Tom was happy because he had a red ball.",
@@ -282,3 +284,31 @@ def test_of_an_encoder_decoder_the_encoder_is_read_and_nothing_is_predicted(asse
             alone = model.encoder(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state
         # Padding changes sums only by rounding.
         torch.testing.assert_close(vector, alone[0].mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_states_are_those_that_a_head_reads_which_changes_them(all_layers: bool):
+    """The classifier of Longformer lets the first token attend to all others, which its backbone alone does not."""
+    tokenizer, read = tokenizer_of("bert"), []
+    config = LongformerConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attention_window=4,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = roughen(LongformerForSequenceClassification(config), torch.Generator().manual_seed(0)).eval()
+    texts = ["Tom and Lily ate bread", "the doctor said that she was late"]
+    found = text_states(model, tokenizer, texts, lambda _, states: states, all_layers=all_layers)
+    model.longformer.encoder.layer[0].register_forward_hook(lambda module, args, output: read.append(output))
+    model.longformer.register_forward_hook(lambda module, args, output: read.append(output))
+    for text, states in zip(texts, found, strict=True):
+        read.clear()
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        first, output = read
+        length = len(states[FINAL])
+        assert torch.allclose(states[FINAL], output.last_hidden_state[0, :length], atol=1e-5)
+        assert not all_layers or torch.allclose(states["layer 1"], first[0][0, :length], atol=1e-5)
