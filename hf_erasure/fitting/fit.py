@@ -292,8 +292,9 @@ def finish_fit(
         lines, examples, fitted, environments = measure(
             task, eval_batches, lambda site, x: fits[site].erase(x), lines, fitted_rows
         )
-    task.attached.__dict__.update(task.config.__dict__)
-    config = task.config = task.attached
+    config: ConceptErasureConfig = task.owner.peft_config[task.name]
+    config.__dict__.update(task.config.__dict__)
+    task.config = config
     config.readings = names
     for site, layer in task.layers.items():
         fit = fits[site]
@@ -322,8 +323,8 @@ def finish_fit(
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.residuals or report.unsettled:
         warnings.warn(report.shortfall, stacklevel=3)
-    if report.outlook and _FEATURES_PER_TEXT * report.examples < max(line.width or 0 for line in lines):
-        logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, report.outlook)
+    if _FEATURES_PER_TEXT * report.examples < max(line.width or 0 for line in lines) and (outlook := report.outlook):
+        logger.warning("%r was fitted on far fewer texts than activations have features. %s", task.name, outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()
     absent = [label for label, share in zip(config.labels or (), shares, strict=False) if share == 0]

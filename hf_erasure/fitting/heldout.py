@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
-from hf_erasure.models.model import evaluating, inputs_of, on_cpu
+from hf_erasure.models.model import MEDIA, TEXTS, evaluating, inputs_of, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, length_of, mean_pooled
 from .layouts import number_of, observed, site_of, visit_of
@@ -31,9 +31,7 @@ from .sites import FitTask, task_for
 
 # Environments are put into halves in pairs, one into each half. This many pairs have a random draw of their own.
 _MOST_PAIRS = 1 << 16
-# The inputs that hold the content of a row; a batch may hold more, such as the row's number.
-_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
-# In a batch without any of `_INPUTS`, the inputs that are not content, such as labels, or that follow from padding.
+# In a batch without texts or media, the inputs that are not content, such as labels, or that follow from padding.
 _NOT_CONTENT = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
@@ -304,7 +302,8 @@ def hashes_of(batch: Any) -> list[int]:
     }
     if not inputs:
         return []
-    inputs = {name: inputs[name] for name in _INPUTS if name in inputs} or inputs
+    # A batch may hold more than the content of a row, such as the row's number.
+    inputs = {name: inputs[name] for name in (*TEXTS, *MEDIA) if name in inputs} or inputs
     mask = batch.get("attention_mask")
     real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
     rows = len(inputs.get("input_ids", next(iter(inputs.values()))))

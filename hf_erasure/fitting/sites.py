@@ -40,12 +40,11 @@ _ROUNDING = 1e-12
 class FitTask:
     """One adapter that is fitted or measured."""
 
-    owner: nn.Module  # The model that has the adapter.
+    owner: Any  # The bare model that has the adapter.
     runner: Runner  # Calls the model.
     layers: dict[str, ErasureLayer]  # The sites, by the name of their module, in the model's order.
     name: str  # The adapter.
     config: ConceptErasureConfig  # Its configuration, or the copy that a fit writes into until it cannot fail any more.
-    attached: ConceptErasureConfig  # The configuration that the model has.
     layouts: Layouts  # Tells what the axes of activations are.
     pool: str  # Which rows a sequence label counts for, one of `POOLS`.
     reader: str  # What the model's head reads, in words.
@@ -121,7 +120,7 @@ def task_for(
     else:
         guarded, reader = pool_for(pool, model, layouts, concept or config, rows)
     shows = progress and processes.is_main
-    task = FitTask(adapter.owner, runner, layers, name, config, config, layouts, guarded, reader, processes, shows)
+    task = FitTask(adapter.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
 
 

@@ -27,7 +27,7 @@ _LOSS_INPUTS = ("labels", "label", "label_ids")
 # The prefix of the names in a batch that hold the concept of its rows, such as `concept_labels`.
 _CONCEPT_PREFIX = "concept_"
 # The inputs of towers → the methods that run one tower with the layers around it.
-_TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
+TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
 MEDIA = {
     "pixel_values": "get_image_features",
     "pixel_values_videos": "get_video_features",
@@ -300,7 +300,8 @@ class Runner:
             return
         states: list[Tensor] = []
         with evaluating(self.model), suppress(Exception):
-            for self.callee in (self.backbone, self.model):
+            for callee in (self.backbone, self.model):
+                self.callee = callee
                 with forked_rng(self.model):
                     states.append(last_hidden_state(self.backbone_output(batch)))
         differ = len(states) == 2 and not torch.equal(*states)
@@ -309,13 +310,13 @@ class Runner:
     def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
         """The callable for the only tower that a batch has inputs for; None where the whole model is run."""
         takes = inspect.signature(self.model.forward).parameters
-        texts, media = ([name for name in names if name in batch] for names in (_TEXTS, MEDIA))
+        texts, media = ([name for name in names if name in batch] for names in (TEXTS, MEDIA))
         # A language model runs without images; a model whose towers both encode does not.
         needs_media = hasattr(self.model, "get_text_features") and any(name in takes for name in MEDIA)
         if bool(texts) == bool(media) or "input_ids" not in takes or (texts and not needs_media):
             return None
         for name in texts or media:
-            if (method := getattr(self.model, {**_TEXTS, **MEDIA}[name], None)) is not None:
+            if (method := getattr(self.model, {**TEXTS, **MEDIA}[name], None)) is not None:
                 return method
         found = [tower for name in media for tower in self._towers(name).values()]
         reached = [tower for tower in found if self._hosts & {id(module) for module in tower.modules()}]
