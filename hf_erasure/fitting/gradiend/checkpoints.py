@@ -86,10 +86,13 @@ class Progress:
         yield
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
-    def step(self) -> None:
-        """Count one more step and call the callbacks; afterwards `control` says which actions are due."""
-        self.state.global_step += 1
+    def step(self, epoch: float) -> None:
+        """Count one more step, after which a start is at this epoch, and call the callbacks: they set `control`."""
+        self.control.should_training_stop = False  # it ends one start
+        self.state.global_step, self.state.epoch = self.state.global_step + 1, epoch
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
+        if epoch.is_integer():
+            self.control = self.handler.on_epoch_end(self.args, self.state, self.control)
 
     def log(self, figures: dict[str, float], *, evaluated: bool = False) -> None:
         """Add figures to the history and call the callbacks; with `evaluated`, also those for an evaluation."""
@@ -114,8 +117,8 @@ class Progress:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             rotate_checkpoints(str(self.root), self.args.save_total_limit)
-            self.control = self.handler.on_save(self.args, self.state, self.control)
         self.processes.wait()
+        self.control = self.handler.on_save(self.args, self.state, self.control)
 
     def resume(
         self, checkpoint: str | bool | None, identity: dict[str, Any], pairs: Sequence[Pair]

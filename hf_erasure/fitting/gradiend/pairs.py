@@ -90,7 +90,7 @@ class PairSet:
             raise PairError(f"batch_size is {batch_size}; it must be at least 1")
         generator = random.Random(seed or 0)
         placed: list[tuple[float, list[EncodedRow]]] = []
-        for rows in self._groups(pair):
+        for rows in self.groups(pair):
             if shuffle:
                 generator.shuffle(rows)
             chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -149,8 +149,8 @@ class PairSet:
             words[row.other or 0].add(tuple(row.counterfactual))
         return list(found.values())
 
-    def _groups(self, pair: Sequence[str] | None) -> list[list[EncodedRow]]:
-        """The rows of each class and counterfactual class, all or those of a pair."""
+    def groups(self, pair: Sequence[str] | None) -> list[list[EncodedRow]]:
+        """The rows of each class and counterfactual class, all or those of a pair; a `PairError` if it has none."""
         groups: dict[tuple[int, int], list[EncodedRow]] = {}
         for row in self.rows:
             groups.setdefault((row.label or 0, row.other or 0), []).append(row)

@@ -45,9 +45,9 @@ class GradiendTrainingArguments(TrainingArguments):
     """`TrainingArguments` with additional fields for the feature neuron.
 
     These fields of `TrainingArguments` are used: the output folder, the batch sizes, the learning rate, weight decay
-    and betas of AdamW, the number of epochs or steps, the steps between logs, evaluations and checkpoints, the number
-    of checkpoints kept, the seed and the progress bar. The loss of the language model is never minimised, so
-    schedulers, the precision of training and similar fields have no effect here.
+    and betas of AdamW, the number of epochs or steps, those between logs, evaluations and checkpoints, the number of
+    checkpoints kept, the seed and the progress bar. The loss of the language model is never minimised, so schedulers,
+    the precision of training and similar fields have no effect here.
 
     Args:
         estimator: `"closed_form"` takes one pass over the pairs and has nothing to tune; `"trained"` is the paper's
@@ -87,6 +87,8 @@ class GradiendTrainingArguments(TrainingArguments):
         for name, what in (("seeds", "start"), ("mask_draws", "draw")):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least one {what} is needed.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs}: give a number above 0, or max_steps.")
         if not 0 <= self.convergence <= 1:
             raise ValueError(f"convergence={self.convergence} is a correlation: give a number between 0 and 1.")
 
@@ -126,6 +128,8 @@ class Training:
         seeds = [args.seed + i for i in range(1 if closed else args.seeds)]
         starts = []
         for number, (pair, seed) in enumerate(itertools.product(pairs, seeds)):
+            if self.evaluation is not None:
+                self.evaluation.groups(pair)  # raises an error where it has no rows of the pair
             if closed:
                 steps = a_pass = len(self.processes.step_rows(self._by_class(pair, args.per_device_train_batch_size)))
             else:
@@ -169,6 +173,7 @@ class Training:
             "values of the targeted weights": hashlib.sha256(repr(values).encode()).hexdigest(),
             "train_dataset": rows.hexdigest(),
             "per_device_train_batch_size": args.per_device_train_batch_size,
+            "number of processes": self.processes.count,
         }
         if args.estimator == "trained":
             names = ("seed", "seeds", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
@@ -193,7 +198,7 @@ class Training:
                 continue
             for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not have one for all
                 self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
-            self.progress.step()
+            self.progress.step((step + 1) / start.per_epoch)
             is_last = step + 1 == start.steps
             is_saved = self.progress.control.should_save and not is_last
             if (is_last or is_saved) and self.processes.count > 1:
@@ -240,13 +245,16 @@ class Training:
         self.recent_values.clear()
         for step in range(facts["step"], start.steps):
             self._step(neuron, *self._batch_at(start, step))
-            self.progress.step()
-            control, done = self.progress.control, step + 1
-            if control.should_log:
+            done = step + 1
+            self.progress.step(done / start.per_epoch)
+            is_last = done == start.steps or self.progress.control.should_training_stop
+            if self.progress.control.should_log:
                 self.progress.log({"loss": sum(self.losses) / len(self.losses), "cor": self._recent_correlation()})
-            if done == start.steps or control.should_evaluate:
+            if is_last or self.progress.control.should_evaluate:
                 self._evaluate(start, neuron, best, done)
-            if control.should_save and done < start.steps:
+            if is_last:
+                break
+            if self.progress.control.should_save:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
         return float(best["size"])
 
