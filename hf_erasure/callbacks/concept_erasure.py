@@ -58,9 +58,9 @@ class ConceptErasureCallback(LoggingCallback):
         background: Iterable[Any] | None = None,
         delete_at_end: bool = False,
     ) -> None:
-        if refit_steps not in (None, "epoch") and (isinstance(refit_steps, str) or int(refit_steps or 0) < 1):
+        if refit_steps not in (None, "epoch") and not (isinstance(refit_steps, int) and refit_steps >= 1):
             raise ValueError(
-                f"refit_steps={refit_steps!r} is not known: give a positive number of steps, 'epoch', or None."
+                f"refit_steps={refit_steps!r} is not known: give a positive number of steps as an int, 'epoch' or None."
             )
         if refit_leakage is not None and not 0 < refit_leakage < 1:
             raise ValueError(f"refit_leakage={refit_leakage} is a correlation: give a number between 0 and 1.")

@@ -97,7 +97,9 @@ class GradiendCallback(LoggingCallback):
             gradients = {name: torch.zeros(shape) for name, shape in self._encoder.shapes.items()} | {
                 weight.name: weight.gradient() for weight in self._weights if weight.name in self._encoder.shapes
             }
-            self.memory["encoded"].append(self._encoder.encode(gradients))
+            # Where a gradient overflows in float16, the step is left out, and the loss is scaled down.
+            if not args.fp16 or all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+                self.memory["encoded"].append(self._encoder.encode(gradients))
         if self._guard is not None:
             self._guard.record_weights()
 

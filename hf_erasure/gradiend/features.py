@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .blocks import dot, flat_block, flat_blocks, largest, require_finite, sum_of_squares, total
+from .blocks import dot, flat_block, largest, require_finite, sum_of_squares, total
 
 ACTIVATIONS: dict[str, Callable[[float], float]] = {"tanh": math.tanh, "identity": float}
 # The closed form maps the class means to plus and minus this value, near which tanh still separates values well.
@@ -48,19 +48,17 @@ class FeatureEncoder:
             TypeError: If a gradient is not a tensor of floating-point numbers.
             ValueError: If a block has another shape or is not finite.
         """
-        device = next(iter(self.weight.values())).device
-        blocks = flat_blocks(gradients, self.shapes, device)
-        projections = {}
-        for name, block in blocks.items():
-            weight, index = self.weight[name], self.index[name]
-            read = block if index is None else block.index_select(0, index)
-            projections[name] = dot(weight, read)
+        blocks, projections = {}, {}
+        for name, shape in self.shapes.items():
+            weight, index = self.weight[name], self.index[name]  # those of a model may be on several devices
+            block = blocks[name] = flat_block(name, gradients[name], shape, weight.device)
+            projections[name] = dot(weight, block if index is None else block.index_select(0, index))
         require_finite(projections)
         value = sum(projections.values())
         if self.unit_norm:
             squares = {name: sum_of_squares(block) for name, block in blocks.items()}
             for name in gradients.keys() - blocks.keys():
-                squares[name] = sum_of_squares(flat_block(name, gradients[name], gradients[name].shape, device))
+                squares[name] = sum_of_squares(gradients[name].detach().reshape(-1))
             require_finite(squares)
             norm = math.sqrt(sum(squares.values()))
             value = value / norm if norm > 0 else 0.0

@@ -172,6 +172,7 @@ def test_measuring_and_refitting_leave_the_random_numbers_of_training_alone(tmp_
     ("options", "message"),
     [
         ({"refit_steps": 0}, "positive number of steps"),
+        ({"refit_steps": 1e3}, "refit_steps=1000.0 .* as an int"),
         ({"refit_steps": "day"}, "positive number of steps"),
         ({"refit_leakage": 2.0, "eval_batches": [1]}, "is a correlation"),
         ({"refit_leakage": 0.5}, "needs eval_batches"),

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_erasure.adapters import GradiendConfig, features_of
+from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
 from hf_erasure.callbacks import GradiendCallback
 from hf_erasure.callbacks.gradiend import trained_weights
 from tests.fitting.gradiend.language_models import CLASSES, model_of, tokenizer_of
@@ -231,6 +231,23 @@ def test_gradients_in_an_unknown_scale_are_refused(tmp_path: Path):
         GradiendCallback(NAME).on_train_begin(*told, model=model)
     arguments.max_grad_norm = 1.0
     GradiendCallback(NAME).on_train_begin(*told, model=model)
+
+
+def test_a_gradient_that_overflows_in_float16_is_not_read(tmp_path: Path):
+    """The scaler of the loss then leaves the step out, as it does in the first steps of most trainings."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    model, callback = with_feature().requires_grad_(True), GradiendCallback(NAME)
+    told = arguments, TrainerState(), TrainerControl()
+    callback.on_train_begin(*told, model=model)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    callback.on_pre_optimizer_step(*told)
+    next(iter(targeted_parameters(model, NAME).values())).grad[0] = torch.inf
+    with pytest.raises(ValueError, match="is not finite"):
+        callback.on_pre_optimizer_step(*told)
+    arguments.fp16 = True  # set afterwards, since a CPU does not support it
+    callback.on_pre_optimizer_step(*told)
+    assert len(callback.memory["encoded"]) == 1
 
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
