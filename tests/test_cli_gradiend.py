@@ -37,8 +37,11 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradiend")
-    model_of("bert").save_pretrained(folder / "model")
-    tokenizer_of("bert").save_pretrained(folder / "model")
+    model, tokenizer = model_of("bert"), tokenizer_of("bert")
+    # The model is right at some masked tokens of neutral texts: otherwise every goal is 0, with any edit.
+    model.cls.predictions.bias.data[tokenizer.convert_tokens_to_ids("a")] += 2
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     content = {
         "model": str(folder / "model"),
         "feature": "gender",
@@ -46,7 +49,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(folder / "out"),
         "config": {"density": 0.1},
         "arguments": {"per_device_train_batch_size": 2},
-        "select": {"goal": ["fpi", "bpi"], "budget": 0.5, "feature_factors": [1, -1], "learning_rates": [1, 0.1, -0.1]},
+        "select": {
+            "goal": ["fpi", "bpi"], "budget": 0.5, "feature_factors": [1, -1], "learning_rates": [0.1, 0.01, -0.01],
+        },
         "data": {
             "defaults": {"fillers": FILLERS, "words": {"female": ["she"], "male": ["he"]}},
             "train": {"templates": ["{name} went home because [FEATURE] was late", "{name} ate and [FEATURE] ran"]},
@@ -155,6 +160,16 @@ def test_select_steers_to_another_goal_and_saves_it(copied: Path) -> None:
     assert config["learning_rate"] == results["chosen"]["male"]["learning_rate"]
     assert results["edits"]["male"]["P(male)"] >= results["edits"]["none"]["P(male)"]
     assert invoke("evaluate", copied, "--no-progress")[0] == 0
+
+
+def test_select_says_that_no_edit_was_better(copied: Path) -> None:
+    recipe = yaml.safe_load((copied / "recipe.yaml").read_text())
+    recipe["select"]["learning_rates"] = [100.0]  # too strong for any goal
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, printed, errors = invoke("select", copied, "male", "--no-progress")
+    assert code == 0, errors
+    assert "not steered, since no edit was better for 'male'" in printed
+    assert json.loads((copied / "adapter_config.json").read_text())["learning_rate"] == 0
 
 
 def test_encode_writes_a_value_a_text(fitted: tuple[Path, str], tmp_path: Path) -> None:

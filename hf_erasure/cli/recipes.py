@@ -168,7 +168,7 @@ def fit_feature(
     typer.echo("\nRows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
     typer.echo("\nOn the test data:\n")
     _print_tables(outcome.encoding, outcome.edits)
-    _print_outcome(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())
+    _print_outcome(plan, f"{plan.output}, {outcome.steered}", outcome.in_plain_words())
 
 
 @gradiend.command()
@@ -196,7 +196,7 @@ def select(
     outcome = feature.select_gradiend_output(folder, goal, budget, progress)
     hub.write_card(folder)
     _print_tables(outcome.edits.loc[[feature.NO_EDIT, goal]])
-    typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
+    typer.echo(f"\nadapter: {folder}, {outcome.steered}")
 
 
 @gradiend.command()

@@ -122,6 +122,12 @@ class GradiendRun:
         """One row for each edit, the first without an edit: class probabilities, goals, language modelling."""
         return table_of({name: _edit_row(point) for name, point in self.tested.items()}, "edit for")
 
+    @property
+    def steered(self) -> str:
+        """Whether the adapter is steered for the first goal: it is not where no edit was better within the budget."""
+        goal, edit = next(iter(self.chosen.items()))
+        return f"steered for {goal!r}" if edit.learning_rate else f"not steered, since no edit was better for {goal!r}"
+
     def in_plain_words(self) -> str:
         """What the first of the chosen edits does, in a sentence."""
         goal = next(iter(self.chosen))

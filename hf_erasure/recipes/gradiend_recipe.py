@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.adapters.common.files import read_text
-from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, goal_by_name
+from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, check_search, goal_by_name
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.models.heads import HEADS, Task
@@ -176,8 +176,9 @@ class SelectRecipe:
     learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
 
     def __post_init__(self) -> None:
-        if not self.budget >= 0:
-            raise ValueError(f"select.budget={self.budget} in a recipe must be 0 or more.")
+        if not self.goals:
+            raise ValueError("select.goal names no goal: write one, or leave it out for 'balance'.")
+        check_search(self.budget, self.feature_factors, self.learning_rates, "select.")
 
     @property
     def goals(self) -> list[str]:

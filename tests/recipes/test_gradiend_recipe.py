@@ -201,7 +201,9 @@ def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -
     [
         (["colour=red"], "colour is not known"),
         (["select.gaol=dog"], "select.gaol is not known"),
-        (["select.budget=-1"], "select.budget=-1 in a recipe must be 0 or more"),
+        (["select.budget=-1"], "select.budget=-1: give the share that language modelling may lose"),
+        (["select.learning_rates=[0]"], "select.learning_rates has zeros only"),
+        (["select.goal=[]"], "select.goal names no goal"),
         (["config.classes=[a, b]"], "config.classes is not known in a recipe: write classes at the top alone"),
         (["classes=dog"], "classes='dog': a feature needs at least two different classes"),
         (["select.goal=cow"], "goal='cow' is not defined"),
@@ -238,8 +240,11 @@ def test_a_recipe_that_cannot_be_run_is_refused_before_anything_is_loaded(
     ("rate", "said"), [(0.0, "No edit .* better for 'she', .* no effect"), (0.1, "she 0.200 → 0.300")]
 )
 def test_a_summary_says_whether_an_edit_was_found(rate: float, said: str) -> None:
-    run = SimpleNamespace(chosen={"she": None}, tested={
+    edit = SimpleNamespace(learning_rate=rate)
+    run = SimpleNamespace(chosen={"she": edit}, tested={
         NO_EDIT: SimpleNamespace(probabilities={"she": 0.2}),
         "she": SimpleNamespace(probabilities={"she": 0.3}, learning_rate=rate, cost=0.01),
     })  # fmt: skip
     assert re.search(said, GradiendRun.in_plain_words(run))  # type: ignore[arg-type]
+    is_steered = "steered for 'she'" if rate else "not steered, since no edit was better for 'she'"
+    assert GradiendRun.steered.fget(run) == is_steered  # type: ignore[attr-defined]

@@ -39,8 +39,10 @@ def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
-    """The bytes that an adapter's state takes once it is fitted, in memory and on disk, with its present `density`."""
+    """The bytes of an adapter's state in float32; before it is fitted, about as many as it will have."""
     _, config = layers_and_config(model, adapter_name, fitted=False, unmerged=False)
+    if config.fitted:
+        return 4 * sum(math.prod(shape) for shape, _ in config.tensors().values())
     n = sum(p.numel() for p in targeted_parameters(model, adapter_name).values())
     pairs = config.expected_pairs()
     vectors = (3 if config.keep_encoder else 2) * pairs

@@ -42,7 +42,7 @@ class GradiendAdapter:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the adapter's state; before it is fitted, the bytes that it will have."""
+        """The bytes of the adapter's state; before it is fitted, about as many as it will have."""
         return stated_bytes(self.model, self.name)
 
     # ---- writing ----------------------------------------------------------------------------------------------------

@@ -133,6 +133,29 @@ COST_LIMIT = 5
 _ONE_SIDED = 1.645
 
 
+def check_search(
+    budget: float, feature_factors: Sequence[float], learning_rates: Sequence[float], where: str = ""
+) -> None:
+    """Raise a `ValueError` for a budget or a grid that cannot be used; warn of a budget that looks like a percentage.
+
+    `where` stands before the names in the messages.
+    """
+    for name, values in (("feature_factors", feature_factors), ("learning_rates", learning_rates)):
+        is_list = isinstance(values, Sequence) and bool(values)
+        if not is_list or any(isinstance(value, str) or not math.isfinite(value) for value in values):
+            raise ValueError(f"{where}{name}={values!r}: give a list of finite numbers, at least one.")
+    if not any(learning_rates):
+        raise ValueError(f"{where}learning_rates has zeros only, which change nothing: give steps, as [1e-3, -1e-3].")
+    if isinstance(budget, str) or not budget >= 0:
+        raise ValueError(f"{where}budget={budget!r}: give the share that language modelling may lose, such as 0.02.")
+    if budget > 1:
+        warnings.warn(
+            f"{where}budget={budget:g} is a share: it lets language modelling get worse by {budget:.0%}. For "
+            f"{budget:g} % write {budget / 100:g}.",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class Point:
     """One edit and its scores.
@@ -146,7 +169,7 @@ class Point:
         loss: Mean negative log-likelihood, in nats per token.
         lms: The language-modelling score: accuracy of a masked model, 1 / (1 + loss) otherwise.
         cost: By how much language modelling got worse, as a share: of the loss, or of a masked model's accuracy.
-        cost_upper: The upper end of the cost's one-sided 95 % interval, for texts like these; None if not measured.
+        cost_upper: The upper end of the cost's one-sided 95 % interval, for texts like these.
     """
 
     pair: tuple[str, str]
@@ -157,12 +180,7 @@ class Point:
     loss: float
     lms: float
     cost: float
-    cost_upper: float | None = None
-
-    @property
-    def worst(self) -> float:
-        """The cost that must be within the budget: `cost_upper`, or without it `cost`."""
-        return self.cost if self.cost_upper is None else self.cost_upper
+    cost_upper: float
 
 
 @dataclass(frozen=True)
@@ -223,8 +241,7 @@ class Selection:
         return (
             f"{self.goal}: {base.goals[self.goal]:.3f} → {best.goals[self.goal]:.3f} at feature_factor="
             f"{best.feature_factor:g}, learning_rate={best.learning_rate:g} of {'/'.join(best.pair)}; {shares}; "
-            f"cost in language modelling {best.cost:+.2%}"
-            + ("" if best.cost_upper is None else f", at most {best.cost_upper:+.2%} (95 %)")
+            f"cost in language modelling {best.cost:+.2%}, at most {best.cost_upper:+.2%} (95 %)"
         )
 
 
@@ -246,14 +263,13 @@ class Scorer:
         """
         p, by_text = self.class_probabilities().double(), self.language.by_text()
         loss, lms = (self.language.figures_of(by_text)[name] for name in ("loss", "lms"))
-        cost, upper = 0.0, None
+        cost = upper = 0.0
         if base is None:
             self._base_by_text[:] = [by_text]
         else:
             by_hits = self.language.reader.task == "masked" and base.lms > 0
-            cost = 1 - lms / base.lms if by_hits else loss / base.loss - 1
-            if self._base_by_text:
-                upper = cost + _margin(by_text[:, int(by_hits)], self._base_by_text[0][:, int(by_hits)])
+            cost = 1 - lms / base.lms if by_hits else (loss / base.loss if base.loss else math.inf) - 1
+            upper = cost + _margin(by_text[:, int(by_hits)], self._base_by_text[0][:, int(by_hits)])
         return Point(
             pair,
             feature_factor,
@@ -263,7 +279,7 @@ class Scorer:
             loss,
             lms,
             cost if math.isfinite(cost) else math.inf,
-            upper if upper is None or math.isfinite(upper) else math.inf,
+            upper if math.isfinite(upper) else math.inf,
         )
 
 
@@ -308,18 +324,17 @@ def scan(
 
 def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Point:
     """The best point within the budget; if none is better than the unedited model, that model, with a warning."""
-    affordable = [point for point in points if point.worst <= budget and math.isfinite(point.goals[goal])]
+    affordable = [point for point in points if point.cost_upper <= budget and math.isfinite(point.goals[goal])]
     best = max(affordable, key=lambda point: point.goals[goal], default=base)
     if best.goals[goal] > base.goals[goal]:
         return best
-    cheapest = min(points, key=lambda point: point.worst)
+    cheapest = min(points, key=lambda point: point.cost_upper)
     warnings.warn(
         f"None of {len(points)} edits raises {goal} above the {base.goals[goal]:.3f} of the model itself while "
         f"language modelling gets worse by {budget:.1%} at most, so the model stays as it is (learning_rate=0). The "
-        "cheapest edit, "
-        f"feature_factor={cheapest.feature_factor:g} and learning_rate={cheapest.learning_rate:g}, costs "
-        f"{cheapest.cost:.1%}, and up to {cheapest.worst:.1%} on texts like these: give other learning_rates, more "
-        "neutral texts or a larger budget.",
+        f"cheapest edit, feature_factor={cheapest.feature_factor:g} and learning_rate={cheapest.learning_rate:g}, "
+        f"costs {cheapest.cost:.1%}, and up to {cheapest.cost_upper:.1%} on texts like these: give other "
+        "learning_rates, more neutral texts or a larger budget.",
         stacklevel=3,
     )
     return base

@@ -40,6 +40,7 @@ from .selection import (
     Scorer,
     Selection,
     all_words,
+    check_search,
     choose,
     class_probabilities,
     goal_by_name,
@@ -103,6 +104,9 @@ class GradiendTrainer:
         self.fitted: list[PairFit] = []
         self.starts: list[dict[str, Any]] = []  # Pair, seed and best absolute correlation of each start.
         self.classes = self._classes()
+        if self.config.pair is not None and tuple(self.config.pair) not in self.pairs:
+            known = ", ".join(str(list(pair)) for pair in self.pairs)
+            raise ValueError(f"pair={self.config.pair!r} in GradiendConfig: write one of {known}, in this order.")
         self._tokenised: dict[int, PairSet] = {}
         for dataset in [train_dataset, *self._eval_sets().values()]:
             if dataset is not None:
@@ -307,13 +311,7 @@ class GradiendTrainer:
             ValueError: If the goal is not defined for these classes, data is missing, or budget or grid are not valid.
             PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
         """
-        for name, values in (("feature_factors", feature_factors), ("learning_rates", learning_rates)):
-            if not isinstance(values, Sequence) or not values or not all(math.isfinite(value) for value in values):
-                raise ValueError(f"{name}={values!r}: give a list of finite numbers, at least one.")
-        if not any(learning_rates):
-            raise ValueError("learning_rates has zeros only, which change nothing: give steps such as [1e-3, -1e-3].")
-        if not budget >= 0:
-            raise ValueError(f"budget={budget}: give the share that language modelling may lose, such as 0.02.")
+        check_search(budget, feature_factors, learning_rates)
         scorer = self.scorer(eval_dataset, neutral_dataset)
         goal_by_name(goal, self.classes)  # raises an error that lists the goals
         scanned = scan(self.model, self.adapter_name, scorer, self.pairs, budget, feature_factors, learning_rates)

@@ -102,7 +102,7 @@ def test_a_goal_that_is_not_defined_is_refused_with_those_that_are(name: str, cl
 
 
 def _point(score: float, cost: float) -> Point:
-    return Point(GENDERS, 1.0, 0.1, {"bpi": score}, {"female": 0.5, "male": 0.5}, 1.0, 0.5, cost)
+    return Point(GENDERS, 1.0, 0.1, {"bpi": score}, {"female": 0.5, "male": 0.5}, 1.0, 0.5, cost, cost)
 
 
 def test_the_best_point_within_the_budget_is_chosen():
@@ -145,6 +145,13 @@ def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list
     rates = [8.0, 1.0, 4.0, 2.0]
     _, *points = scan(torch.nn.Identity(), "a", scorer, [GENDERS], 0.07, [1.0], rates)
     assert [point.learning_rate for point in points] == tried
+
+
+def test_an_edit_of_a_classifier_that_is_sure_of_every_label_is_beyond_any_budget():
+    rows = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    scorer = Scorer(GENDERS, lambda: torch.tensor([[0.5, 0.5]]), Language(lambda: rows))
+    base = scorer.score(GENDERS, 0.0, 0.0, None)
+    assert scorer.score(GENDERS, 1.0, 0.1, base).cost_upper == math.inf
 
 
 def test_where_no_edit_is_better_the_model_stays_and_says_so():
