@@ -14,8 +14,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from hf_erasure.hub.cards import Card, config_in, rendered
-from hf_erasure.hub.facts import CardFacts, facts_of
+from hf_erasure.hub.cards import Card, config_in, gather_facts, rendered
+from hf_erasure.hub.facts import CardFacts
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = Path(__file__).parent / "examples"
@@ -46,7 +46,7 @@ def make(kind: str) -> None:
     if config is None:
         raise SystemExit(f"{made} holds no adapter: run `make demo` first.")
     config.base_model_name_or_path = base
-    facts = replace(facts_of(config, made), repo_id=f"your-name/{kind.replace('_', '-')}")
+    facts = replace(gather_facts(made, config), repo_id=f"your-name/{kind.replace('_', '-')}")
     folder = EXAMPLES / kind
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import callee_of, distance, evaluating, floats_of, forked_rng, inputs_of
 
-from .common.config import ChildConfig, Provenance, counted
+from .common.config import ChildConfig, Provenance, number_of
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, FoundAdapter, adapter_of
 from .erasure.layer import site_layers
@@ -126,7 +126,7 @@ def _erasure_text(found: FoundAdapter[Any]) -> tuple[str, str]:
     if config.target is not None:
         action = f"moves {config.concept!r} to target={config.target!r}"
     strength = "" if config.strength == 1 else f" with strength={config.strength:g}"
-    effect = f"{action}{strength} at {counted(len(ranks), 'site')}{shared} (rank {min(ranks)} to {max(ranks)})"
+    effect = f"{action}{strength} at {number_of(len(ranks), 'site')}{shared} (rank {min(ranks)} to {max(ranks)})"
     reader = f" ({provenance.reader})" if provenance.reader else ""
     guarded = f"It was fitted for pool={provenance.pool!r}{reader}. " if provenance.pool else ""
     leakage: dict[str, tuple[float, float]] = provenance.leakage

@@ -87,7 +87,7 @@ def merge_fits(
     """Add two one-pass fits on different data, exactly as if one fit had read both; needs neither model nor data."""
     config = combine.merge_fits(one, other, output)
     hub.write_card(output)
-    examples, tokens = (configs.counted(config.provenance[f"{noun}s"], noun) for noun in ("example", "token"))
+    examples, tokens = (configs.number_of(config.provenance[f"{noun}s"], noun) for noun in ("example", "token"))
     typer.echo(f"{config.concept}: {examples}, {tokens}: {output}")
 
 
@@ -147,7 +147,7 @@ def card(
         language=language,
     )  # fmt: skip
     written = hub.write_card(folder, overwrite=overwrite)
-    typer.echo(str(written) + (f" It has {configs.counted(len(rows), 'measure')} of {results}." if results else ""))
+    typer.echo(str(written) + (f" It has {configs.number_of(len(rows), 'measure')} of {results}." if results else ""))
     if written.outcome == "left":
         raise typer.Exit(1)
 

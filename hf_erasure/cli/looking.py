@@ -93,14 +93,14 @@ def _adapter_lines(place: str) -> dict[str, str]:
     if not own.fitted:
         return lines | {"where": "it was never fitted: loaded, it changes nothing"}
     if own.kind == "gradiend":
-        parameters = configs.counted(method["parameters"], "parameter")
+        parameters = configs.number_of(method["parameters"], "parameter")
         lines["where"] = (
             f"{method['changed']:,} of {method['weights']:,} weights in {parameters}, steered with  "
             f"feature_factor={method['feature_factor']:g}, learning_rate={method['learning_rate']:g}"
         )
     else:
         ranks = "-".join(str(rank) for rank in sorted(set(method["ranks"])))
-        sites = configs.counted(method["sites"], "site")
+        sites = configs.number_of(method["sites"], "site")
         lines["where"] = f"{method['name']} at the {method['side']} of {sites}, rank {ranks}"
         lines["pool"] = (method["pool"] or "not recorded") + (f" ({method['reader']})" if method["reader"] else "")
     rows = [

@@ -217,7 +217,7 @@ def encode(
     text = values.to_csv(output, index=False, float_format="%.6f")
     if plain:
         typer.echo(f"Texts without a [FEATURE] slot, each read at one of its tokens: {plain}", err=True)
-    typer.echo(f"{configs.counted(len(values), 'text')}: {output}" if output else text, nl=output is not None)
+    typer.echo(f"{configs.number_of(len(values), 'text')}: {output}" if output else text, nl=output is not None)
 
 
 def _read_plan(

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, LoraExport
 from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.common.acting import warn_user
-from hf_erasure.adapters.common.config import ChildConfig, adapter_config
+from hf_erasure.adapters.common.config import RECIPE, ChildConfig, adapter_config
 from hf_erasure.adapters.common.files import CARD, CONFIG, root_of, target_of, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import HEAD_OF
 from hf_erasure.models.model import base_of
 
-from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
+from .facts import DRAWN, OF_RECIPE, CardFacts, facts_of, hub_id, plain, read_object
 from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, draw, fill_template, rendered, unchanged_block
 
 # Each of these files makes a folder the folder of a model or of another adapter.
@@ -112,16 +112,20 @@ def write_card(
 
 
 def gather_facts(folder: Path, config: ChildConfig | None = None) -> CardFacts:
-    """Gather the facts of the adapter in a folder; its picture is drawn if there is none."""
+    """Gather the facts of the adapter in a folder; its picture is drawn if there is none.
+
+    Pictures that an earlier adapter has left in the folder are not among the facts.
+    """
     found = {"": config} if config is not None else dict(own_adapters(folder))
     if not found:
         raise ValueError(f"{folder} holds no adapter of hf_erasure: it has no {CONFIG} of such an adapter.")
     name, chosen = next(iter(found.items()))
     own = folder / name
-    facts = facts_of(chosen, own)
-    if not facts.pictures:
-        drawn = draw(facts, own)
-        facts.pictures = {file: text for file, text in PICTURES.items() if file == drawn}
+    facts = facts_of(chosen)
+    drawn = draw(facts, own)
+    pictures = {file: text for file, text in DRAWN.items() if file == drawn}
+    pictures |= OF_RECIPE if RECIPE in chosen.provenance else {}
+    facts.pictures = {file: text for file, text in pictures.items() if (own / file).is_file()}
     if name:
         facts.subfolder = name
         facts.pictures = {f"{name}/{file}": text for file, text in facts.pictures.items()}
@@ -202,7 +206,7 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     config = adapter_config(adapter)
     if not isinstance(config, ChildConfig):
         raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, which is not one of hf_erasure.")
-    facts = facts_of(config, Path(adapter) if Path(adapter).is_dir() else None)
+    facts = facts_of(config)
     facts.base_id = facts.base_id or hub_id(model)
     names = read_object(folder / "config.json").get("architectures") or [None]
     head = HEAD_OF.get(names[0] if isinstance(names[0], str) else None)

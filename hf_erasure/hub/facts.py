@@ -17,7 +17,15 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.common.config import CARD_FACTS, TESTED_ON, ChildConfig, ChosenEdit, Part, Provenance, counted
+from hf_erasure.adapters.common.config import (
+    CARD_FACTS,
+    TESTED_ON,
+    ChildConfig,
+    ChosenEdit,
+    Part,
+    Provenance,
+    number_of,
+)
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
@@ -25,11 +33,13 @@ from hf_erasure.models.scorer import FINAL
 
 # The most characters of a name that are shown, so that a table of a card stays readable.
 LONGEST = 200
-# Pictures that this package draws beside an adapter → their captions.
+# Pictures beside an adapter → their captions: those that are drawn from its facts, and those of a recipe.
 LEAKAGE, EFFECT = "leakage.png", "effect.png"
-PICTURES = {
+DRAWN = {
     LEAKAGE: "Correlation with the concept by depth, before and after.",
     EFFECT: "What the chosen edit does.",
+}
+OF_RECIPE = {
     "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
     "surface.png": "All edits that were tried.",
 }
@@ -109,8 +119,8 @@ class CardFacts:
     tags: list[str] = field(default_factory=list)  # further tags, such as those of the base model
 
 
-def facts_of(config: ChildConfig, folder: Path | None = None) -> CardFacts:
-    """Gather the facts in the configuration of an adapter, and the names of the pictures in its folder."""
+def facts_of(config: ChildConfig) -> CardFacts:
+    """Gather the facts in the configuration of an adapter."""
     provenance = Provenance.of(config)
     card, run, is_gradiend = provenance.card, provenance.recipe, isinstance(config, GradiendConfig)
     # What its maker told comes first; other names are left out if they cannot be names on the Hub.
@@ -133,7 +143,6 @@ def facts_of(config: ChildConfig, folder: Path | None = None) -> CardFacts:
         fingerprint=digest_of_data(provenance.fingerprint),
         parts=list(map(plain, provenance.combined_from)),
         versions={name: plain(value, 60) for name, value in versions.items() if value},
-        pictures={name: text for name, text in PICTURES.items() if folder is not None and (folder / name).is_file()},
         license=plain(card.license) or None,
         language=list(map(plain, card.language)),
     )
@@ -292,7 +301,7 @@ def training_rows(concept: str, provenance: Provenance) -> list[Measured]:
     where = f"at step {provenance.training.step} of training"
     held_out = f"{_figures_on(provenance, plain(provenance.training.measured_on) or 'held-out batches')}, {where}"
     refits = figures.get("erasure_refits")
-    held_out += f", refitted {counted(int(refits), 'time')} by then" if is_number(refits) else ""
+    held_out += f", refitted {number_of(int(refits), 'time')} by then" if is_number(refits) else ""
     rows = []
     for name, value in figures.items():
         site = name.removeprefix("leakage/")

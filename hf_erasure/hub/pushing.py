@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,7 @@ from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
 from hf_erasure.adapters.saving import PUSHED_FROM
 
 from . import cards
-from .facts import PICTURES, plain
+from .facts import plain
 from .rendering import FOLDER_PLACEHOLDER, Card, rendered
 
 _REMEDIES = {
@@ -136,8 +135,8 @@ def push_adapter(
         for name in filter(None, adapters):
             written[name] = replace(cards.gather_facts(folder / name), repo_id=repo, subfolder=within(name))
         # Recipes and training states are not uploaded.
-        for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
-            if (folder / name / file).is_file():
+        for name in adapters:
+            for file in (CONFIG, WEIGHTS, *written[name].pictures):
                 yield CommitOperationAdd(within(name, file), folder / name / file)
         for name, own in written.items():
             yield _add_readme(rendered(own), cards.text_of(folder / name / CARD), remote_text, within(name, CARD))

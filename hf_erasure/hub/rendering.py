@@ -20,7 +20,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_erasure.adapters.common.config import counted
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.adapters.common.files import write_whole
 from hf_erasure.fitting.report import AFTER, BEFORE, draw_leakage, figures
 from hf_erasure.models.heads import HEAD_OF, Head
@@ -154,7 +154,7 @@ def environment() -> Environment:
     made.globals |= {"somewhere": FOLDER_PLACEHOLDER, "install": Markdown(INSTALL)}
     made.filters |= {
         "code": code,
-        "counted": counted,
+        "number_of": number_of,
         "number": number,
         "listed": lambda names: Markdown(", ".join(map(code, names))),
         # A string as Python writes it, for a block of code.
@@ -195,16 +195,21 @@ def number(value: Any, form: str = "", interval: Any = None) -> Markdown:
 
 
 def draw(facts: CardFacts, folder: Path) -> str | None:
-    """Draw what was measured into the folder, and return the file's name; None without matplotlib or a figure."""
+    """Draw what was measured into the folder, if matplotlib is there and the picture is not.
+
+    Returns the name of the picture; None if there is nothing to draw.
+    """
     is_erasure = facts.kind == "concept_erasure"
     lines = [site for site in [*facts.sites, *facts.finals] if site["before"] is not None]
     shares = [row for row in facts.measured if row["before"] is not None and not row["is_other"]]
     bars = [row for row in shares if 0 <= row["before"] <= 1 and 0 <= row["after"] <= 1]
-    if find_spec("matplotlib") is None or not (lines if is_erasure else bars):
+    name = LEAKAGE if is_erasure else EFFECT
+    if not (lines if is_erasure else bars):
         return None
+    if (folder / name).is_file() or find_spec("matplotlib") is None:
+        return name
     from matplotlib import rc_context
 
-    name = LEAKAGE if is_erasure else EFFECT
     with rc_context({"text.parse_math": False}):  # a name is not a formula
         figure = figures.Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
         axes = figure.subplots()

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import cached_file
 
-from hf_erasure.adapters.common.config import counted
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.counterparts import CounterpartWords
 from hf_erasure.models.pooling import SENTENCE_POOLS
@@ -79,7 +79,7 @@ def erasure_recipe(
     lines = [f"{source}: {label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
     apart = f"no {group!r} in both" if group else "no text in both"
     how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
-    count_fitted = counted(min(len(fitted), recipe.data.fit_rows or len(fitted)), "row")
+    count_fitted = number_of(min(len(fitted), recipe.data.fit_rows or len(fitted)), "row")
     lines.append(f"fitted on {count_fitted}, measured on {len(measured)} others ({how})")
     lines.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
     return recipe, lines
@@ -124,7 +124,7 @@ def _refuse_empty(rows: Dataset, source: str, *columns: str) -> None:
     """Raise a `ValueError` if a row has no value in one of the columns."""
     for column in columns:
         if empty := [number for number, value in enumerate(rows[column]) if value is None or value == ""]:
-            where = f"{counted(len(empty), 'row')}, such as row {empty[0]} (from 0)"
+            where = f"{number_of(len(empty), 'row')}, such as row {empty[0]} (from 0)"
             raise ValueError(f"{source}: {column!r} is empty in {where}: fill or remove such rows.")
 
 

@@ -260,6 +260,21 @@ def test_the_picture_is_drawn_where_there_is_something_to_draw(
     assert not list(bare.glob("*.png")) and "![" not in (bare / "README.md").read_text()
 
 
+def test_pictures_of_an_earlier_adapter_are_not_shown(tmp_path: Path) -> None:
+    for config, recipe in ((erasure(), False), (gradiend(), True)):
+        place = tmp_path / config.peft_type.lower()
+        place.mkdir()
+        for name in ("leakage.png", "effect.png", "encoded.png"):
+            (place / name).write_bytes(b"")
+        config.provenance |= {RECIPE: {"edit": {}}} if recipe else {}
+        write_card(place, config)
+        shown = re.findall(r"!\[[^\]]*\]\((.*?)\)", (place / "README.md").read_text(encoding="utf-8"))
+        assert shown == (["effect.png", "encoded.png"] if recipe else ["leakage.png"])
+        config.provenance = {}
+        write_card(place, config)
+        assert "![" not in (place / "README.md").read_text(encoding="utf-8")
+
+
 # ---- names of strangers ----------------------------------------------------------------------------------------------
 
 NASTY = [
@@ -587,14 +602,15 @@ def test_the_command_keeps_a_card_by_hand_unless_it_is_told_not_to(folder: Path)
 
 
 def test_a_merged_model_says_what_was_merged_and_loads_alone(lifecycle: Lifecycle, tmp_path: Path) -> None:
-    out = tmp_path / "merged"
-    done = invoke("merge", lifecycle.base_folder("llama"), lifecycle.folder(CELL), out, "--max-shard-size", "20KB")
+    out, adapter = tmp_path / "merged", shutil.copytree(lifecycle.folder(CELL), tmp_path / "adapter")
+    (adapter / "leakage.png").write_bytes(b"")
+    done = invoke("merge", lifecycle.base_folder("llama"), adapter, out, "--max-shard-size", "20KB")
     assert done.exit_code == 0, done.output
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None and card.data.pipeline_tag == "text-generation"
     assert "Merged the erasure of 'gender' at 5 sites" in card.text
-    assert "hf_erasure" not in card.text and "/tmp" not in card.text
+    assert "hf_erasure" not in card.text and "/tmp" not in card.text and "![" not in card.text
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert type(hf.AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
 

@@ -288,7 +288,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def counted(number: int, noun: str) -> str:
+def number_of(number: int, noun: str) -> str:
     """A number with its noun, as in "1 row" and "2 rows"; the plural of the noun ends in s."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 

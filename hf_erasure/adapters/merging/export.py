@@ -31,7 +31,7 @@ from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import last_hidden_state
 
 from ..common.acting import adapters_now, kind_of, warn_user
-from ..common.config import ChildConfig, Provenance, adapter_config, counted, short
+from ..common.config import ChildConfig, Provenance, adapter_config, number_of, short
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import adapter_children, innermost
 from ..common.lookup import FoundAdapter, adapter_of
@@ -305,7 +305,7 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora_config.save_pretrained(str(folder))
     bias = ", with lora_bias" if has_shifts else ""
-    text = f"Wrote a LoRA of rank {usual} on {counted(len(loras), 'module')}{bias} to {folder}."
+    text = f"Wrote a LoRA of rank {usual} on {number_of(len(loras), 'module')}{bias} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
         at = [name for name, why in unmergeable.items() if why == reason]
         rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
@@ -341,9 +341,12 @@ def save_merged(
     config: Any = wrapped.peft_config[_ADAPTER]
     _refuse_idle(config)
     if isinstance(config, GradiendConfig):
-        where, options = f"into {counted(len(targeted_parameters(wrapped, _ADAPTER)), 'weight')}", {}
+        where, options = f"into {number_of(len(targeted_parameters(wrapped, _ADAPTER)), 'weight')}", {}
     else:
-        where, options = f"at {counted(len(site_layers(wrapped, _ADAPTER)), 'site')} into the weights", {"untie": untie}
+        where, options = (
+            f"at {number_of(len(site_layers(wrapped, _ADAPTER)), 'site')} into the weights",
+            {"untie": untie},
+        )
     plain = wrapped.merge_and_unload(**options)
     plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     try:
