@@ -61,7 +61,7 @@ def verify(model: Model, adapter: Adapter) -> None:
 def list_adapters(
     folder: Annotated[Path, typer.Argument(help="The folder to look through.", exists=True, file_okay=False)] = Path(),
 ) -> None:
-    """List the adapters in a folder and in the folders within it, with the measures of each.
+    """List the adapters in a folder and in the folders within it, with the first measure of each.
 
     Example: hf-erasure list out
     """
@@ -106,7 +106,7 @@ def _adapter_lines(place: str) -> dict[str, str]:
     rows = [
         f"{row['title']}: {rendering.number(row['before'])} → {rendering.number(row['after'])}" for row in own.measured
     ]
-    lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
+    lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing was measured"
     return lines
 
 

@@ -176,6 +176,7 @@ def _gpt(page: Page, folder: Path) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    tokenizer.pad_token = None  # as that of the Hub's gpt2
     for part in (model, tokenizer):
         part.save_pretrained(folder)
     return folder
@@ -238,15 +239,6 @@ def neutral(page: Page) -> None:
 
 def _neutral(count: int) -> list[str]:
     return list(dict.fromkeys(_demo().sentences(10 * count, seed=2, neutral_share=1.0)))[:count]
-
-
-@setup
-def values(page: Page) -> None:
-    """`x` and `z`: rows whose class can be read from several correlated features."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randint(0, 2, (2000,), generator=generator)
-    noise = torch.randn(2000, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
-    page.namespace |= {"x": noise + 3 * z[:, None] * torch.randn(16, generator=generator), "z": z}
 
 
 # ---- fitted adapters and training ------------------------------------------------------------------------------------
