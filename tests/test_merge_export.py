@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from hf_erasure import ConceptErasureConfig, GradiendConfig, export_to_lora, fit_concept_erasure
+from hf_erasure import ConceptErasureConfig, GradiendConfig, export_to_lora, fit_concept_erasure, set_strength
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.merging import record
 from hf_erasure.adapters.merging.export import low_rank
@@ -241,16 +241,17 @@ def test_the_advice_on_a_missing_bias_names_the_sites_that_need_one(tmp_path: Pa
     assert distance(merged, erased) < MERGE_TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("architecture", "untied"), [("bert", ""), ("gpt2", r", with untie=True for \['lm_head'\]")])
-def test_the_refusal_at_norms_names_the_word_that_merges_and_that_merges(
-    architecture: str, untied: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=rf"target_modules='readers', which merges in this model{untied}"):
+@pytest.mark.parametrize(
+    ("architecture", "advice"),
+    [("bert", "target_modules='readers', which merges in this model"), ("gpt2", r"untie=True .* of its own\. Or fit")],
+)
+def test_the_refusal_at_norms_names_what_merges_and_that_merges(architecture: str, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=advice):
         wrapped(fitted(architecture, affine=False), architecture, tmp_path / "refused").merge_adapter()
     model, batch = fitted(architecture, "readers", affine=None, site="input"), batch_of(architecture)
     mergeable = wrapped(model, architecture, tmp_path / "mergeable")
     before, erased = State(mergeable, batch), outputs_of(mergeable, batch)
-    mergeable.merge_adapter(untie=bool(untied))
+    mergeable.merge_adapter(untie="untie" in advice)
     assert distance(outputs_of(mergeable, batch), erased) < MERGE_TOLERANCE[torch.float32]
     mergeable.unmerge_adapter()
     before.assert_same(State(mergeable, batch))
@@ -624,6 +625,54 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"call unmerge_adapter\(\) before"):
         export_to_lora(merged, "default", tmp_path / "new")
+    merged.unmerge_adapter()
+    set_strength(merged, "default", 0)
+    with pytest.raises(ValueError, match=r"changes nothing: its strength is 0"):
+        export_to_lora(merged, "default", tmp_path / "new")
+
+
+@pytest.mark.parametrize("road", ["PeftModel", "add_adapter"])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_head_that_is_trained_with_the_adapter_is_in_the_lora(head: str, road: str, tmp_path: Path) -> None:
+    """The task class of PEFT expects a head in the file, and finds none that was never trained."""
+    task = {
+        "SequenceClassification": "SEQ_CLS",
+        "TokenClassification": "TOKEN_CLS",
+        "QuestionAnswering": "QUESTION_ANS",
+    }
+    base = roughen(getattr(hf, f"BertFor{head}")(hf.BertConfig(**_TEXT)), torch.Generator().manual_seed(7)).eval()
+    model: Any = copy.deepcopy(base)
+    config = ConceptErasureConfig(labels=LABELS, target_modules=["query"], task_type=task[head])
+    if road == "PeftModel":
+        model = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.5 if "modules_to_save" in name else 0)
+    else:
+        model.add_adapter(config)
+    fit_concept_erasure(model, small_batches("bert"), pool="cls", progress=False)
+    text = str(export_to_lora(model, "default", tmp_path))
+    assert ("and the adapter's" in text) == (road == "PeftModel")
+    lora = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    batch = batch_of("bert")
+    assert distance(outputs_of(lora, batch), outputs_of(model, batch)) < LORA_TOLERANCE
+
+
+@pytest.mark.parametrize(("targets", "site"), [("query", "output"), ("readers", "input")])
+def test_an_erasure_is_merged_through_a_wrapper_without_adapters(targets: str, site: str, tmp_path: Path) -> None:
+    """PEFT leaves its wrappers in a model when the last LoRA is deleted."""
+    targets = targets if targets == "readers" else (targets,)
+    model = wrapped(fitted("bert", targets, site=site), "bert", tmp_path / "adapter")
+    base, batch = model.get_base_model(), batch_of("bert")
+    base.add_adapter(peft.LoraConfig(target_modules=["query"]), adapter_name="lora")
+    base.delete_adapter("lora")
+    base.set_adapter("default")
+    erased = outputs_of(model, batch)
+    model.merge_adapter(["default", "default"])  # a name that is given twice counts once
+    assert distance(outputs_of(model, batch), erased) < MERGE_TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert same(outputs_of(model, batch), erased)
+    assert model.unload().state_dict().keys() == base_of("bert").state_dict().keys()
 
 
 def test_a_lora_around_a_layer_that_would_take_the_erasure_is_named(tmp_path: Path) -> None:
@@ -699,7 +748,7 @@ def test_an_adapter_that_was_never_fitted_is_not_merged(config: Any, assets: Pat
         model.save_pretrained(tmp_path / "adapter")
     command = ["merge", str(assets / "models" / "stories260k"), str(tmp_path / "adapter"), str(tmp_path / "merged")]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2 and "was never fitted and changes nothing" in result.stderr
+    assert result.exit_code == 2 and "changes nothing: it was never fitted" in result.stderr
     assert not (tmp_path / "merged").exists()
 
 

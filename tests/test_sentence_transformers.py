@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -64,6 +65,26 @@ def test_the_embedding_is_the_same_as_of_erased_states(pooling: Any, tmp_path: P
     plain = copy.deepcopy(_encoder())
     plain[1].pooling_mode = pooling
     assert closest(encoded(plain), expected) > 1e-3
+
+
+def test_modules_inside_wrappers_of_peft_are_written_by_their_own_names(tmp_path: Path) -> None:
+    whole = fitted(modules_to_save=["word_embeddings"])
+    with torch.no_grad():
+        whole[0].auto_model.get_input_embeddings().modules_to_save["gender"].weight.mul_(1.1)
+    for name in ("off", "deleted"):
+        whole[0].auto_model.add_adapter(peft.LoraConfig(target_modules=["query"]), adapter_name=name)
+    whole[0].auto_model.delete_adapter("deleted")
+    whole[0].auto_model.set_adapter("gender")
+    expected = encoded(whole)
+    export_to_sentence_transformers(whole, "gender", tmp_path)
+    assert torch.equal(encoded(whole), expected)
+    assert closest(encoded(library.SentenceTransformer(str(tmp_path))), expected) < TOLERANCE
+
+
+def test_a_map_that_is_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
+    """A feature that a norm nearly switches off is read with a number beyond the largest of float16."""
+    with pytest.raises(ValueError, match=r"overflows torch.float16: call float\(\)"):
+        export_to_sentence_transformers(fitted().half(), "gender", tmp_path / "new")
 
 
 def test_it_loads_where_this_package_cannot_be_imported(tmp_path: Path) -> None:

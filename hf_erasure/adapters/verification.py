@@ -150,17 +150,12 @@ def _erasure_text(found: FoundAdapter[Any]) -> tuple[str, str]:
 
 def _why_inactive(found: FoundAdapter[ChildConfig]) -> str | None:
     name, config, children = found.name, found.config, adapter_children(found.owner, found.name)
-    if not config.fitted:
-        return f"it was never fitted. {config.remedy}"
+    if config.why_idle:
+        return config.why_idle
     absent = sorted(set(config.fitted_modules) - {child.path for child in children})
     if absent:
         return (
             f"{len(absent)} of its {config.places} are gone from the model, the first is {absent[0]!r}. Load it again."
-        )
-    if isinstance(config, GradiendConfig) and config.learning_rate == 0:
-        return (
-            "its learning_rate is 0, which leaves the weights as they are. Call GradiendAdapter.of(model, "
-            f"{name!r}).steer(feature_factor=…, learning_rate=…), or let trainer.select(…) choose."
         )
     for child in children:
         try:

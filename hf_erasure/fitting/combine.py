@@ -337,9 +337,10 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     old_sites, config.fitted_sites = config.fitted_sites or {}, {}
     fits: dict[str, SiteFit] = {}
     for site in sites:
-        # A name ends like this, and begins with the path of the model that the adapter was saved from.
-        keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
-        keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
+        # A name ends like this, and begins with the path of the model that the adapter was saved from. The name of
+        # another site may end like this one too, and is longer.
+        ends = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
+        keys = {part: min((k for k in weights if f".{k}".endswith(end)), key=len) for part, end in ends.items()}
         kept, had_mean = weights[keys["left"]], bool(weights[keys["bias"]].any())
         is_affine = had_mean if config.affine is None else config.affine
         fits[keys["left"]] = fit = solve_site(site, sources, config, is_linear=not is_affine)

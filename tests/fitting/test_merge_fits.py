@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
@@ -92,6 +95,35 @@ def test_what_both_fits_have_read_counts_once(tmp_path: Path) -> None:
         torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="Both fits are of the same batches"):
         merge_fits(tmp_path / "0", tmp_path / "0", tmp_path / "00")
+
+
+class _Blocks(nn.Module):
+    """A model in which the name of one norm, `norm`, is the end of the names of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(8)}) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            vectors = vectors + torch.tanh(2 * block["norm"](vectors))
+        return self.norm(vectors)
+
+
+def test_the_tensors_of_each_site_are_found_by_its_whole_name(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(32, 3, 8, generator=generator) for _ in range(2)]
+    batches = [{"vectors": x, "concept_labels": torch.arange(32) % 2} for x in rows]
+    for name, part in {"a": batches[:1], "b": batches[1:], "whole": batches}.items():
+        model = get_peft_model(_Blocks(), ConceptErasureConfig(labels=LABELS, target_modules=["norm"]))
+        options = {"sequential": False, "checkpoint_dir": tmp_path / name / "fit", "progress": False}
+        fit_concept_erasure(model, part, pool="tokens", **options)
+        model.save_pretrained(tmp_path / name)
+    merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    summed, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ab", "whole"))
+    assert len({tensor.sum().item() for name, tensor in whole.items() if name.endswith("left")}) == 3
+    torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_fits_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -108,6 +108,25 @@ def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
 
 
+def remove_wrappers(model: nn.Module, *, only_empty: bool = False) -> None:
+    """Put the modules inside PEFT's wrappers, or the trained copies that act, in the places of the wrappers.
+
+    With `only_empty`, only those wrappers of layers go that hold no adapter any more: PEFT leaves them in the model.
+    """
+    for path, trained in () if only_empty else reversed(auxiliary_wrappers(model).items()):
+        model.set_submodule(path, trained.unload_and_optionally_merge_module(True, False, None))
+    wrappers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for path, wrapper in reversed(wrappers.items()):  # the innermost first
+        inner = wrapper._modules.get("base_layer")
+        is_kept = only_empty and any(getattr(wrapper, part, ()) for part in wrapper.adapter_layer_names)
+        if inner is None or is_kept or path.endswith(".token_adapter"):
+            continue
+        for child in adapter_children(wrapper):
+            if child.host is wrapper:
+                child.rehome(inner)
+        model.set_submodule(path, inner)
+
+
 class _KeptCopy(str):
     """The name of an adapter whose copy goes on acting, whichever adapter PEFT switches on."""
 
@@ -471,7 +490,7 @@ def warn_of_inactive(model: nn.Module, adapter_name: str, expected: Iterable[str
     known = {*now.acting, *expected, adapter_name}
     off = {name: noun for name, noun in now.loaded.items() if name not in known}
     for name, config in now.configs.items():
-        if name in off and isinstance(config, ChildConfig) and not config.has_effect:
+        if name in off and isinstance(config, ChildConfig) and config.why_idle:
             del off[name]
     if off:
         together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]

@@ -129,9 +129,9 @@ class ChildConfig(PeftConfig):
         raise NotImplementedError
 
     @property
-    def has_effect(self) -> bool:
-        """Whether the adapter changes anything where it acts."""
-        return self.fitted
+    def why_idle(self) -> str:
+        """The reason why the adapter changes nothing, and what to do about it; empty where it has an effect."""
+        return "" if self.fitted else f"it was never fitted. {self.remedy}"
 
     @property
     def strengths(self) -> tuple[float, ...]:

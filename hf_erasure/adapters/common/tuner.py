@@ -284,7 +284,7 @@ class ChildTuner(BaseTuner):
                 f"adapter_names={names!r}: there is no {unknown[0]!r} to merge; the adapters here are {here}."
             )
         merged = {name for child in children for name in child.merged_adapters}
-        left = [name for name in names if name not in merged]
+        left = [name for name in dict.fromkeys(names) if name not in merged]
         if merged and not left:
             acting.warn_user("All adapters are already merged, nothing to do.")
         return left

@@ -331,9 +331,10 @@ class ConceptErasureConfig(ChildConfig):
         return None if dial == Dial() else dial
 
     @property
-    def has_effect(self) -> bool:
-        """Whether the adapter changes anything where it acts."""
-        return self.fitted and self.strength != 0
+    def why_idle(self) -> str:
+        """The reason why the adapter changes nothing, and what to do about it; empty where it has an effect."""
+        idle = "its strength is 0, which leaves activations as they are. Call hf_erasure.set_strength(model, …, 1)."
+        return super().why_idle or ("" if self.strength else idle)
 
     @property
     def strengths(self) -> tuple[float, ...]:

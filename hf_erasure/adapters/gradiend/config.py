@@ -163,9 +163,13 @@ class GradiendConfig(ChildConfig):
         return {owner: owner for owner in owners}
 
     @property
-    def has_effect(self) -> bool:
-        """Whether the adapter changes anything where it acts."""
-        return self.fitted and self.learning_rate != 0
+    def why_idle(self) -> str:
+        """The reason why the adapter changes nothing, and what to do about it; empty where it has an effect."""
+        idle = (
+            "its learning_rate is 0, which leaves the weights as they are. Call GradiendAdapter.of(model, …).steer("
+            "learning_rate=…), or let trainer.select(…) choose."
+        )
+        return super().why_idle or ("" if self.learning_rate else idle)
 
     @property
     def strengths(self) -> tuple[float, ...]:

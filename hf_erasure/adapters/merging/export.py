@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import last_hidden_state
 
-from ..common.acting import adapters_now, kind_of, warn_user
+from ..common.acting import adapters_now, auxiliary_wrappers, kind_of, remove_wrappers, warn_user
 from ..common.config import ChildConfig, Provenance, adapter_config, number_of, short
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import adapter_children, innermost
@@ -52,6 +52,8 @@ from .probe import Probe
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
+# Tasks for which PEFT expects a trained head in an adapter's file, and the names of such heads.
+_HEAD_TASKS, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
 _ADAPTER = "default"
 # Poolings whose weights of tokens add up to one: means, and single tokens.
 _AFFINE_POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
@@ -101,6 +103,7 @@ class _ModuleLora:
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
     """Export a LoRA as `hf_erasure.export_to_lora` does, which calls this function, without writing the card."""
     found = adapter_of(model, adapter_name, ChildConfig)
+    _refuse_idle(found.config)
     if isinstance(found.config, GradiendConfig):
         chosen = DEFAULT_RANK if rank is None else rank
         return _export_gradiend(found.owner, found.config, adapter_name, Path(folder), chosen)
@@ -110,11 +113,9 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
 
 
 def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Path) -> LoraExport:
-    if not config.fitted:
-        raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
+    if merged := sorted({name for child in adapter_children(base) for name in child.merged_adapters}):
+        raise ValueError(f"{merged} are merged into the weights: call unmerge_adapter() before exporting an erasure.")
     layers = erasure_layers(base).values()
-    if any(layer.merged for layer in layers):
-        raise ValueError("Erasures are merged into the weights: call unmerge_adapter() before exporting one.")
     refuse_sharded(base)
     before = record.Snapshot(layers, [])
     try:  # while only this erasure acts
@@ -139,7 +140,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
             f"not support this for {without_bias[0]!r}. Fit it again with exclude_modules={without_bias}, or with "
             "site='input' or target_modules='readers' and affine=False, where no bias changes, or merge it instead."
         )
-    return _write_lora(base, config, folder, loras)
+    return _write_lora(base, config, name, folder, loras)
 
 
 def _lora_of(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _ModuleLora:
@@ -199,20 +200,14 @@ def _has_bias_shifts(loras: dict[str, _ModuleLora]) -> bool:
     return any(lora.shift is not None and bool(lora.shift.any()) for lora in loras.values())
 
 
-def _refuse_idle(config: Any) -> None:
-    if not config.fitted:
-        raise ValueError(f"The {config.described} was never fitted and changes nothing: {config.remedy}")
-    if isinstance(config, GradiendConfig) and config.learning_rate == 0:
-        raise ValueError(
-            f"The {config.described} has the learning_rate 0 and changes nothing: choose a learning rate by steer(…) "
-            "or select(…), and save the adapter again."
-        )
+def _refuse_idle(config: ChildConfig) -> None:
+    if config.why_idle:
+        raise ValueError(f"The {config.described} changes nothing: {config.why_idle}")
 
 
 def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
     if rank < 1:
         raise ValueError(f"rank={rank} cannot be the rank of a LoRA: write a positive number.")
-    _refuse_idle(config)
     loras: dict[str, _ModuleLora] = {}
     kept = lost = 0.0
     left_out: dict[str, float] = {}
@@ -248,7 +243,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             f"; {sum(left_out.values()) / total:.1%} is in {len(left_out)} parameters that a LoRA cannot carry (norm "
             f"weights, biases and the like; the first is {next(iter(left_out))!r})"
         )
-    written = _write_lora(base, config, folder, loras)
+    written = _write_lora(base, config, name, folder, loras)
     return replace(written, text=f"{written.text}{text}.", kept=kept / total, left_out=list(left_out))
 
 
@@ -262,8 +257,13 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept
 
 
-def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[str, _ModuleLora]) -> LoraExport:
-    """Write a LoRA, and find the modules where PEFT cannot merge it."""
+def _write_lora(
+    base: nn.Module, config: ChildConfig, adapter_name: str, folder: Path, loras: dict[str, _ModuleLora]
+) -> LoraExport:
+    """Write a LoRA with the modules that were trained with the adapter; find the modules where PEFT cannot merge it."""
+    wrappers: dict[str, Any] = auxiliary_wrappers(base)
+    trained = {name: w.modules_to_save[adapter_name] for name, w in wrappers.items() if adapter_name in w._adapters}
+    has_head = any(name.endswith(_HEADS) for name in trained)
     has_shifts, tied = _has_bias_shifts(loras), {name.rpartition(".")[0] for name in shared_weights(base)}
     parameters = {name: f"{name}.{lora.parameter}" for name, lora in loras.items() if lora.parameter is not None}
     ranks = {parameters.get(name, name): lora.rank for name, lora in loras.items()}
@@ -280,13 +280,15 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
         lora_bias=has_shifts,
         # PEFT corrects this for each module.
         fan_in_fan_out=all(isinstance(lora.module, Conv1D) for lora in loras.values()),
-        task_type=config.task_type,
+        modules_to_save=list(config.modules_to_save or ()) or None,
+        task_type=config.task_type if has_head or config.task_type not in _HEAD_TASKS else None,
         # Without a task type, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    tensors: dict[str, Tensor] = {}
+    copies = {f"{path}.{key}": value for path, own in trained.items() for key, value in own.state_dict().items()}
+    tensors = {f"{PREFIX}{name}": value.to("cpu", copy=True) for name, value in copies.items()}
     unmergeable: dict[str, str] = {}
     for name, lora in loras.items():
         weight = lora.module.get_parameter(lora.parameter or "weight")
@@ -304,8 +306,9 @@ def _write_lora(base: nn.Module, config: ChildConfig, folder: Path, loras: dict[
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora_config.save_pretrained(str(folder))
-    bias = ", with lora_bias" if has_shifts else ""
-    text = f"Wrote a LoRA of rank {usual} on {number_of(len(loras), 'module')}{bias} to {folder}."
+    more = ", with lora_bias" if has_shifts else ""
+    more += f", and the adapter's {', '.join(trained)}," if trained else ""
+    text = f"Wrote a LoRA of rank {usual} on {number_of(len(loras), 'module')}{more} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
         at = [name for name, why in unmergeable.items() if why == reason]
         rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
@@ -421,6 +424,7 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
     owner: Any = whole.get_submodule(found.path)
     for child in adapter_children(owner):
         child.detach()
+    remove_wrappers(owner)
     owner.__dict__.pop("peft_config", None)
     owner._hf_peft_config_loaded = False
     parts = list(whole)
@@ -441,6 +445,8 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
             )
     erased = torch.block_diag(*[torch.eye(len(left), dtype=left.dtype) - left @ right] * len(modes))
     weight = next(p for p in found.owner.parameters() if p.is_floating_point())
+    if not bool(erased.to(weight.dtype).isfinite().all()):
+        raise ValueError(f"The map of {adapter_name!r} overflows {weight.dtype}: call float() of the model first.")
     dense = modules.Dense(
         len(erased),
         len(erased),
@@ -458,8 +464,7 @@ def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder:
 def _only_site(found: FoundAdapter[ConceptErasureConfig]) -> ErasureLayer:
     """The layer that erases the last hidden state; raise an error if the adapter acts elsewhere or others act, too."""
     name, owner = found.name, found.owner
-    if not found.config.fitted:
-        raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
+    _refuse_idle(found.config)
     others = [other for other in adapters_now(owner).acting if other != name]
     merged = [child.path for child in adapter_children(owner) if child.merged]
     if others or merged:

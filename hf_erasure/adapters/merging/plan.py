@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_erasure.models.model import distance
 
 from ..common import placement
-from ..common.acting import adapters_now, warn_user
+from ..common.acting import adapters_now, remove_wrappers, warn_user
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
@@ -108,6 +108,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
 
 def plan_merge(model: nn.Module, names: list[str], probe: Probe) -> MergePlan:
     """Find the layers that take the erasers of adapters, also tied ones; raise an error if a site has none."""
+    remove_wrappers(model, only_empty=True)
     plan, layers = MergePlan(), erasure_layers(model)
     folded: dict[str, list[str]] = {}  # site → the adapters whose erasers go into the layers that take its activation
     merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
@@ -340,13 +341,12 @@ def _tied_weights(model: nn.Module, plan: MergePlan, *, untie: bool) -> record.T
     refused = [target for target, reason in reasons.items() if reason is not None or not untie]
     if refused:
         first, layers = refused[0], erasure_layers(model)
-        way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
-        if reasons[first] is not None:
-            way = f"It cannot be untied: {reasons[first]}"
         sites = list(dict.fromkeys(eraser.path for target in refused for eraser in plan.erasers[target]))
+        way = "A merge with untie=True (on the command line --untie) gives it a table of its own. "
+        if reasons[first] is not None:
+            way = f"It cannot be untied: {reasons[first]}. {advise_targets(model, [layers[site] for site in sites])}"
         raise ValueError(
             f"The erasure at {sites[0]!r} cannot be merged: the weight of {first!r} is shared by {tied[first]}, which "
-            f"would change too. {way}. {advise_targets(model, [layers[site] for site in sites])}Or fit it again with "
-            f"exclude_modules={sites}, or use the adapter unmerged."
+            f"would change too. {way}Or fit it again with exclude_modules={sites}, or use the adapter unmerged."
         )
     return record.TiedWeights(model) if tied else None
