@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,7 @@ def test_the_commands_load_a_trained_head_into_the_class_that_has_it(kind: str, 
     bare.save_pretrained(tmp_path / "model")
     OF[kind].add(with_head, "bert", NAME, modules_to_save=["classifier"])
     with_head.save_pretrained(tmp_path / "adapter")
+    warnings.filterwarnings("error", category=FutureWarning)  # users cannot change what PEFT and transformers call
     loaded_model: Any = load_with_erasure(str(tmp_path / "model"), tmp_path / "adapter").get_base_model()
     assert type(loaded_model) is hf.BertForSequenceClassification
     assert same(outputs_of(loaded_model, small_batch("bert")), outputs_of(with_head, small_batch("bert")))
@@ -225,6 +227,30 @@ def test_the_commands_refuse_a_model_of_another_type_in_words(kind: str, tmp_pat
     small_model("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"fitted on .*BertModel.*which this \w+ does not have"):
         load_with_erasure(str(tmp_path / "model"), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:.*was never fitted")
+@pytest.mark.parametrize("word", ["readers", "writers"])
+@pytest.mark.parametrize("road", ROADS)
+def test_an_adapter_of_a_word_that_was_never_fitted_goes_along(word: str, road: str, tmp_path: Path):
+    bare, with_head = both("llama")
+    expected = copy.deepcopy(bare)
+    expected.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=word), adapter_name="default")
+    expected.save_pretrained(tmp_path / "unfitted")
+    moved = loaded(with_head, tmp_path / "unfitted", road)
+    for model in (expected, moved):
+        fit_concept_erasure(model, small_batches("llama"), "default", progress=False)
+    assert same(hidden_states("llama", moved), hidden_states("llama", expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*was never fitted")
+def test_readers_that_the_bare_model_lacks_are_named_before_a_fit_too(tmp_path: Path):
+    bare, with_head = both("llama")
+    with_head.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules="readers"), adapter_name=NAME)
+    with_head.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was added to .* acts at 'lm_head', which this LlamaModel does not have"):
+        bare.load_adapter(tmp_path)
+    assert not hasattr(bare, "peft_config")
 
 
 # ---- saves of a model that has an adapter on a part of it ------------------------------------------------------------

@@ -78,13 +78,14 @@ class ChildTuner(BaseTuner):
                 if UNCHECKED.get():
                     raise ValueError("The adapter's files could not be checked before they are loaded: try again.")
                 _check_new(config, adapter_name, model)
-                if config.fitted:
+                target = config.target_modules
+                is_word = isinstance(target, str) and target.lower() in config.words
+                # The modules that a word stood for are known before the fit.
+                if config.fitted or (config.fitted_modules and not is_word):
                     check_base(model, config)
-                    target = config.target_modules
-                    if target is None or (isinstance(target, str) and target.lower() in config.words):
-                        # PEFT would replace None by its own default.
+                    if config.target_modules is None or is_word:  # PEFT would replace None by its own default
                         config.target_modules = exact_targets(list(config.fitted_modules), model)
-                        config.has_default_targets |= target is not None
+                        config.has_default_targets |= is_word
                 elif config.revision is None:
                     # The revision, like the name beside it, is that of the base model which was downloaded.
                     config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)

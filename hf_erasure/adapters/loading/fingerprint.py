@@ -71,7 +71,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
 
 
 def check_base(model: nn.Module, config: ChildConfig) -> None:
-    """Check the model to which a fitted adapter is attached, and rename the adapter's modules as this model names them.
+    """Check the model to which an adapter is attached, and rename the adapter's modules as this model names them.
 
     A model that lacks a site, that has a weight which the tensors do not fit, or that has other weights is refused;
     other weights are only a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Weights that were
@@ -83,7 +83,7 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
     elif rename is not str:
         rename_modules(config, rename)
     samples = Provenance.of(config).fingerprint
-    if not samples:
+    if config.fitted and not samples:
         warn_user(
             f"The {config.described} does not say what weights it was fitted on ({_base_text(config)}): whether "
             "this is the same base cannot be checked."
@@ -340,9 +340,10 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     missing = missing or [site for site in sites if site not in names]
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
     part = next((n for n, _ in model.named_children() if all(f"{n}.{site}" in names for site in sites)), "part")
+    made = "fitted on" if config.fitted else "added to"
     raise ValueError(
-        f"The {config.described} was fitted on {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
-        f"{type(model).__name__} does not have. Load it into the model it was fitted on, or into the part of this "
+        f"The {config.described} was {made} {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
+        f"{type(model).__name__} does not have. Load it into the model it was {made}, or into the part of this "
         f"model that has them, model.{part}.load_adapter(…), or fit it again with targets that both models have."
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -332,7 +333,9 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
             f"{model!r} has no values for {len(absent)} parameters of {type(base).__name__}, nor has the adapter: "
             f"{short(absent)} are new and random here, and would be in a merged model. Name a checkpoint that has them."
         )
-    wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_ADAPTER)
+    with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_ADAPTER)
     return wrapped
 
 
