@@ -5,6 +5,7 @@ Each row is recognised by a hash of eight bytes, so that held-out rows that were
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -74,7 +75,7 @@ def measure(
         these were fitted on; and the number of their environments, None where the batches name none.
     """
     # Environments, and classes of what is kept, matter to fitting alone.
-    concept = task.config.copied()
+    concept = copy.copy(task.config)
     concept.environment_rank = concept.kept = None
     measurement, processes = _Measurement(task, concept, erase), task.processes
     if isinstance(batches, ObservedBatches):

@@ -16,18 +16,65 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from .dummy import dummy_batch
 from .graph import REARRANGING
-from .model import floats_of, is_norm
+from .model import axis_of_kind, floats_of, is_norm
 
 _SUMS = {"add", "add_", "sub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
 _LAST = ("last_hidden_state", "pooler_output")
 _MIXINGS = {"bmm", "mm", "baddbmm"}
+
+
+def norms_of_hidden_state(model: nn.Module) -> list[str]:
+    """The names of a bare model's norms of the hidden state, or of the wrappers that other adapters put around them.
+
+    Raises:
+        ValueError: If there are none, or no input is known that the model accepts; it names modules to erase at.
+    """
+    found: set[str] = set()
+    try:
+        dummy_batch(model, watch=lambda call: found.update(NormFinder(model, call).sites))
+    except ValueError as error:
+        raise _no_norms_error(
+            model,
+            f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass",
+            "; a class of your own can have dummy_inputs, a dict, which are tried first",
+        ) from error
+    found = set(map(wrapper_finder(model), found))
+    if not found:
+        blocks = f"the blocks of {type(model).__name__} that reads or writes its hidden state"
+        raise _no_norms_error(model, f"No normalization layer was found inside {blocks}")
+    return [name for name, _ in model.named_modules() if name in found]
+
+
+def wrapper_finder(model: nn.Module) -> Callable[[str], str]:
+    """A function from a module's name to that of the wrapper around it, or to the same name if it has no wrapper."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
+    return lambda name: next((w for w in wrappers if name.startswith(f"{w}.")), name)
+
+
+def _no_norms_error(model: nn.Module, why: str, besides: str = "") -> ValueError:
+    """The error for a model without a default; it suggests the last layers with a matrix in the last blocks."""
+    blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
+    found = {id(block) for block in blocks}
+    matrices = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    layers = [name for name, m in model.named_modules() if axis_of_kind(m, 4) is not None and name in matrices]
+    names = []
+    for block in [name for name, module in model.named_modules() if id(module) in found][-2:]:
+        names += [name for name in layers if f"{name}.".startswith(f"{block}.")][-1:] or [block]
+    return ValueError(
+        f"{why}, so there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
+        f"target_modules={names or ['layer.0', 'layer.1']}{besides}."
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +225,14 @@ class NormFinder(TorchDispatchMode):
             if hidden is not None or len(ends) > 1 or of_block:
                 # The sum of the outputs of two norms, of a branch and of its bypass, begins another hidden state. So
                 # does a sum of the outputs of a block's parts that the block itself makes (Hiera).
-                return self._trace_of_sum(traced, hidden or Trace(tuple(traced[0][0].shape), was_in_block=True))
+                was_in_block = hidden is None or any(trace.was_in_block for _, trace in traced if trace.sizes)
+                for _, trace in traced if was_in_block else ():  # the norms that the other terms of the sum came from
+                    if trace.output_of is not None:
+                        self._found_norms.add(trace.output_of)
+                    if not trace.sizes:
+                        self._found_norms |= trace.norms & self._input_norms
+                sizes = tuple(traced[0][0].shape) if hidden is None else hidden.sizes
+                return Trace(sizes, was_in_block=was_in_block)
             if ends and len(traced) > 1:
                 # So does the sum of one norm's output and a branch if it is normalised, which shows later (MobileBERT).
                 return Trace(tuple(traced[0][0].shape), norms, was_in_block=True, summed_norm=ends.pop())
@@ -195,16 +249,6 @@ class NormFinder(TorchDispatchMode):
             first = first if scaled else hidden or first
             return replace(first, norms=norms, is_rearranged=True)
         return Trace(norms=norms)
-
-    def _trace_of_sum(self, traced: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
-        """Return the trace of a sum with the hidden state, and keep the norms that its other terms came from."""
-        was_in_block = any(trace.was_in_block for _, trace in traced if trace.sizes) or hidden.was_in_block
-        for _, trace in traced if was_in_block else ():
-            if trace.output_of is not None:
-                self._found_norms.add(trace.output_of)
-            if not trace.sizes:
-                self._found_norms |= trace.norms & self._input_norms
-        return Trace(hidden.sizes, was_in_block=was_in_block)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

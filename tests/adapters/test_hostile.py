@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig
-from hf_erasure.adapters.common import config as patterns
+from hf_erasure.adapters.common import tuner as patterns
 from hf_erasure.adapters.loading import load
 from hf_erasure.cli import app
 from hf_erasure.fitting.checkpoint import FitCheckpoint
@@ -190,7 +190,7 @@ def present(lifecycle: Lifecycle) -> peft.PeftModel:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time limit for matching is a tenth of the usual one."""
-    monkeypatch.setattr("hf_erasure.adapters.common.config._SECONDS_A_MATCH", 0.05)
+    monkeypatch.setattr("hf_erasure.adapters.common.tuner._SECONDS_A_MATCH", 0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.adapters.erasure.model import default_targets
+from hf_erasure.models.flow import norms_of_hidden_state
 from tests.lifecycle.verbs import OF, OURS
 from tests.small_models import ARCHITECTURES, LABELS, small_model
 
@@ -110,14 +110,14 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_default_of_the_ten_architectures(name: str):
-    assert default_targets(small_model(name)) == ARCHITECTURES[name].norms
+    assert norms_of_hidden_state(small_model(name)) == ARCHITECTURES[name].norms
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_default_of_other_architectures(name: str):
     build, expected = OTHERS[name]
     model = build()
-    assert default_targets(model) == expected
+    assert norms_of_hidden_state(model) == expected
     # PEFT attaches the adapter to exactly these modules.
     model.add_adapter(ConceptErasureConfig(labels=LABELS))
     assert list(erasure_layers(model)) == expected
@@ -126,7 +126,7 @@ def test_default_of_other_architectures(name: str):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
 def test_no_norm_of_a_head_or_an_embedding_is_chosen(name: str):
     model = OTHERS[name][0]() if name in OTHERS else small_model(name)
-    for path in default_targets(model):
+    for path in norms_of_hidden_state(model):
         last = path.rpartition(".")[2]
         assert last not in ("q_norm", "k_norm") and "embed" not in path and "head" not in path
         assert not list(model.get_submodule(path).children())
@@ -161,7 +161,7 @@ WITHOUT_NORMS = [
 def test_names_in_the_error_can_be_fitted_where_no_norm_is_of_the_hidden_state(kind: Any, config: Any, sizes: Any):
     model = kind(config).eval()
     with pytest.raises(ValueError, match="No normalization layer") as refused:
-        default_targets(model)
+        norms_of_hidden_state(model)
     names = re.findall(r"'([^']+)'", str(refused.value))
     model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=names))
     given = {name: torch.randn(size) for name, size in sizes.items()}
@@ -171,7 +171,7 @@ def test_names_in_the_error_can_be_fitted_where_no_norm_is_of_the_hidden_state(k
 
 def test_a_model_without_blocks_says_what_to_write():
     with pytest.raises(ValueError, match=r"no default for target_modules.*target_modules=\["):
-        default_targets(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+        norms_of_hidden_state(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
 
 
 @pytest.mark.parametrize("config", [ConceptErasureConfig(labels=LABELS), GradiendConfig(classes=LABELS)])
@@ -195,14 +195,14 @@ def test_an_adapter_with_ambiguous_names_survives_saving(tmp_path):
 
 def test_a_norm_that_another_adapter_has_replaced_is_named_by_its_place() -> None:
     model = copy.deepcopy(small_model("bert"))
-    expected = default_targets(model)
+    expected = norms_of_hidden_state(model)
     get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"], task_type=None))
-    assert default_targets(model) == expected
+    assert norms_of_hidden_state(model) == expected
 
 
 @pytest.mark.parametrize("kind", OURS)
 def test_what_an_earlier_fit_wrote_down_does_not_choose_the_modules_of_an_adapter_to_be_fitted(kind: str):
-    config = OF[kind].added("bert", "ours", target_modules=["key"]).peft_config["ours"].copied()
+    config = copy.copy(OF[kind].added("bert", "ours", target_modules=["key"]).peft_config["ours"])
     assert {name.rpartition(".")[2] for name in config.fitted_modules} == {"key"}
     config.fitted, config.target_modules = False, ["query"]
     assert not config.fitted_modules

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from hf_erasure.adapters.erasure.model import default_targets
+from hf_erasure.models.flow import norms_of_hidden_state
 from hf_erasure.models.streams import Weight, readers_of, writers_of
 from tests.breadth import kinds, zoo
 from tests.breadth import sites as default_sites
@@ -147,7 +147,7 @@ def _shows(given: Tensor, tensor: Tensor) -> bool:
 
 
 def _norms(model: nn.Module) -> list[str]:
-    return [name for name in default_targets(model) if not _WITHOUT_SUM.search(name)]
+    return [name for name in norms_of_hidden_state(model) if not _WITHOUT_SUM.search(name)]
 
 
 # ---- states of the residual stream -----------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_readers_that_the_bare_model_lacks_are_named_before_a_fit_too(tmp_path: 
     bare, with_head = both("llama")
     with_head.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules="readers"), adapter_name=NAME)
     with_head.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="was added to .* acts at 'lm_head', which this LlamaModel does not have"):
+    with pytest.raises(ValueError, match=r"was added to .* acts at 'lm_head', which this LlamaModel does not have"):
         bare.load_adapter(tmp_path)
     assert not hasattr(bare, "peft_config")
 

@@ -7,22 +7,19 @@ out values of a wrong type.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
 import stat
-import time
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
-import regex  # type: ignore[import-untyped]
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
@@ -38,11 +35,7 @@ MAX_CONFIG_BYTES = 16 * 2**20
 # The name of a module. PEFT puts it into a regular expression, where these characters stand for themselves.
 _MODULE_NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
-_PATTERN_FIELDS = ("target_modules", "exclude_modules")
-# How long one match may take, in seconds; a match of an ordinary pattern takes microseconds.
-_SECONDS_A_MATCH = 0.5
-# How long all matches of one field in a model may take together, in seconds of processor time.
-_SECONDS_A_MODEL = 5.0
+PATTERN_FIELDS = ("target_modules", "exclude_modules")
 # The parts of the provenance that are not written by the code that fits the adapter.
 ACTIVE, TRAINING, RECIPE, CARD_FACTS = "active_adapters", "training", "recipe", "card"
 # The data that the figures of a recipe's run were measured on, in words.
@@ -98,7 +91,7 @@ class ChildConfig(PeftConfig):
             for name in [value] if isinstance(value, str) else value or []:
                 if not _MODULE_NAME.fullmatch(name):
                     raise ValueError(f"{key}={short(value)}: {short(name)} is not a name of a module.")
-        for name in _PATTERN_FIELDS:
+        for name in PATTERN_FIELDS:
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple, set)) else value)
         self._check()
@@ -146,13 +139,6 @@ class ChildConfig(PeftConfig):
         """Whether a weight, of this shape at fitting, decides a size of the tensors: another shape does not fit."""
         raise NotImplementedError
 
-    def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
-        """A copy of the configuration with its own list `modules_to_save`, to which `more_to_save` is added."""
-        names = [*(self.modules_to_save or ()), *more_to_save]
-        config = copy.copy(self)
-        config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
-        return config
-
     def adopt_fit(self, saved: ChildConfig) -> None:
         """If this configuration was never fitted, take over what fitting wrote into a saved one."""
         if saved.fitted and not self.fitted:
@@ -195,34 +181,6 @@ def find_fault(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildCo
                 f"{list(shape)} and type {' or '.join(kinds)}: the two are not of the same adapter"
             )
     return None
-
-
-# ---- names and patterns ----------------------------------------------------------------------------------------------
-
-
-def resolve_patterns(config: Any, *names: str) -> Any:
-    """A copy of a configuration in which each pattern is replaced by the set of those `names` that it matches."""
-    plain, began = copy.copy(config), time.process_time()
-    for key in _PATTERN_FIELDS:
-        value = getattr(config, key, None)
-        if not isinstance(value, str) or value.lower() in ("all-linear", *config.words):
-            continue
-        setattr(plain, key, set())
-        try:
-            for name in names:
-                if regex.fullmatch(value, name, timeout=_SECONDS_A_MATCH) is not None:
-                    getattr(plain, key).add(name)
-                if time.process_time() - began > _SECONDS_A_MODEL:
-                    raise TimeoutError
-        except TimeoutError as error:
-            raise ValueError(
-                f"The regular expression {key}={short(value)} takes longer than {_SECONDS_A_MATCH:g} s on a name, or "
-                f"{_SECONDS_A_MODEL:g} s on all names of this model: write one without nested repetitions, or a list "
-                "of names."
-            ) from error
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{key}={short(value)} is not a regular expression: {error}.") from error
-    return plain
 
 
 # ---- values that any file may hold -----------------------------------------------------------------------------------

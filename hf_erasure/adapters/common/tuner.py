@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.functional import delete_adapter as delete_from_layers
@@ -21,7 +24,7 @@ from hf_erasure.models.model import base_of
 
 from ..loading.fingerprint import check_base
 from . import acting
-from .config import ChildConfig, resolve_patterns
+from .config import PATTERN_FIELDS, ChildConfig, short
 from .files import UNCHECKED
 from .layer import AdapterChild, RowAdapters, adapter_children, child_configs, is_child
 
@@ -31,6 +34,10 @@ _NO_ADAPTER = "__base__"
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 # A list may have this many names more than the model has modules, since it may be made for a model with more layers.
 _SPARE_NAMES = 10_000
+# How long one match may take, in seconds; a match of an ordinary pattern takes microseconds.
+_SECONDS_A_MATCH = 0.5
+# How long all matches of one field in a model may take together, in seconds of processor time.
+_SECONDS_A_MODEL = 5.0
 
 
 # The heads that two of PEFT's task classes add to modules_to_save after they have called `PeftModel.__init__`, which is
@@ -70,7 +77,9 @@ class ChildTuner(BaseTuner):
         """Attach an adapter; a failure leaves the model as it was."""
         # The adapter gets a copy: fitting writes into it, and the caller may use one configuration for several models.
         config: Any = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = config.copied()
+        config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        if config.modules_to_save:  # PEFT's task classes add their heads once more for every adapter
+            config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
         try:
             undone = acting.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
             with undone, torch.inference_mode(False), torch.no_grad():
@@ -370,7 +379,10 @@ def make_peft_model(
     if isinstance(peft_config, ChildConfig):
         heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
         with acting.undone_on_failure(model, adapter_name, is_ours=True):
-            original(model, peft_config.copied(heads), adapter_name, **kwargs)
+            config = copy.copy(peft_config)
+            if heads:
+                config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+            original(model, config, adapter_name, **kwargs)
     else:
         original(model, peft_config, adapter_name, **kwargs)
 
@@ -428,6 +440,31 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
     found = {name: [m for m in _INDEX.finditer(name) if not lists or m["list"] in lists] for name in names}
     return [n for n, at in found.items() if layers is None or (at and int(at[0]["index"]) in wanted)]
+
+
+def resolve_patterns(config: Any, *names: str) -> Any:
+    """A copy of a configuration in which each pattern is replaced by the set of those `names` that it matches."""
+    plain, began = copy.copy(config), time.process_time()
+    for key in PATTERN_FIELDS:
+        value = getattr(config, key, None)
+        if not isinstance(value, str) or value.lower() in ("all-linear", *config.words):
+            continue
+        setattr(plain, key, set())
+        try:
+            for name in names:
+                if regex.fullmatch(value, name, timeout=_SECONDS_A_MATCH) is not None:
+                    getattr(plain, key).add(name)
+                if time.process_time() - began > _SECONDS_A_MODEL:
+                    raise TimeoutError
+        except TimeoutError as error:
+            raise ValueError(
+                f"The regular expression {key}={short(value)} takes longer than {_SECONDS_A_MATCH:g} s on a name, or "
+                f"{_SECONDS_A_MODEL:g} s on all names of this model: write one without nested repetitions, or a list "
+                "of names."
+            ) from error
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{key}={short(value)} is not a regular expression: {error}.") from error
+    return plain
 
 
 def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:

@@ -9,50 +9,27 @@ that take the same tensor share an eraser.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.flow import NormFinder, blocks_of
+from hf_erasure.models.flow import norms_of_hidden_state, wrapper_finder
 from hf_erasure.models.streams import readers_of, writers_of
 
-from ..common.config import resolve_patterns, short
+from ..common.config import short
 from ..common.layer import RowAdapters
 from ..common.lookup import adapter_of
-from ..common.tuner import ChildTuner, keep_layers
+from ..common.tuner import ChildTuner, keep_layers, resolve_patterns
 from ..merging.plan import merge
-from ..merging.record import axis_of
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers, site_layers
-
-
-def default_targets(model: nn.Module) -> list[str]:
-    """Names of the final norms and of the blocks' norms of the hidden state, which a small forward pass finds."""
-    chosen: set[str] = set()
-    try:
-        dummy_batch(model, watch=lambda call: chosen.update(NormFinder(model, call).sites))
-    except ValueError as error:
-        raise _no_default_error(
-            model,
-            f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass",
-            "; a class of your own can have dummy_inputs, a dict, which are tried first",
-        ) from error
-    # Another adapter may have wrapped a norm; then its wrapper is the target.
-    chosen = set(map(_wrapper_of(model), chosen))
-    if not chosen:
-        found = f"was found inside the blocks of {type(model).__name__} that reads or writes its hidden state"
-        raise _no_default_error(model, f"No normalization layer {found}")
-    return [name for name, _ in model.named_modules() if name in chosen]
 
 
 def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str, list[list]]:
     """Site → the weights that read or make its activation, for `target_modules="readers"` or `"writers"`."""
     found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
-    place = _wrapper_of(model)
+    place = wrapper_finder(model)
     groups = [
         [(place(w.module), w.parameter, w.axis) for w in group if _is_own(w.module, place(w.module))] for group in found
     ]
@@ -73,31 +50,10 @@ def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str,
     return weights
 
 
-def _wrapper_of(model: nn.Module) -> Callable[[str], str]:
-    """A function from a module's name to that of the wrapper around it, or to the same name if it has no wrapper."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    wrappers = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
-    return lambda name: next((w for w in wrappers if name.startswith(f"{w}.")), name)
-
-
 def _is_own(name: str, wrapper: str) -> bool:
     """Whether a module belongs to the model, and not to the adapter that has wrapped it."""
     inside = name.removeprefix(wrapper).strip(".").split(".")
     return set(inside) <= {"", "base_layer"} or inside[0] in ("original_module", "modules_to_save")
-
-
-def _no_default_error(model: nn.Module, why: str, besides: str = "") -> ValueError:
-    """The error for a model without a default; it suggests the last layers of blocks whose axes are known."""
-    blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
-    found = {id(block) for block in blocks}
-    layers = [name for name, module in model.named_modules() if axis_of(module, "input") is not None]
-    names = []
-    for block in [name for name, module in model.named_modules() if id(module) in found][-2:]:
-        names += [name for name in layers if f"{name}.".startswith(f"{block}.")][-1:] or [block]
-    return ValueError(
-        f"{why}, so there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
-        f"target_modules={names or ['layer.0', 'layer.1']}{besides}."
-    )
 
 
 class ConceptErasureModel(ChildTuner):
@@ -105,7 +61,7 @@ class ConceptErasureModel(ChildTuner):
 
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
-    find_default = staticmethod(default_targets)
+    find_default = staticmethod(norms_of_hidden_state)
 
     def _find_word(self, config: Any) -> list[str]:
         config.weights = weights_of_word(self.model, config)

@@ -104,7 +104,7 @@ class GradiendModel(ChildTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The ids of the parameters that the new adapter already changes; a tied weight belongs to its first owner.
         self._claimed_ids: set[int] = set()
-        # Modules that a regular expression matched, but that have no parameters of their own.
+        # Targeted modules that have no parameters of their own, or only such as an earlier module shares.
         self._passed_over: dict[str, nn.Module] = {}
         is_default = peft_config.target_modules is None
         super()._prepare_adapter_config(peft_config, model_config)
@@ -176,6 +176,12 @@ class GradiendModel(ChildTuner):
         for path, module in self._passed_over.items():
             if next(module.parameters(), None) is not None and not any(name.startswith(f"{path}.") for name in at):
                 super()._child_arguments(config, module, path)
+                is_named = not isinstance(config.target_modules, str)
+                if is_named and next(innermost(module).parameters(recurse=False), None) is None:
+                    raise ValueError(
+                        f"target_modules names {path!r}, which owns no parameters itself, and no module in it: name "
+                        "the linear layers, embeddings and norms inside, or leave it out."
+                    )
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and with "embed_tokens" among them it would save embeddings too.
             config.target_modules = exact_targets(at, self.model)

@@ -316,7 +316,6 @@ def prefix_of(model: Any) -> str:
 def rename_modules(config: ChildConfig, rename: Rename) -> None:
     """Rename the modules of a fitted adapter, everywhere in its configuration."""
     modules = list(config.fitted_modules)
-    config.provenance = dict(config.provenance)
     for key in ("fitted_sites", "fitted_parameters"):
         if getattr(config, key, None):
             setattr(config, key, {rename(name): value for name, value in getattr(config, key).items()})

@@ -10,6 +10,7 @@ after they are loaded. A pickle is never read, and a link to a file outside of t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import stat
@@ -129,7 +130,7 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
             read = AdapterFiles()
             if tensors is not None and isinstance(config, ChildConfig):
                 tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-                read = AdapterFiles(config.copied(), tensors)
+                read = AdapterFiles(copy.deepcopy(config), tensors)
         else:
             downloads = (getattr(load_config, "download_kwargs", None), extra.get("download_kwargs"))
             source = Source.of(place, *downloads, arguments.get("adapter_kwargs"), extra, arguments)
@@ -250,7 +251,7 @@ def read_adapter(
     stamps = _stamps(file)
     saved = config if file is None else _config_of(file)
     if is_given and isinstance(config, ChildConfig):
-        config = config.copied()  # the caller's own stays as it is
+        config = copy.deepcopy(config)  # the caller's own stays as it is
         if saved is not None and type(saved) is type(config):
             config.adopt_fit(saved)
     config = config or saved

@@ -89,6 +89,7 @@ def test_a_configuration_that_means_nothing(case: str):
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "wrong target": ({"target_modules": ["no_such_module"]}, NAME, "not found|No modules were targeted"),
     "container": ({"target_modules": ["attention"]}, NAME, "matches no module that owns parameters itself"),
+    "container beside a layer": ({"target_modules": ["attention", "intermediate.dense"]}, NAME, "no module in it"),
     "name with a dot": ({}, "a.b", "adapter_name='a.b'.*dot"),
     "name of the prefix": ({}, "gradiend_1", "adapter_name='gradiend_1'"),
     "name of the child": ({}, "gradiend", "adapter_name='gradiend'"),
