@@ -16,7 +16,7 @@ LIMITS = {
     "fit_concept_erasure, one pass": (23, 214),
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
-    "load_adapter": (10, 74),
+    "load_adapter": (10, 73),
     "GradiendTrainer.train": (20, 129),
     "select, 1 × 1": (15, 106),
     "steer": (7, 16),

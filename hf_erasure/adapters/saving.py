@@ -238,7 +238,6 @@ def _stage_adapters(model: Any, places: dict[str, str], arguments: dict[str, Any
     extra = arguments.get("kwargs", {})
     if not arguments.get("safe_serialization", extra.get("safe_serialization", True)):
         raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
-    refuse_embeddings(arguments.get("save_embedding_layers", "auto"))
     if arguments.get("distributed_checkpoint"):
         raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
     folder, state_dict = Path(arguments["save_directory"]), arguments.get("state_dict", extra.get("state_dict"))
@@ -280,14 +279,15 @@ def _read_kind(place: Path) -> tuple[Any, str]:
 def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`; for an adapter of this package it returns `own_tensors`."""
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    whole, adapter_name, state_dict = (
-        getattr(model, "_orig_mod", model),
-        arguments.get("adapter_name", "default"),
-        arguments.get("state_dict"),
-    )
+    whole, adapter_name = getattr(model, "_orig_mod", model), arguments.get("adapter_name", "default")
     if not isinstance(whole.peft_config.get(adapter_name), ChildConfig):
         return original(model, *args, **kwargs)
-    refuse_embeddings(arguments.get("save_embedding_layers", "auto"))
+    embeddings, state_dict = arguments.get("save_embedding_layers", "auto"), arguments.get("state_dict")
+    if embeddings not in ("auto", False):
+        raise ValueError(
+            f"save_embedding_layers={embeddings!r} would put the model's own embeddings into the adapter, where no "
+            "model loads them from: save the model itself, without adapters."
+        )
     prefix = PREFIX if hasattr(whole, "get_base_model") else ""
     found = own_tensors(whole, adapter_name, whole.state_dict() if state_dict is None else state_dict)
     return {f"{prefix}{name}": tensor.detach() for name, tensor in found.items()}
@@ -344,15 +344,6 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
                 "has its weights, or look at the state_dict that was given."
             )
     return own | copies
-
-
-def refuse_embeddings(choice: Any) -> None:
-    """Raise a `ValueError` if a caller asks to save the model's own embeddings with an adapter."""
-    if choice not in ("auto", False):
-        raise ValueError(
-            f"save_embedding_layers={choice!r} would put the model's own embeddings into the adapter, where no model "
-            "loads them from: save the model itself, without adapters."
-        )
 
 
 # The fields of a configuration on which an adapter's effect depends, apart from its tensors.

@@ -76,8 +76,8 @@ class ChildTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter; a failure leaves the model as it was."""
         # The adapter gets a copy: fitting writes into it, and the caller may use one configuration for several models.
-        config: Any = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         if config.modules_to_save:  # PEFT's task classes add their heads once more for every adapter
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
         try:
@@ -87,8 +87,7 @@ class ChildTuner(BaseTuner):
                 if UNCHECKED.get():
                     raise ValueError("The adapter's files could not be checked before they are loaded: try again.")
                 _check_new(config, adapter_name, model)
-                target = config.target_modules
-                is_word = isinstance(target, str) and target.lower() in config.words
+                is_word = str(config.target_modules).lower() in config.words
                 # The modules that a word stood for are known before the fit.
                 if config.fitted or (config.fitted_modules and not is_word):
                     check_base(model, config)
