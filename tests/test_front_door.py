@@ -127,6 +127,17 @@ def test_a_table_is_fitted_and_the_report_says_what_happened(fitted: tuple[Path,
     assert said.rstrip().endswith(f"next:    hf-erasure info {out}")
 
 
+def test_a_class_with_one_text_to_measure_on(people: Path, model: Path, tmp_path: Path) -> None:
+    with people.open(newline="", encoding="utf-8") as file:
+        rows: list[dict[str, object]] = list(csv.DictReader(file))
+    for row in rows[:3]:
+        row["gender"] = "unknown"
+    data = table(tmp_path / "people.csv", rows)
+    code, said, errors = run("fit", model, data, "--label", "gender", "--out", tmp_path / "out", "fit.sequential=false")
+    assert code == 0, errors
+    assert "unknown 3" in said and "A new probe that is fitted on erased held-out texts reads" in said
+
+
 def test_the_recipe_beside_the_adapter_runs_and_gives_the_same(fitted: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = fitted
     code, _, errors = run("fit", out / "recipe.yaml", f"output={tmp_path / 'again'}", "--no-progress")

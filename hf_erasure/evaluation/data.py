@@ -64,8 +64,9 @@ class Sentence:
             visible = [at for at in range(start, end) if not self.text[at].isspace()]
             found.append(owner.get(visible[-1]) if visible else None)
         # Some tokenizers put a separate mark of the beginning of a word before the first word; the mark has no tag.
-        if len(offsets) > 1 and offsets[0] == (0, 1) and offsets[1][0] == 0:
-            found[0] = None
+        first = next((place for place, (_, end) in enumerate(offsets) if end > 0), 0)  # behind special tokens
+        if offsets[first : first + 1] == [(0, 1)] and [start for start, _ in offsets[first + 1 : first + 2]] == [0]:
+            found[first] = None
         return found
 
 

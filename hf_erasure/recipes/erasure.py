@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from hf_erasure.fitting.labels import BatchLabels, Selection, Source, length_of
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.metrics.fresh_probes import control_labels
+from hf_erasure.metrics import fresh_probes
 from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocessing
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS, POOLS, pooled
@@ -345,11 +346,9 @@ def probe(
     """Probe accuracy by layer, before and after the erasure, on the test split of the recipe's data.
 
     A probe is fitted anew on the erased training states. If the erasure was fitted on the same states, the theorem of
-    LEACE says that the probe learns nothing. The column "refitted" is a harder test: a probe is fitted on one half of
-    the erased test rows, whose cues the erasure has not seen, and judged on the other half. With groups, the halves of
-    "refitted by group" share no group. "control" is the accuracy for labels that are exchanged in half of the groups;
-    it shows how much of "refitted" comes from groups that are recognised. The test rows of `test_states` are not read
-    again.
+    LEACE says that the probe learns nothing. The columns "refitted", "refitted by group" and "control" are a harder
+    test: probes of `hf_erasure.metrics.fresh_probes`, fitted on one half of the erased test rows, whose cues the
+    erasure has not seen, and judged on the other half. The test rows of `test_states` are not read again.
 
     Returns one row per site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
@@ -373,7 +372,13 @@ def probe(
                 batches = _batches(recipe, rows, tokenizer)
                 found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
             states[split, when] = {site: vectors[original_order] for site, vectors in found.items()}
-    table = {}
+    group_column, table = recipe.data.group_column, {}
+    groups = None if group_column is None else [str(value) for value in test[group_column]]
+    # A class in one group or text alone cannot be both fitted on and judged: fresh probes leave it out.
+    test_labels = labels["test", concept]
+    counts = Counter(label for label, _ in set(zip(test_labels, groups or range(len(test_labels)), strict=True)))
+    fresh_rows = [place for place, label in enumerate(test_labels) if counts[label] > 1]
+    fresh_groups = None if groups is None else [groups[place] for place in fresh_rows]
     for site, before in states["test", "before"].items():
         after, row = states["test", "after"][site], {}
         for column in columns:
@@ -381,12 +386,12 @@ def probe(
             row[f"{column} before"] = probe_accuracy(states["train", "before"][site], y[0], before, y[1])
             row[f"{column} after"] = probe_accuracy(states["train", "after"][site], y[0], after, y[1])
             row[f"{column} majority"] = majority(y[1])
-        row[f"{concept} refitted"] = refitted_accuracy(after, labels["test", concept])
-        if recipe.data.group_column is not None:
-            groups = [str(value) for value in test[recipe.data.group_column]]
-            row[f"{concept} refitted by group"] = refitted_accuracy(after, labels["test", concept], groups)
-            control = control_labels(labels["test", concept], groups)
-            row[f"{concept} control"] = refitted_accuracy(after, control)
+        fresh_labels = [test_labels[place] for place in fresh_rows]
+        fresh = fresh_probes.score(after[fresh_rows], fresh_labels, fresh_groups, resamples=2)  # no interval is shown
+        row[f"{concept} refitted"] = fresh.get("by_row", fresh["by_group"])["linear"]["accuracy"]
+        if groups is not None:
+            row[f"{concept} refitted by group"] = fresh["by_group"]["linear"]["accuracy"]
+            row[f"{concept} control"] = fresh["control"]
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
         table[site] = row
     return run.table_of(table, "layer")
@@ -502,27 +507,6 @@ def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: 
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
     probe.fit(train_x.double().numpy(), train_y)
     return float(probe.score(test_x.double().numpy(), test_y))
-
-
-def refitted_accuracy(x: Tensor, y: list[str], groups: Sequence[str] | None = None) -> float:
-    """The mean accuracy of two probes, each fitted on one half of the rows, or groups, and judged on the other half.
-
-    Raises:
-        ValueError: If one half lacks a class, so that there is nothing to fit.
-    """
-    row_groups: Sequence[Any] = range(len(y)) if groups is None else groups
-    names = sorted(set(row_groups))
-    drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % 2 == 0
-    first = {name for name, chosen in zip(names, drawn.tolist(), strict=True) if chosen}
-    half = torch.tensor([name in first for name in row_groups])
-    classes = [{label for label, own in zip(y, half.tolist(), strict=True) if own is way} for way in (True, False)]
-    if min(map(len, classes)) < 2:
-        raise ValueError("One half of the groups has texts of one class alone: name a group_column with more groups.")
-    scores = []
-    for chosen in (half, ~half):
-        fitted, judged = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
-        scores.append(probe_accuracy(x[fitted], [y[i] for i in fitted], x[judged], [y[i] for i in judged]))
-    return sum(scores) / 2
 
 
 def majority(labels: list[str]) -> float:

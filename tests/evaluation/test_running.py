@@ -35,7 +35,7 @@ from hf_erasure.evaluation import (
     report,
     running,
 )
-from hf_erasure.evaluation.data import read_sentence, read_treebank
+from hf_erasure.evaluation.data import Sentence, read_sentence, read_treebank
 from hf_erasure.evaluation.loading import Entry, Loader, entries_of, fingerprints, read_adapters
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
@@ -381,6 +381,16 @@ def test_a_sentence_of_the_treebank() -> None:
     assert sentence.tags([(0, 1), (1, 4), (4, 7), (7, 8), (8, 11), (0, 0)]) == [
         "PRON", "AUX", "PART", "PUNCT", None, None,
     ]  # fmt: skip
+
+
+def test_a_mark_before_the_first_word_has_no_tag(assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260k")
+    sentence = Sentence("Xylophones sing", [(0, 10, "NOUN"), (11, 15, "VERB")])
+    for special in (True, False):
+        found = tokenizer(sentence.text, return_offsets_mapping=True, add_special_tokens=special)
+        tokens = tokenizer.convert_ids_to_tokens(found["input_ids"])
+        tags = dict(zip(tokens, sentence.tags(found["offset_mapping"]), strict=True))
+        assert (tags["▁"], tags["X"], tags["es"], tags["ing"]) == (None, "NOUN", "NOUN", "VERB")
 
 
 def test_treebanks_as_people_have_them(tmp_path: Path) -> None:
