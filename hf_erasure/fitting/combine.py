@@ -15,7 +15,12 @@ from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers, site_layers
-from hf_erasure.adapters.common.acting import undone_on_failure, warn_of_inactive, warn_of_switched_off
+from hf_erasure.adapters.common.acting import (
+    auxiliary_wrappers,
+    undone_on_failure,
+    warn_of_inactive,
+    warn_of_switched_off,
+)
 from hf_erasure.adapters.common.config import ACTIVE, RECIPE, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
@@ -158,6 +163,12 @@ def _add_adapter(model: Any, configs: dict[str, ConceptErasureConfig], into: str
             model.add_adapter(config, adapter_name=into)
         else:
             inject_adapter_in_model(config, model, adapter_name=into)
+    for place, wrapper in auxiliary_wrappers(base).items():
+        copies: Any = wrapper._modules.get("modules_to_save") or {}
+        for name in [name for name in configs if name in copies]:
+            pairs = zip(copies[name].parameters(), wrapper.original_module.parameters(), strict=True)
+            if any(not torch.equal(one, other) for one, other in pairs if not other.is_meta):
+                warnings.warn(f"{into!r} is combined without the trained {place!r} of {name!r}.", stacklevel=3)
     for path, layer in site_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         dtype = torch.float64 if torch.float64 in kept else torch.float32

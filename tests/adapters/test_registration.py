@@ -75,6 +75,15 @@ def test_copies_of_a_config_are_equal(way):
     assert copied == full_config() and copied.peft_type is MEMBER
 
 
+def test_names_whose_order_counts_are_not_a_set():
+    with pytest.raises(TypeError, match="is a set, but the order counts: write a list"):
+        ConceptErasureConfig(labels={"female", "male"})
+    assert ConceptErasureConfig(labels=("b", "a"), target_modules={"x"}, layers_to_transform=range(2)).labels == [
+        "b",
+        "a",
+    ]
+
+
 def test_a_config_goes_through_json(tmp_path):
     full_config().save_pretrained(tmp_path)
     for loader in (ConceptErasureConfig, peft.PeftConfig):

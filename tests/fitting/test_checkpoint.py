@@ -20,7 +20,7 @@ from tests.small_models import LABELS, inputs_of, shared_layers_model, small_bat
 
 def with_adapter(**config: Any) -> Any:
     model = copy.deepcopy(small_model("bert"))
-    model.add_adapter(ConceptErasureConfig(labels=LABELS, **config), adapter_name="no_gender")
+    model.add_adapter(ConceptErasureConfig(**{"labels": LABELS, **config}), adapter_name="no_gender")
     return model
 
 
@@ -131,6 +131,13 @@ def test_other_data_are_refused(sequential: bool, tmp_path: Path) -> None:
     fit(with_adapter(), small_batches("bert", 2), tmp_path, sequential=sequential)
     with pytest.raises(ValueError, match="begun on other data"):
         fit(with_adapter(), small_batches("bert", 2, seed=5), tmp_path, sequential=sequential)
+
+
+def test_labels_in_a_tuple_are_those_of_a_list(tmp_path: Path) -> None:
+    batches = small_batches("bert", 2)
+    fit(with_adapter(labels=tuple(LABELS)), batches, tmp_path)
+    fit(with_adapter(), batches, tmp_path)
+    fit(with_adapter(labels=tuple(LABELS)), batches, tmp_path)
 
 
 def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:

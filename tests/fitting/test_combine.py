@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as hf
 from peft.tuners.tuners_utils import check_target_module_exists
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser, combine_erasers
 from tests.adapters.gradiend.lifecycle import config_of as gradiend_config
 from tests.adapters.lifecycle import Lifecycle, state_of
-from tests.small_models import LABELS, inputs_of, outputs_of, same, small_batch, small_batches
+from tests.small_models import LABELS, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 
 FIRST = {"bert": "encoder.layer.0.attention.output.LayerNorm", "llama": "model.layers.0.input_layernorm"}
 both_architectures = pytest.mark.parametrize("architecture", FIRST)
@@ -374,6 +375,24 @@ def test_on_a_peft_model(lifecycle: Lifecycle, tmp_path: Path):
     model.save_pretrained(tmp_path / "all")
     again = peft.PeftModel.from_pretrained(lifecycle.base("bert"), tmp_path / "all" / "both")
     assert same(outputs_of(again, batch), outputs_of(bare, batch))
+
+
+def test_a_trained_head_that_the_combined_adapter_lacks_is_named():
+    base = hf.BertForSequenceClassification(small_model("bert").config)
+    config = ConceptErasureConfig(labels=LABELS, target_modules=["query"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(base, config, adapter_name="one")
+    model.add_adapter("two", config)
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        fit_concept_erasure(model, small_batches("bert"), name, pool="cls", progress=False)
+    without = r"is combined without the trained 'classifier' of 'two'"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=without)
+        combine_adapters(model, ["one", "two"], "untrained")
+    with torch.no_grad():
+        base.classifier.modules_to_save["two"].weight.add_(1)
+    with pytest.warns(UserWarning, match=without):
+        combine_adapters(model, ["one", "two"], "both")
 
 
 def test_a_peft_model_of_another_kind_says_where_to_combine(lifecycle: Lifecycle):

@@ -36,6 +36,8 @@ MAX_CONFIG_BYTES = 16 * 2**20
 _MODULE_NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
 PATTERN_FIELDS = ("target_modules", "exclude_modules")
+# The fields in which names may come in any order.
+_UNORDERED_FIELDS = (*PATTERN_FIELDS, "layers_to_transform", "layers_pattern", "modules_to_save")
 # The parts of the provenance that are not written by the code that fits the adapter.
 ACTIVE, TRAINING, RECIPE, CARD_FACTS = "active_adapters", "training", "recipe", "card"
 # The data that the figures of a recipe's run were measured on, in words.
@@ -78,6 +80,10 @@ class ChildConfig(PeftConfig):
             # A text passes where a list of texts is declared: the checks below have a better message for it.
             if not is_a(value, hint):
                 raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {type_text(hint)}.")
+            if isinstance(value, (set, frozenset)) and entry.name not in _UNORDERED_FIELDS:
+                raise TypeError(f"{entry.name}={short(value)} is a set, but the order counts: write a list.")
+            if isinstance(value, (tuple, range)):  # as in a file
+                setattr(self, entry.name, list(value))
         for name, hint in field_types(Provenance).items():
             value = self.provenance.get(name)
             # The parts that makers and callbacks write are left out where they are of a wrong type.
