@@ -183,6 +183,7 @@ class LanguageModelling:
             raise PairError(f"batch_size is {batch_size} and mask_draws {mask_draws}; both must be at least 1")
         self.reader = reader
         config, task = reader.model.config, reader.task
+        self.by_hits = task in ("masked", "classification")  # `lms` is a share of tokens or texts, not of the loss
         layout = Layout.of(tokenizer, task, config)
         texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, in_pieces=True)
         generator = random.Random(seed)
@@ -208,8 +209,7 @@ class LanguageModelling:
     def figures_of(self, by_text: Tensor) -> dict[str, float]:
         """The figures of `score`, from the rows that `by_text` returns."""
         loss, hits, count = by_text.sum(0).tolist()
-        by_hits = self.reader.task in ("masked", "classification")
-        return {"loss": loss / count, "lms": hits / count if by_hits else 1 / (1 + loss / count)}
+        return {"loss": loss / count, "lms": hits / count if self.by_hits else 1 / (1 + loss / count)}
 
     def by_text(self) -> Tensor:
         """`(texts, 3)` float64: for each text or piece the negative log-likelihood, right tokens, and scored tokens."""

@@ -169,11 +169,11 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     run.trainer.train()
     # From here on the encoder is the one in the adapter, which a user will load.
     run.trainer = run.new_trainer()
-    run.select(recipe.select.goals, recipe.select.budget)
     values = run.encode()
-    run.test()
     if not Processes().is_main:
         return None
+    run.select(recipe.select.goals, recipe.select.budget)
+    run.test()
     run.save(recipe.output, recipe.select.goals[0])
     if values:
         _draw_histograms(values, output / HISTOGRAM_FILE)
@@ -194,10 +194,9 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
     config, scorer = run.trainer.config, run.trainer.scorer(run.data.test, run.data.neutral["test"])
     pair = (config.pair[0], config.pair[1]) if config.pair else run.trainer.pairs[0]
     loaded = _edit_row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
-    written = results["edits"][results["saved"]]
-    names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
-    drift = max(abs(loaded[name] - written[name]) for name in names)
-    return run, max(difference(run.encoding, results["encoding"]), difference(run.edits, results["edits"]), drift)
+    written = results["edits"][results["saved"]] | {"cost": loaded["cost"]}  # here it is relative to itself
+    drifts = [difference(run.encoding, results["encoding"]), difference(run.edits, results["edits"])]
+    return run, max(*drifts, difference(table_of({"loaded": loaded}, "edit for"), {"loaded": written}))
 
 
 def select_gradiend_output(

@@ -178,9 +178,12 @@ def table_of(rows: dict[str, Any], index: str) -> pd.DataFrame:
 
 
 def difference(now: pd.DataFrame, written: dict[str, Any]) -> float:
-    """The largest difference of a table's numbers from the written ones; infinite where rows or columns differ."""
+    """The largest difference of a table from the written one; infinite if rows, columns or NaN entries differ."""
     before = table_of(written, "")
     if set(now.index) != set(before.index) or set(now.columns) != set(before.columns):
         return float("inf")
     numbers = now.select_dtypes("number")
-    return float((numbers - before.loc[numbers.index, numbers.columns]).abs().max().max()) if len(now) else 0.0
+    then = before.loc[numbers.index, numbers.columns].astype(float)
+    if (numbers.isna() != then.isna()).any(axis=None):
+        return float("inf")
+    return float((numbers - then).abs().max().max()) if len(now) else 0.0

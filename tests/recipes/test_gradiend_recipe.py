@@ -17,6 +17,7 @@ from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
 from hf_erasure.recipes.gradiend import NO_EDIT, GradiendRun
 from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe
+from hf_erasure.recipes.run import difference, table_of
 from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
 
@@ -248,3 +249,10 @@ def test_a_summary_says_whether_an_edit_was_found(rate: float, said: str) -> Non
     assert re.search(said, GradiendRun.in_plain_words(run))  # type: ignore[arg-type]
     is_steered = "steered for 'she'" if rate else "not steered, since no edit was better for 'she'"
     assert GradiendRun.steered.fget(run) == is_steered  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.5, float("nan")), (float("nan"), 0.5), (0.5, 0.5), (None, float("nan"))])
+def test_a_figure_that_has_become_nan_is_not_the_same(then: float | None, now: float) -> None:
+    written, found = {"she": {"cor": then, "acc": 1.0}}, table_of({"she": {"cor": now, "acc": 1.0}}, "")
+    same = then == now or then is None
+    assert difference(found, written) == (0.0 if same else float("inf"))

@@ -167,8 +167,8 @@ class Point:
         goals: Goal → score.
         probabilities: Class → its mean probability at the slot.
         loss: Mean negative log-likelihood, in nats per token.
-        lms: The language-modelling score: accuracy of a masked model, 1 / (1 + loss) otherwise.
-        cost: By how much language modelling got worse, as a share: of the loss, or of a masked model's accuracy.
+        lms: The language-modelling score: accuracy of a masked model or a classifier, 1 / (1 + loss) otherwise.
+        cost: By how much language modelling got worse, as a share: of that accuracy, or of the loss.
         cost_upper: The upper end of the cost's one-sided 95 % interval, for texts like these.
     """
 
@@ -259,7 +259,7 @@ class Scorer:
         """Score the model as it is now, with the given edit.
 
         Cost is relative to `base`, which this scorer scored last with None (the model is the base itself). It is
-        measured in accuracy for masked models, unless that is 0, and in loss for others.
+        measured in accuracy for masked models and classifiers, unless that is 0, and in loss for others.
         """
         p, by_text = self.class_probabilities().double(), self.language.by_text()
         loss, lms = (self.language.figures_of(by_text)[name] for name in ("loss", "lms"))
@@ -267,8 +267,8 @@ class Scorer:
         if base is None:
             self._base_by_text[:] = [by_text]
         else:
-            by_hits = self.language.reader.task == "masked" and base.lms > 0
-            cost = 1 - lms / base.lms if by_hits else (loss / base.loss if base.loss else math.inf) - 1
+            by_hits = self.language.by_hits and base.lms > 0
+            cost = 1 - lms / base.lms if by_hits else loss / base.loss - 1
             upper = cost + _margin(by_text[:, int(by_hits)], self._base_by_text[0][:, int(by_hits)])
         return Point(
             pair,

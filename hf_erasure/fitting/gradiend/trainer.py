@@ -295,9 +295,10 @@ class GradiendTrainer:
 
         Args:
             goal: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"`, or the name of the class to strengthen.
-            budget: By how much language modelling may get worse: a share of the loss, or of a masked model's accuracy.
-                The upper end of the cost's one-sided 95 % interval over the neutral texts must be within the budget, so
-                that it holds for other texts too; more texts make the interval smaller.
+            budget: By how much language modelling may get worse: a share of the loss, or of the accuracy of a masked
+                model or a classifier (whose right labels are those that it gives without an edit). The upper end of the
+                cost's one-sided 95 % interval over the neutral texts must be within the budget, so that it holds for
+                other texts too; more texts make the interval smaller.
             feature_factors: The grid's values of h.
             learning_rates: The grid's values of α.
             eval_dataset: Pairs whose slots are scored; report results on other pairs.

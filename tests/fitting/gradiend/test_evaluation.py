@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ GENDERS = ("female", "male")
 class Language:
     """Replaces the `LanguageModelling` of a causal model with rows of texts that are written out."""
 
-    reader = SimpleNamespace(task="causal")
+    by_hits = False
     figures_of = LanguageModelling.figures_of
 
     def __init__(self, by_text: Callable[[], torch.Tensor]) -> None:
@@ -147,11 +146,17 @@ def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list
     assert [point.learning_rate for point in points] == tried
 
 
-def test_an_edit_of_a_classifier_that_is_sure_of_every_label_is_beyond_any_budget():
-    rows = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-    scorer = Scorer(GENDERS, lambda: torch.tensor([[0.5, 0.5]]), Language(lambda: rows))
+def test_the_cost_of_a_classifier_is_the_share_of_texts_whose_label_changes():
+    """The loss of a classifier that is sure of every label is 0, and any share of it means nothing."""
+    rows = torch.tensor([[0.0, 1.0, 1.0]] * 4, dtype=torch.float64)
+    language = Language(lambda: rows)
+    language.by_hits = True
+    scorer = Scorer(GENDERS, lambda: torch.tensor([[0.5, 0.5]]), language)
     base = scorer.score(GENDERS, 0.0, 0.0, None)
-    assert scorer.score(GENDERS, 1.0, 0.1, base).cost_upper == math.inf
+    rows[0, 0] = 1.0
+    assert scorer.score(GENDERS, 1.0, 0.1, base).cost_upper == 0.0
+    rows[0, 1] = 0.0
+    assert scorer.score(GENDERS, 1.0, 0.1, base).cost == 0.25
 
 
 def test_where_no_edit_is_better_the_model_stays_and_says_so():
