@@ -68,6 +68,7 @@ class GradiendRun:
         )
         self.model.to(self.args.device)
         self.trainer = self.new_trainer()
+        self.trainer.pairs_to_read(self.data.test)  # raises an error where a row cannot be used
         self.chosen: dict[str, Point] = {}  # goal → the edit for it
         self.tested: dict[str, Point] = {}  # goal → measures of its edit on the test data; first without an edit
         # Correlation and accuracy of the adapter's encoder by pair of classes, means first; empty without an encoder.

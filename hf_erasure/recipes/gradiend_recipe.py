@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_args
 from datasets import Dataset
 
 from hf_erasure.adapters import GradiendConfig
+from hf_erasure.adapters.common.config import short
 from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, check_search, goal_by_name
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
@@ -78,6 +79,14 @@ class TextsRecipe:
     split: str | None = None
     separator: str = r"\n"
     rows: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and len(self.rows) != 2:
+            raise ValueError(f"rows={self.rows} of texts in a recipe: write two numbers, such as [0, 100].")
+        try:
+            re.compile(self.separator)
+        except re.error as error:
+            raise ValueError(f"separator={self.separator!r} is not a regular expression: {error}.") from error
 
 
 @dataclass
@@ -311,7 +320,10 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     words: Any = recipe.words
     if isinstance(words, str):
         path = Path(os.path.expandvars(words))
-        words = json.loads(read_text(path))
+        try:
+            words = json.loads(read_text(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}.words: {path} cannot be read as JSON: {error}") from error
         if recipe.words_key is not None:
             if not isinstance(words, dict) or recipe.words_key not in words:
                 known = ", ".join(words) if isinstance(words, dict) else "no keys"
@@ -322,9 +334,10 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
         if bad:
             raise ValueError(f"{where}.words: {bad[0]!r} is not a list of one word for each of {list(classes)}.")
         words = {label: [str(entry[i]) for entry in words] for i, label in enumerate(classes)}
-    if not isinstance(words, Mapping):
-        raise ValueError(f"{where}.words is missing: write class → list of words, a list of tuples, or a JSON file.")
-    return {str(label): list(entries) for label, entries in words.items()}
+    if not isinstance(words, Mapping) or not all(isinstance(entries, (str, list)) for entries in words.values()):
+        found = "is missing" if words is None else f"has {short(words)}"
+        raise ValueError(f"{where}.words {found}: write class → list of words, a list of tuples, or a JSON file.")
+    return {str(label): [entries] if isinstance(entries, str) else entries for label, entries in words.items()}
 
 
 def _source(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Dataset | None, dict[str, list[str]]]:
@@ -333,7 +346,7 @@ def _source(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Da
     if len(kinds) != 1:
         raise ValueError(f"{where} has {' and '.join(kinds) or 'no source'}: write one of file, templates, sentences.")
     if recipe.file is not None:
-        return load_rows(recipe.file, recipe.split), {}
+        return load_rows(recipe.file, recipe.split, with_texts=True), {}
     return None, word_table(recipe, classes, where)
 
 
@@ -396,9 +409,7 @@ def _split_whole(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[f
 
 def _check_disjoint(parts: Mapping[str, Dataset]) -> None:
     for (one, rows), (other, more) in itertools.combinations(parts.items(), 2):
-        if "text" not in rows.column_names or "text" not in more.column_names:
-            continue  # the trainer's own check names the missing columns
-        shared = sorted(set(rows["text"]) & set(more["text"]))
+        shared = sorted({text for text in rows["text"] if text} & set(more["text"]))
         if shared:
             raise ValueError(
                 f"{one} and {other} share {len(shared)} texts, such as {shortened(shared[0])}: nothing can be "
@@ -412,7 +423,8 @@ def _load_texts(recipe: TextsRecipe) -> list[str]:
     if isinstance(source, str):
         path = Path(os.path.expandvars(source))
         if path.suffix == ".txt" and path.is_file():
-            found = re.split(recipe.separator, read_text(path))
+            pattern = re.compile(recipe.separator)
+            found = pattern.split(read_text(path))[:: pattern.groups + 1]  # between the texts are those of its groups
         else:
             found = list(load_rows(source, recipe.split, with_texts=True)["text"])
     else:

@@ -16,7 +16,7 @@ from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
 from hf_erasure.recipes.gradiend import NO_EDIT, GradiendRun
-from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe
+from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe, word_table
 from hf_erasure.recipes.run import difference, table_of
 from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
@@ -143,12 +143,52 @@ def test_a_card_is_told_where_the_pairs_come_from(tmp_path: Path) -> None:
         (data(neutral={"choice": ["a"]}), "lacks data.neutral.test"),
         (data(neutral={"train": ["a"]}), "data.neutral.train is not known"),
         (data(neutral={"choice": {"split": "a"}, "test": ["a"]}), "data.neutral.choice lacks texts"),
+        (data(neutral={"whole": {"texts": "a.txt", "rows": [3]}}), r"rows=\[3\] of texts .* write two numbers"),
+        (data(neutral={"whole": {"texts": "a.txt", "separator": "("}}), r"separator='\(' is not a regular expression"),
         ([], "data of a recipe is a section"),
     ],
 )
 def test_what_a_data_section_lacks_is_named(section: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_data(section)
+
+
+def test_one_word_of_a_class_is_a_word_and_not_its_letters() -> None:
+    words = {"dog": "puppy", "cat": "kitty", "bird": "finch"}
+    found = word_table(read_data(data(whole={"sentences": ["a"], "words": words})).whole, CLASSES, "data.whole")
+    assert found == {"dog": ["puppy"], "cat": ["kitty"], "bird": ["finch"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "words.json cannot be read as JSON"), ("{", "words.json cannot be read as JSON"),
+     ('{"animal": [["dog", "cat", "bird"]], "n": 5}', "data.whole.words has {'animal': .*, 'n': 5}: write class")],
+)  # fmt: skip
+def test_a_file_without_a_table_of_words_is_named(content: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "words.json"
+    if content is not None:
+        path.write_text(content)
+    recipe = read_data(data(whole={"sentences": ["a"], "words": str(path)}))
+    with pytest.raises(ValueError, match=said):
+        word_table(recipe.whole, CLASSES, "data.whole")
+
+
+def test_what_the_groups_of_a_separator_match_is_not_a_text(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("one\n---\ntwo\n===\nthree\n---\nfour")
+    neutral = {"whole": {"texts": str(tmp_path / "lines.txt"), "separator": r"\n(---|===)\n"}}
+    loaded = load_materials(read_data(data(neutral=neutral)), CLASSES, everything)
+    assert [rows["text"][:] for rows in loaded.neutral.values()] == [["one", "two"], ["three", "four"]]
+
+
+def test_rows_without_a_text_or_its_column_are_left_to_the_check_that_names_them(tmp_path: Path) -> None:
+    lines = {"train": "x [FEATURE]", "choice": "y [FEATURE]", "test": "z [FEATURE]"}
+    for name, text in lines.items():
+        (tmp_path / f"{name}.csv").write_text(f"text,factual\n{text},dog\n,dog\n")
+    recipe = read_data(data(**{name: {"file": str(tmp_path / f"{name}.csv")} for name in lines}))
+    assert load_materials(recipe, CLASSES, everything).counts()["train"] == 2
+    (tmp_path / "train.csv").write_text("sentence,factual\na,dog\n")
+    with pytest.raises(ValueError, match=r"train.csv has no column 'text'; it has sentence, factual"):
+        load_materials(recipe, CLASSES, everything)
 
 
 @pytest.mark.parametrize(
