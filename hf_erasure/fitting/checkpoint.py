@@ -21,9 +21,9 @@ from hf_erasure.adapters.common.config import ACTIVE
 from hf_erasure.adapters.common.files import read_tensors, read_text, write_tensors, write_text
 from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.erasers import Eraser
+from hf_erasure.models.layout import Visit
 
 from .labels import BatchLabels, SiteStatistics, Source
-from .layouts import site_of
 from .processes import Processes
 from .report import SiteReport
 from .sites import SiteFit
@@ -151,8 +151,8 @@ class FitCheckpoint:
             "data": data,
             "examples": source.examples,
             "tokens": source.tokens,
-            "widths": {site: moments.x_dim for site, moments in source.moments.items()},
-            "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in source.dtypes.items()},
+            "widths": {str(visit): moments.x_dim for visit, moments in source.moments.items()},
+            "dtypes": {str(visit): str(dtype).removeprefix("torch.") for visit, dtype in source.dtypes.items()},
         }
         write_tensors(self.folder / f"moments-{name}.safetensors", tensors, facts)
 
@@ -162,11 +162,11 @@ class FitCheckpoint:
         if not path.exists():
             return {}
         tensors, facts = read_tensors(path)
-        for site, width in facts["widths"].items():
-            prefix = self._prefix(site)
-            moments = statistics.moments_for(site, width)
+        for text, width in facts["widths"].items():
+            visit = Visit.named(text)
+            prefix, moments = self._prefix(visit), statistics.moments_for(visit, width)
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
+            statistics.dtypes[visit] = getattr(torch, facts["dtypes"][text])
         return facts
 
     def unsaved(self, source: Source, batches: Iterable[BatchLabels], processes: Processes) -> Iterator[BatchLabels]:
@@ -193,10 +193,9 @@ class FitCheckpoint:
             self.check_data(facts["data"], digest.hexdigest())
         self.save_moments(name, source, number, digest.hexdigest())
 
-    def _prefix(self, visit: str) -> str:
-        """The prefix of the names of the tensors of a site, or of a later visit of it."""
-        site = site_of(visit)
-        return f"{self.sites.index(site)}{visit.removeprefix(site)}."
+    def _prefix(self, visit: Visit) -> str:
+        """The prefix of the names of the tensors of a visit: the site's number stands for its name."""
+        return f"{visit._replace(site=str(self.sites.index(visit.site)))}."
 
     def check_data(self, kept: str, data: str) -> None:
         """Raise a `ValueError` if the checkpoint comes from other batches: if the two digests differ."""

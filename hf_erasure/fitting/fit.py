@@ -24,13 +24,13 @@ from hf_erasure.adapters.common.tuner import exact_targets
 from hf_erasure.adapters.loading.fingerprint import fingerprint, other_acting_adapters
 from hf_erasure.adapters.merging.probe import sites_without_bias
 from hf_erasure.erasers.statistics import PackedGram
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import class_name, evaluating
 
 from .checkpoint import FitCheckpoint
 from .dataloader import ConceptCollator
 from .heldout import measure, noting_rows
 from .labels import BatchLabels, Source, length_of
-from .layouts import site_of, visit_of
 from .report import ErasureReport
 from .scrubbing import Scrubber
 from .sites import FitTask, SiteFit, known_readings, solve, task_for
@@ -186,8 +186,8 @@ def solve_sites(
     for sites in _site_groups(task, sources, checkpoint):
         for source in sources:
             _gather_moments(task, source, checkpoint, sites)
-            reached[source.key] |= source.moments.keys()
-            sites = [site for site in sites if site in source.moments]
+            reached[source.key] |= {site for site in sites if Visit(site) in source.moments}
+            sites = [site for site in sites if site in reached[source.key]]
         fits |= solve(task, sites, sources)
         for source in sources:
             source.moments.clear()
@@ -210,11 +210,11 @@ def _site_groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint
     """The sites, in groups whose sums are held at once: one group where the batches or a checkpoint allow one pass."""
     own = task.layouts.widths, all(source.rereadable is not None for source in sources)
     every = task.processes.gathered([own])
-    widths = {key: width for found, _ in every for key, width in found.items()}
+    widths = {visit: width for found, _ in every for visit, width in found.items()}
     # The sums of a site are little more than half of a float64 matrix, for each kind of batches.
     sizes = dict.fromkeys(task.layers, 0)
-    for key, width in widths.items():
-        sizes[site_of(key)] += 8 * PackedGram.size_of(width) * len(sources)
+    for visit, width in widths.items():
+        sizes[visit.site] += 8 * PackedGram.size_of(width) * len(sources)
     if sum(sizes.values()) <= MOST_BYTES:
         return [list(task.layers)]
     if checkpoint is not None or not all(is_rereadable for _, is_rereadable in every):
@@ -249,7 +249,7 @@ def _gather_moments(task: FitTask, source: Source, checkpoint: FitCheckpoint | N
         if labels is None or site not in sites:
             return hidden
         if labels.covers(site) or not task.config.has_default_targets:
-            source.add(visit_of(site, visit), labels, hidden)
+            source.add(Visit(site, visit), labels, hidden)
         return hidden
 
     with task.processes.fail_together("running over its batches"):

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import TextTooLong
 
 from .labels import BatchesOnDisk, BatchLabels
@@ -72,9 +73,9 @@ class ForwardPass:
 
     def __init__(self, index: int, run: Callable[[], None], tensors: TensorsOnDisk | None) -> None:
         self.index = index  # The position of the batch.
-        self.site: str | None = None  # Where it waits; None before the start and after the end.
+        self.visit: Visit | None = None  # Where it waits; None before the start and after the end.
         self.hidden: Tensor | None = None  # The activation there.
-        self.visited: list[str] = []  # The sites where it has stopped so far.
+        self.visited: list[Visit] = []  # Where it has stopped so far.
         self._inference = torch.is_inference_mode_enabled()  # The caller's mode.
         self._tensors = tensors
         self.greenlet = greenlet(run)
@@ -100,16 +101,16 @@ class ForwardPass:
             place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
             raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
 
-    def stop(self, site: str, hidden: Tensor) -> None:
+    def stop(self, visit: Visit, hidden: Tensor) -> None:
         """Offer the activation to the caller, and wait until it lets the batch go on; called within the pass."""
-        self.visited.append(site)
+        self.visited.append(visit)
         # An operation, so that an activation that the model has kept from another pass gets its bytes back.
-        self.site, self.hidden = site, hidden.detach()
+        self.visit, self.hidden = visit, hidden.detach()
         del hidden
         is_other = torch.is_inference_mode_enabled() != self._inference
         with torch.inference_mode(self._inference) if is_other else nullcontext():
             _with_modes_kept(self.greenlet.parent.switch)
-        self.site, self.hidden = None, None
+        self.visit, self.hidden = None, None
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import MEDIA, TEXTS, evaluating, inputs_of, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, length_of, mean_pooled
-from .layouts import number_of, observed, site_of, visit_of
+from .layouts import observed
 from .pairs import without_counterfactuals
 from .processes import Processes
 from .report import SiteReport, rows_in_words
@@ -143,7 +144,7 @@ def measured_leakage(
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
-    The figures of a site are kept by visit, under the keys that `visit_of` makes.
+    The figures of a site are kept by visit.
     """
 
     def __init__(self, task: FitTask, concept: ConceptErasureConfig, erase: Callable[[str, Tensor], Tensor]) -> None:
@@ -152,7 +153,7 @@ class _Measurement:
         self._halves = {(erased, half): SiteStatistics(concept) for erased in (False, True) for half in (0, 1)}
         # (visit, whether of labelled positions) → `(3 + width,)` float64, the sums over rows x, which were moved to x',
         # of 1, |x' − x|², |x|² and the entries of x.
-        self._movements: dict[tuple[str, bool], Tensor] = {}
+        self._movements: dict[tuple[Visit, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
         # For each pair of environments, which one is in the first half; the same in every process.
         self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
@@ -177,8 +178,8 @@ class _Measurement:
         def observe(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
             # A forward pass has one last hidden state, so it is always the first visit.
-            visit = site if site in finals else visit_of(site, called[erased, site])
-            where = runner.side_of(site) if site in finals else visit
+            visit = Visit(site) if site in finals else Visit(site, called[erased, site])
+            where = Visit(runner.side_of(site)) if site in finals else visit
             before = None
             now, selection = labels.select(hidden, where)
             if site in finals and erased:
@@ -199,7 +200,7 @@ class _Measurement:
 
     @on_cpu()
     def _add_activation(
-        self, visit: str, half_of: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
+        self, visit: Visit, half_of: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
         """Add the activation of one visit, aligned with the labels; `before` is its value before an erasure."""
         guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
@@ -228,13 +229,13 @@ class _Measurement:
     @on_cpu()
     def lines(self, fit_lines: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
         """The lines of all sites, measured on `groups` sequences or environments, the last hidden states at the end."""
-        visits: dict[str, set[str]] = {site: set() for site in self._task.layers}
+        visits: dict[str, set[Visit]] = {site: set() for site in self._task.layers}
         for statistics in self._halves.values():
-            for key in statistics.moments:
-                visits.setdefault(site_of(key), set()).add(key)
+            for visit in statistics.moments:
+                visits.setdefault(visit.site, set()).add(visit)
         lines, by_site = [], {line.site: line for line in fit_lines}
-        for site, keys in visits.items():
-            line, calls = by_site.get(site) or SiteReport(site), sorted(keys, key=number_of)
+        for site, here in visits.items():
+            line, calls = by_site.get(site) or SiteReport(site), sorted(here)
             if not calls:
                 lines.append(line)
                 continue
@@ -248,11 +249,11 @@ class _Measurement:
                 )
             lines.append(whole)
             for visit in calls if len(calls) > 1 else ():
-                of_visit = SiteReport(site, number_of(visit), width=line.width, rank=line.rank)
+                of_visit = SiteReport(site, visit.number, width=line.width, rank=line.rank)
                 lines.append(self._measured_line(of_visit, [visit], groups))
         return lines
 
-    def _measured_line(self, line: SiteReport, visits: list[str], groups: int) -> SiteReport:
+    def _measured_line(self, line: SiteReport, visits: list[Visit], groups: int) -> SiteReport:
         """The line with the figures of its site, over some of its visits together.
 
         It has no leakage where one half of the sequences lacks a class, and no change without rows.
@@ -273,7 +274,7 @@ class _Measurement:
                 figures[name] = (squared / rows / variance) ** 0.5 if variance > 0 else None
         return dataclasses.replace(line, **figures)
 
-    def _half_moments(self, erased: bool, half: int, visits: list[str]) -> ConceptMoments:
+    def _half_moments(self, erased: bool, half: int, visits: list[Visit]) -> ConceptMoments:
         """The moments of one half of the sequences over some visits of a site."""
         moments_at = self._halves[erased, half].moments
         there = [moments_at[visit] for visit in visits if visit in moments_at]

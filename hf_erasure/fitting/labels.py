@@ -24,10 +24,10 @@ from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.moments import Strata
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
-from hf_erasure.models.layout import FRAMES, Axes
+from hf_erasure.models.layout import FRAMES, Axes, Visit
 from hf_erasure.models.model import inputs_of, on_cpu
 
-from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of
+from .layouts import Layouts, is_of_numbers
 from .pairs import Pairs, ids_in
 from .processes import Processes
 
@@ -64,9 +64,9 @@ class SiteStatistics:
     """The moments at each visit of a site."""
 
     concept: ConceptErasureConfig | None  # The concept that is erased, with its environments; None for a background.
-    # Key of a visit, or of its differences within pairs → moments, created when the width of the activation is known.
-    moments: dict[str, ConceptMoments] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # The same keys → dtype of the activations.
+    # Visit → its moments, created when the width of the activation is known; and the dtype of the activation.
+    moments: dict[Visit, ConceptMoments] = field(default_factory=dict)
+    dtypes: dict[Visit, torch.dtype] = field(default_factory=dict)
 
     @property
     def strata(self) -> Strata:
@@ -76,54 +76,55 @@ class SiteStatistics:
         environments = len(self.concept.environments or ()) if self.concept.environment_rank else 1
         return Strata(self.concept.z_dim, environments or 1, len(self.concept.kept or ()) or 1)
 
-    def moments_for(self, key: str, width: int) -> ConceptMoments:
-        """The moments at a key; they are created if they are missing."""
-        z_dim = self.strata.classes if is_of_pairs(key) else self.strata.size
-        return self.moments.setdefault(key, ConceptMoments(width, z_dim))
+    def moments_for(self, visit: Visit, width: int) -> ConceptMoments:
+        """The moments of a visit; they are created if they are missing."""
+        z_dim = self.strata.classes if visit.of_pairs else self.strata.size
+        return self.moments.setdefault(visit, ConceptMoments(width, z_dim))
 
     @on_cpu()
-    def add(self, key: str, labels: BatchLabels, hidden: Tensor) -> None:
-        """Add the activation of a batch at one visit of a site."""
-        activation, selection = labels.select(hidden, key)
-        self.update(key, activation, selection)
+    def add(self, visit: Visit, labels: BatchLabels, hidden: Tensor) -> None:
+        """Add the activation of a batch at one visit of a site, and its differences within pairs."""
+        activation, selection = labels.select(hidden, visit)
+        self.update(visit, activation, selection)
         if selection.compared is not None and labels.pairs is not None:
             differences, z = labels.pairs.differences(activation, selection.compared)
             if len(differences):
-                self.dtypes[pairs_of(key)] = activation.dtype
+                of_pairs = visit._replace(of_pairs=True)
+                self.dtypes[of_pairs] = activation.dtype
                 # Each difference with both signs, so that their mean is zero and centring takes nothing away.
                 both = torch.cat([differences, -differences]), torch.cat([z, -z])
-                self.moments_for(pairs_of(key), differences.shape[-1]).update(*both)
+                self.moments_for(of_pairs, differences.shape[-1]).update(*both)
 
     @on_cpu()
-    def update(self, site: str, activation: Tensor, selection: Selection) -> None:
+    def update(self, visit: Visit, activation: Tensor, selection: Selection) -> None:
         """Add an activation `(batch, seq, …, width)`."""
         counted = selection.counted
         if not bool(counted.any()):
             return
-        self.dtypes.setdefault(site, activation.dtype)
+        self.dtypes.setdefault(visit, activation.dtype)
         # Heads between the positions and the width have the label of their position.
         rows = activation[counted]
         heads = rows[0].numel() // rows.shape[-1]
         z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
         weight = None if selection.weight is None else selection.weight[counted].repeat_interleave(heads, 0)
         try:
-            self.moments_for(site, rows.shape[-1]).update(rows.reshape(-1, rows.shape[-1]), z, weight)
+            self.moments_for(visit, rows.shape[-1]).update(rows.reshape(-1, rows.shape[-1]), z, weight)
         except ValueError as error:
-            raise ValueError(f"At {site!r}: {error}") from error
+            raise ValueError(f"At {visit!r}: {error}") from error
 
-    def pool(self, processes: Processes, keys: Collection[str] | None = None) -> None:
-        """Add up the moments at these keys, or at all keys, over all processes, in every process."""
+    def pool(self, processes: Processes, visits: Collection[Visit] | None = None) -> None:
+        """Add up the moments of these visits, or of all, over all processes, in every process."""
         if processes.count == 1:
             return
-        chosen = {key: moments for key, moments in self.moments.items() if keys is None or key in keys}
-        own = {key: (moments.x_dim, self.dtypes[key], moments.shared) for key, moments in chosen.items()}
+        chosen = {visit: moments for visit, moments in self.moments.items() if visits is None or visit in visits}
+        own = {visit: (moments.x_dim, self.dtypes[visit], moments.shared) for visit, moments in chosen.items()}
         shares = processes.gathered([own])
-        for key in sorted({key for share in shares for key in share}):
-            there = [share.get(key) for share in shares]
+        for visit in sorted({visit for share in shares for visit in share}):
+            there = [share.get(visit) for share in shares]
             # Any one of them, since all have the same width: the last.
-            width, self.dtypes[key], _ = next(seen for seen in reversed(there) if seen is not None)
+            width, self.dtypes[visit], _ = next(seen for seen in reversed(there) if seen is not None)
             sums = [None if seen is None else seen[2] for seen in there]
-            self.moments_for(key, width).pool(sums, processes.add)
+            self.moments_for(visit, width).pool(sums, processes.add)
 
 
 class Source(SiteStatistics):
@@ -177,7 +178,7 @@ class Source(SiteStatistics):
                     )
             axes, mask = layouts.of(batch), batch.get("attention_mask")
             labels = BatchLabels(batch, self, pool, axes, layouts.frames_of(batch))
-            for site in {site_of(key) for key in axes}:
+            for site in {visit.site for visit in axes}:
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
             others = 0
             if labels.pairs is not None:
@@ -220,7 +221,8 @@ class Source(SiteStatistics):
                 f"concept_labels are {IGNORED}, which stands for no label, at every row of {self.title}: look at where "
                 "they are made, and give the rows their class ids."
             )
-        absent = [site for site in sites if site not in (self.moments if reached is None else reached)]
+        reached = {visit.site for visit in self.moments if visit.number == 1} if reached is None else reached
+        absent = [site for site in sites if site not in reached]
         elsewhere = [site for site in sites if site in self.uncovered]
         mixed = [site for site in elsewhere if site in self.covered]
         if mixed or (absent and absent == elsewhere == list(sites)):
@@ -250,7 +252,7 @@ class BatchLabels:
         batch: Mapping[str, Any],
         source: Source,
         pool: str,
-        axes: Mapping[str, Axes | ValueError],
+        axes: Mapping[Visit, Axes | ValueError],
         frames: Tensor | None = None,
     ) -> None:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
@@ -281,18 +283,18 @@ class BatchLabels:
         """A batch is sent to another process without the other batches of its source, which may be a generator."""
         return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes, self._frames)
 
-    def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
+    def select(self, activation: Tensor, where: Visit) -> tuple[Tensor, Selection]:
         """Return the activation at a visit or last hidden state as `(batch, seq, …, width)`, and its labelled rows."""
         if not activation.numel():
             none = torch.zeros(self.rows, 0, dtype=torch.bool, device=activation.device)
             return activation.new_zeros(self.rows, 0, 1), Selection(none, none, None, None)
-        axes = self._axes.get(where, self._axes.get(site_of(where)))
+        axes = self._axes.get(where, self._axes.get(Visit(where.site)))
         if not isinstance(axes, Axes):
             raise axes or ValueError(
                 f"{where!r} was not reached by the rows that showed what the axes of activations are: choose another "
                 "target module."
             )
-        shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, where)
+        shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, str(where))
         seq = activation.shape[1]
         key = (axes.side, axes.start, axes.beside, seq, activation.device)
         if key not in self._selections:
@@ -306,16 +308,16 @@ class BatchLabels:
             of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
             if mask is not None:
                 real[:, of_tokens] = mask.cpu()
-            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, where)
+            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, str(where))
         return activation, self._selections[key]
 
-    def covers(self, where: str) -> bool:
+    def covers(self, site: str) -> bool:
         """Whether the labels are about the rows at a site or last hidden state.
 
         Labels of whole sequences are about the rows everywhere. Labels of tokens are about one side of an
         encoder-decoder, and not about images. If the axes at some visit are not known, the result is True.
         """
-        visits = [axes for key, axes in self._axes.items() if site_of(key) == where]
+        visits = [axes for visit, axes in self._axes.items() if visit.site == site]
         if self._labels is None or not self._by_token or not all(isinstance(axes, Axes) for axes in visits):
             return True
         masks = [None if axes.side is None else self._mask(axes.side) for axes in visits if isinstance(axes, Axes)]
@@ -413,7 +415,7 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         self._folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         # What batches share, which stays in memory: source, pool and axes.
-        self._shared: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
+        self._shared: list[tuple[Source, str, Mapping[Visit, Axes | ValueError]]] = []
         # The batch that was read last: a forward pass that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:

@@ -23,6 +23,7 @@ from hf_erasure.models.layout import (
     Lengths,
     Passes,
     Summary,
+    Visit,
     differs_at,
     frames_of,
     rows_of,
@@ -32,33 +33,6 @@ from hf_erasure.models.layout import (
 from hf_erasure.models.model import Runner, evaluating, forked_rng, inputs_of, last_hidden_state
 
 logger = logging.getLogger(__name__)
-_VISIT = ", visit "
-_PAIRS = ", pairs"
-
-
-def visit_of(site: str, number: int) -> str:
-    """The key of the moments of one visit of a site; `number` counts from 1."""
-    return site if number == 1 else f"{site}{_VISIT}{number}"
-
-
-def site_of(key: str) -> str:
-    """The site of a key that `visit_of` or `pairs_of` made."""
-    return key.removesuffix(_PAIRS).partition(_VISIT)[0]
-
-
-def number_of(key: str) -> int:
-    """The number of the visit of a key that `visit_of` made."""
-    return int(key.partition(_VISIT)[2] or 1)
-
-
-def pairs_of(key: str) -> str:
-    """The key of the differences within pairs at a visit of a site."""
-    return f"{key}{_PAIRS}"
-
-
-def is_of_pairs(key: str) -> bool:
-    """Whether a key is one of differences within pairs."""
-    return key.endswith(_PAIRS)
 
 
 @dataclass
@@ -69,10 +43,10 @@ class Layouts:
     layers: dict[str, ErasureLayer]  # The sites.
     name: str  # The adapter.
     # How many features there are at each visit of a site that the passes over a few rows reached.
-    widths: dict[str, int] = field(default_factory=dict, init=False)
-    _known: dict[Any, dict[str, Axes | ValueError]] = field(default_factory=dict, init=False)
+    widths: dict[Visit, int] = field(default_factory=dict, init=False)
+    _known: dict[Any, dict[Visit, Axes | ValueError]] = field(default_factory=dict, init=False)
 
-    def of(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
+    def of(self, batch: Mapping[str, Any]) -> dict[Visit, Axes | ValueError]:
         """Visit of a site, or last hidden state, → its axes, or the error that says why they are not known.
 
         Batches that differ only in their rows and lengths have the same axes.
@@ -108,7 +82,7 @@ class Layouts:
     def site_axes(self, site: str) -> dict[str, Any]:
         """The `axis` of the features and that of the `examples` of a site, the same for batches of any form."""
         every = (item for known in self._known.values() for item in known.items())
-        seen = [axes for key, axes in every if isinstance(axes, Axes) and site_of(key) == site]
+        seen = [axes for visit, axes in every if isinstance(axes, Axes) and visit.site == site]
         found = {(axes.width, axes.example + (0 <= axes.width <= axes.example)) for axes in seen}
         if len(found) > 1:
             raise ValueError(
@@ -117,7 +91,7 @@ class Layouts:
             )
         return dict(zip(("axis", "examples"), found.pop() if found else (-1, 0), strict=True))
 
-    def _find_axes(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
+    def _find_axes(self, few: dict[str, Any]) -> dict[Visit, Axes | ValueError]:
         """Find the axes that `of` returns, from runs over a few rows, over these rows twice, and with other lengths."""
         rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
         try:
@@ -135,7 +109,7 @@ class Layouts:
             # If the batch itself is wrong, fitting raises an error when it reads it.
             reason = f"since the rows that show its axes cannot be run: {type(error).__name__}: {error}"
             return {
-                name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
+                Visit(name): ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
                 for name in (*self.layers, *self._finals)
             }
         modules = {name: layer.host for name, layer in self.layers.items()} | self._finals
@@ -149,21 +123,21 @@ class Layouts:
                 logger.debug("What the features depend on cannot be told: %s", error)
                 return None
 
-        def axes_at(key: str) -> Axes | ValueError:
-            site = site_of(key)
-            side = self.layers[site].erasures[self.name].side if site in self.layers else "output"
+        def axes_at(key: Visit) -> Axes | ValueError:
+            layer, module = self.layers.get(key.site), modules[key.site]
+            side = "output" if layer is None else layer.erasures[self.name].side
 
             def feature_axes() -> set[int]:
                 graph = recorded()
-                return set() if graph is None else graph.features_at(modules[site], side)
+                return set() if graph is None else graph.features_at(module, side)
 
             try:
-                return passes.axes_of(key, modules[site], feature_axes)
+                return passes.axes_of(key, module, feature_axes)
             except ValueError as error:
                 return error.with_traceback(None)  # its stack frames would keep all activations alive
 
         found = {key: axes_at(key) for key in first}
-        axes_of_sites = ((key, axes) for key, axes in found.items() if site_of(key) in self.layers)
+        axes_of_sites = ((key, axes) for key, axes in found.items() if key.site in self.layers)
         self.widths |= {key: first[key].shape[axes.width] for key, axes in axes_of_sites if isinstance(axes, Axes)}
         if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
             return found
@@ -177,13 +151,15 @@ class Layouts:
         found |= self._token_axes(few, passes, _loose(found))
         return found | self._uneven_errors(few, passes, _loose(found))
 
-    def _token_axes(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
+    def _token_axes(
+        self, few: dict[str, Any], passes: Passes, loose: dict[Visit, Axes]
+    ) -> dict[Visit, Axes | ValueError]:
         """The axes of activations in which only some of the rows belong to tokens."""
         given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.by_side else None
         if given is None:
             return {key: passes.placed(key, axes, {}, ()) for key, axes in loose.items() if "" in passes.now.by_side}
         *batches, tokens = given
-        places: dict[str, dict[int, list[int]]] = {}
+        places: dict[Visit, dict[int, list[int]]] = {}
         try:
             seen = []
             for one in batches:
@@ -194,7 +170,7 @@ class Layouts:
             logger.debug("Texts with other tokens cannot be run: %s", error)
         return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
 
-    def _uneven_errors(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
+    def _uneven_errors(self, few: dict[str, Any], passes: Passes, loose: dict[Visit, Axes]) -> dict[Visit, ValueError]:
         """The errors for activations that cannot be labelled: how many rows an example has depends on its content."""
         sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
         changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
@@ -212,7 +188,7 @@ class Layouts:
                     )
         return errors
 
-    def _try_pass(self, batch: Mapping[str, Any]) -> dict[str, Summary] | None:
+    def _try_pass(self, batch: Mapping[str, Any]) -> dict[Visit, Summary] | None:
         """The summaries of one pass, or None where the model cannot be run on the batch."""
         try:
             return self._run_pass(batch)
@@ -221,14 +197,14 @@ class Layouts:
             return None
 
     def _run_pass(
-        self, batch: Mapping[str, Any], keep: Callable[[str, Tensor], Any] = lambda key, hidden: Summary.of(hidden)
-    ) -> dict[str, Any]:
+        self, batch: Mapping[str, Any], keep: Callable[[Visit, Tensor], Any] = lambda key, hidden: Summary.of(hidden)
+    ) -> dict[Visit, Any]:
         """Run one pass; return what `keep` gives for every visit of a site and every last hidden state."""
-        kept, visits = dict[str, Any](), Counter[str]()
+        kept, visits = dict[Visit, Any](), Counter[str]()
 
         def observe(name: str, hidden: Tensor) -> Tensor:
             visits[name] += 1
-            key = visit_of(name, visits[name])
+            key = Visit(name, visits[name])
             # An activation without rows shows nothing, and nothing in it is labelled.
             if hidden.numel() and (found := keep(key, hidden.detach())) is not None:
                 kept[key] = found
@@ -239,7 +215,7 @@ class Layouts:
         return kept
 
 
-def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:
+def _loose(found: Mapping[Visit, Axes | ValueError]) -> dict[Visit, Axes]:
     """The axes of the activations whose rows are not known to belong to tokens."""
     known = {key: axes for key, axes in found.items() if isinstance(axes, Axes)}
     return {key: axes for key, axes in known.items() if axes.side is None and not axes.is_shared}

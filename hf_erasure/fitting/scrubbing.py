@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import evaluating, on_cpu
 
 from .checkpoint import FitCheckpoint, digest_of, joint_digest
 from .forward_passes import ForwardPass, OutOfStep, forward_passes
 from .labels import BatchesOnDisk, BatchLabels, SiteStatistics, Source
-from .layouts import is_of_pairs, observed, pairs_of, site_of, visit_of
+from .layouts import observed
 from .report import SETTLED
 from .sites import FitTask, SiteFit, solve
 
@@ -113,7 +114,7 @@ class Scrubber:
                 logger.warning(
                     "Modules are called several times in one forward pass (%s), so that erasers change what arrives at "
                     "later visits: at most %d more passes over the data follow.",
-                    ", ".join(sorted({site_of(key) for later in self._later.values() for key in later.moments})[:3]),
+                    ", ".join(sorted({visit.site for later in self._later.values() for visit in later.moments})[:3]),
                     most_passes - 1,
                 )
             logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
@@ -153,12 +154,12 @@ class Scrubber:
         residuals: dict[str, list[float]] = {}
         labelled = [source for source in self.sources if source.concept]
         for source in labelled:
-            for key, moments in self._later[source.key].moments.items():
-                if is_of_pairs(key):  # the guarantee is about the labelled rows
+            for visit, moments in self._later[source.key].moments.items():
+                if visit.of_pairs:  # the guarantee is about the labelled rows
                     continue
                 own = source.strata.concept(moments)
-                share = residual_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
-                residuals.setdefault(site_of(key), []).append(float(share))
+                share = residual_of(self.fits[visit.site].eraser, own).norm() / scale_of(own)
+                residuals.setdefault(visit.site, []).append(float(share))
         for site, each in residuals.items():
             line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
             self.fits[site] = replace(self.fits[site], line=line)
@@ -184,16 +185,16 @@ class Scrubber:
                     except OutOfStep as reason:
                         refusal = str(reason)
                 # If a batch skips a module, others wait at an earlier one: the first in the model's order is next.
-                first = min((order.index(forward.site) for forward in passes if forward.site is not None), default=None)
-                reached = task.processes.gathered([(first, refusal)])
+                stops = [order.index(forward.visit.site) for forward in passes if forward.visit is not None]
+                reached = task.processes.gathered([(min(stops, default=len(order)), refusal)])
                 for _, refused in reached:
                     if refused is not None:
                         raise OutOfStep(refused)
-                stops = [index for index, _ in reached if index is not None]
-                if not stops:
+                first = min(index for index, _ in reached)
+                if first == len(order):
                     return
-                site = order[min(stops)]
-                waiting = [forward for forward in passes if forward.site == site]
+                site = order[first]
+                waiting = [forward for forward in passes if forward.visit == Visit(site)]
                 self._solve(site)
                 shown.update()
 
@@ -202,10 +203,10 @@ class Scrubber:
         self._running, labels = forward, self._batches[forward.index]
         while True:
             forward.advance()
-            if forward.site is None or forward.hidden is None:
+            if forward.visit is None or forward.hidden is None:
                 return
-            is_first = forward.site in self.task.layers
-            (labels.source if is_first else self._later[labels.source.key]).add(forward.site, labels, forward.hidden)
+            is_first = forward.visit.number == 1
+            (labels.source if is_first else self._later[labels.source.key]).add(forward.visit, labels, forward.hidden)
             forward.hidden = None
             if is_first:
                 return
@@ -215,15 +216,15 @@ class Scrubber:
         forward = self._running
         if site in self._left_out:
             return hidden
-        visit = 1 + sum(site_of(key) == site for key in forward.visited)
-        if visit > 1 and site in self._restored:
+        visit = Visit(site, 1 + sum(earlier.site == site for earlier in forward.visited))
+        if visit.number > 1 and site in self._restored:
             raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
-        if visit == 1 and site in self._restored:
-            forward.visited.append(site)
-        elif visit == 1 and site in self.fits:
+        if visit.number == 1 and site in self._restored:
+            forward.visited.append(visit)
+        elif visit.number == 1 and site in self.fits:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
-            forward.stop(visit_of(site, visit), hidden)
+            forward.stop(visit, hidden)
         return self.fits[site].erase(hidden) if site in self.fits else hidden
 
     # ---- one site per pass -----------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class Scrubber:
         """Fit each site with all sites before it erased: right by definition, in any order of the sites."""
         task = self.task
         # `widths` has the sites in the order in which a pass over a few rows reached them.
-        reached = list(dict.fromkeys(map(site_of, task.layouts.widths)))
+        reached = list(dict.fromkeys(visit.site for visit in task.layouts.widths))
         visited = max(task.processes.gathered([reached]), key=len)
         for site in [*visited, *(site for site in task.layers if site not in visited)]:
             if site not in self.fits and site not in self._left_out:
@@ -248,7 +249,7 @@ class Scrubber:
             is_due = visit > 1 and site in self.fits if chosen is None else visit == 1 and site == chosen
             if labels is not None and is_due:
                 statistics = labels.source if visit == 1 else self._later[labels.source.key]
-                statistics.add(visit_of(site, visit), labels, hidden)
+                statistics.add(Visit(site, visit), labels, hidden)
             return self.fits[site].erase(hidden) if site in self.fits else hidden
 
         with self.task.processes.fail_together(f"running over its batches to {chosen or 'the end'!r}"):
@@ -261,19 +262,19 @@ class Scrubber:
 
         A site without moments is left out if the user did not name it.
         """
-        statistics, keys = [], (site, pairs_of(site))
+        statistics, visits = [], (Visit(site), Visit(site, of_pairs=True))
         for source in self.sources:
-            source.pool(self.task.processes, keys)
-            if source.concept and self.task.config.has_default_targets and site not in source.moments:
+            source.pool(self.task.processes, visits)
+            if source.concept and self.task.config.has_default_targets and Visit(site) not in source.moments:
                 self._left_out.add(site)
                 for other in self.sources:
-                    for key in keys:
-                        other.moments.pop(key, None)
+                    for visit in visits:
+                        other.moments.pop(visit, None)
                 return
             source.check_reached([site])
             assumed = self._assumed[source.key].moments if self._assumed else {}
-            later = {key: moments for key, moments in assumed.items() if site_of(key) == site}
-            first = {key: source.moments.pop(key) for key in keys if key in source.moments}
+            later = {visit: moments for visit, moments in assumed.items() if visit.site == site}
+            first = {visit: source.moments.pop(visit) for visit in visits if visit in source.moments}
             statistics.append(SiteStatistics(source.concept, first | later, source.dtypes))
         self.fits |= solve(self.task, [site], statistics)
         if self.checkpoint is not None and self.task.processes.is_main and not self._assumed:
@@ -301,7 +302,7 @@ class Columns:
     # One entry for each pass: the columns that its erasers should have removed. They are the columns that arrived, or
     # with `adds_residual` the columns that were removed plus what was left.
     wanted: list[Tensor] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # The visits whose columns these are.
+    keys: list[tuple[str, Visit]] = field(default_factory=list)  # The sources and visits whose columns these are.
     adds_residual: bool = False  # Whether what is left is added.
     # The first entry of `removed`, and its entry of `wanted` with `adds_residual`.
     _first: list[Tensor] = field(default_factory=list)
@@ -314,11 +315,11 @@ class Columns:
 
         `stuck` begins again with the columns of the first pass, and adds what is left from there on.
         """
-        parts = [(of, key, m) for of, statistics in later.items() for key, m in sorted(statistics.moments.items())]
+        parts = [(of, visit, later[of].moments[visit]) for of in later for visit in sorted(later[of].moments, key=str)]
         labelled = [part for part in parts if later[part[0]].concept]
-        keys = [f"{of}: {key}" for of, key, _ in labelled]
+        keys = [(of, visit) for of, visit, _ in labelled]
         arrived = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
-        left = [(residual_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
+        left = [(residual_of(fits[visit.site].eraser, m).cpu() / scale_of(m)).flatten() for _, visit, m in labelled]
         if keys != self.keys:
             self.keys, self.removed, self.wanted, self._first, next_columns = keys, [], [], [], arrived
         else:
@@ -332,11 +333,11 @@ class Columns:
         self.removed.append(next_columns)
         columns = dict(zip(keys, next_columns.split([part.numel() for part in left]), strict=True))
         assumed = {of: SiteStatistics(s.concept) for of, s in later.items()}
-        for of, key, m in parts:
+        for of, visit, m in parts:
             if later[of].concept:
-                cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)
+                cross = columns[of, visit].view(m.x_dim, m.z_dim) * scale_of(m)
                 m = m.with_concept(m.mean_z, cross.to(m.mean_z), m.covariance_z)
-            assumed[of].moments[key] = m
+            assumed[of].moments[visit] = m
         return assumed
 
 

@@ -22,11 +22,12 @@ from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import FoundAdapter, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS, POOLS, reading_of
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
-from .layouts import Layouts, few_rows, observed, pairs_of, visit_of
+from .layouts import Layouts, few_rows, observed
 from .processes import Processes
 from .report import SiteReport
 
@@ -152,7 +153,7 @@ def pool_for(
 
     def real_of(hidden: Tensor) -> Tensor:
         labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows), layouts.frames_of(rows))
-        return labels.select(hidden, layouts.runner.side_of("last_hidden_state"))[1].real
+        return labels.select(hidden, Visit(layouts.runner.side_of("last_hidden_state")))[1].real
 
     reading = reading_of(model, layouts.runner, rows, real_of)
     if pool is None:
@@ -226,14 +227,13 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
     For a module that is called several times the columns of all visits are erased, each taken about the means of its
     visit. If no linear map keeps the mean, and the user did not ask for a linear one, the affine map is taken instead.
     """
-    all_keys = {key for statistics in sources for key in statistics.moments}
-    keys = (visit_of(site, number) for number in itertools.count(1))
-    visits = list(itertools.takewhile(all_keys.__contains__, keys))
+    seen = {visit for statistics in sources for visit in statistics.moments}
+    visits = list(itertools.takewhile(seen.__contains__, (Visit(site, number) for number in itertools.count(1))))
     of_concepts = [statistics for statistics in sources if statistics.concept]
-    in_strata = [(s.strata, s.moments[key]) for s in of_concepts for key in visits if key in s.moments]
+    in_strata = [(s.strata, s.moments[visit]) for s in of_concepts for visit in visits if visit in s.moments]
     labelled = [strata.concept(moments) for strata, moments in in_strata]
     kept = [columns for strata, moments in in_strata if (columns := strata.kept_columns(moments)) is not None]
-    of_background = [s.moments[key] for s in sources if not s.concept for key in visits if key in s.moments]
+    of_background = [s.moments[visit] for s in sources if not s.concept for visit in visits if visit in s.moments]
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
         background.merge(more)  # type: ignore[union-attr]
@@ -269,21 +269,22 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
         rows=spread.rows,
         change_labelled=spread.change(eraser) if eraser.rank else 0.0,
     )
-    dtype = torch.float64 if sources[0].dtypes[site] == torch.float64 else torch.float32
+    dtype = torch.float64 if sources[0].dtypes[visits[0]] == torch.float64 else torch.float32
     readings = _readings(eraser, labelled, config) if len(of_concepts) == 1 else None
     return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
 
 
-def _extra_columns(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
+def _extra_columns(sources: Sequence[SiteStatistics], visits: Sequence[Visit]) -> list[tuple[Tensor, int | None]]:
     """The columns of pairs and of environments that are erased too, each with its number of directions (None: all)."""
     columns: list[tuple[Tensor, int | None]] = []
     for statistics in sources:
         concept, strata = statistics.concept, statistics.strata
-        spreads = [statistics.moments[key].spread() for key in map(pairs_of, visits) if key in statistics.moments]
+        of_pairs = (statistics.moments.get(visit._replace(of_pairs=True)) for visit in visits)
+        spreads = [moments.spread() for moments in of_pairs if moments is not None]
         columns += [(concept_columns(spread), None) for spread in spreads]
         if concept is not None and concept.environment_rank is not None and strata.environments > 1:
             more = concept.environment_rank - (strata.classes - 1)
-            every = [statistics.moments[key] for key in visits if key in statistics.moments]
+            every = [statistics.moments[visit] for visit in visits if visit in statistics.moments]
             columns += [(strata.environment_columns(moments), more) for moments in every if more]
         if concept is not None and concept.pair_rank:
             roots = [spread.root() for spread in spreads]

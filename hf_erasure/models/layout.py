@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,27 @@ _SHORTEST = 4
 # Shares of an activation's size. Rows of one example that are computed beside other examples differ by rounding alone;
 # if one example is mistaken for another, they differ by about their own size.
 _ROUNDING, _DIFFERENT = 1e-2, 0.5
+
+
+class Visit(NamedTuple):
+    """One call of a module in a forward pass, or a last hidden state."""
+
+    site: str  # The name of the module, or of the state.
+    number: int = 1  # Which call of the module it is.
+    of_pairs: bool = False  # Whether the differences within pairs there are meant.
+
+    def __str__(self) -> str:
+        later = f", visit {self.number}" if self.number > 1 else ""
+        return f"{self.site}{later}{', pairs' if self.of_pairs else ''}"
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+    @classmethod
+    def named(cls, text: str) -> Visit:
+        """The visit that `str` writes so."""
+        site, _, number = text.removesuffix(", pairs").partition(", visit ")
+        return cls(site, int(number or 1), text.endswith(", pairs"))
 
 
 @dataclass(frozen=True)
@@ -271,18 +292,18 @@ def feature_axis(
 
 @dataclass(frozen=True)
 class Passes:
-    """The shapes of activations in small passes: name of the activation → what was kept of it."""
+    """The shapes of activations in small passes: visit → what was kept of its activation."""
 
     rows: int  # The number of examples in the first pass.
     now: Lengths  # Their lengths in the first pass.
     other: Lengths  # Their lengths in the third pass.
-    first: dict[str, Summary]  # The first pass, over some rows.
-    twice: dict[str, Summary]  # The second pass, over these rows and, behind them, the same in the opposite order.
-    changed: dict[str, Summary]  # The third pass, over the first rows with other lengths.
+    first: dict[Visit, Summary]  # The first pass, over some rows.
+    twice: dict[Visit, Summary]  # The second pass, over these rows and, behind them, the same in the opposite order.
+    changed: dict[Visit, Summary]  # The third pass, over the first rows with other lengths.
     # The passes over the first rows with longer texts, by their length.
-    longer: dict[int, dict[str, Summary]] = field(default_factory=dict)
+    longer: dict[int, dict[Visit, Summary]] = field(default_factory=dict)
 
-    def axes_of(self, key: str, host: nn.Module, graph_axes: Callable[[], Iterable[int]] = tuple) -> Axes:
+    def axes_of(self, key: Visit, host: nn.Module, graph_axes: Callable[[], Iterable[int]] = tuple) -> Axes:
         """The axes of an activation of a module; `graph_axes` is as for `feature_axis`.
 
         Raises:
@@ -292,7 +313,7 @@ class Passes:
         if key not in self.twice or key not in self.changed:
             raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
         seen = (self.first, self.twice, self.changed, *self.longer.values())
-        width = feature_axis([one[key].shape for one in seen if key in one], key, host, graph_axes)
+        width = feature_axis([one[key].shape for one in seen if key in one], str(key), host, graph_axes)
         rows, shape, twice = self.rows, self.first[key].shape, self.twice[key]
         width = -1 if width == len(shape) - 1 else width
         owners = _example_axes(shape, twice.shape, rows)
@@ -302,7 +323,7 @@ class Passes:
             raise ValueError(
                 f"The activation at {key!r} has shape {shape} for {rows} examples and {twice.shape} for {2 * rows}: "
                 f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot "
-                f"be labelled. Choose another target module, or leave it out with exclude_modules=[{key!r}]."
+                f"be labelled. Choose another target module, or leave it out with exclude_modules=[{key.site!r}]."
             )
         others = [axis for axis in range(len(shape)) if axis != width % len(shape)]
         base, changed = ([sizes[axis] for axis in others] for sizes in (shape, self.changed[key].shape))
@@ -317,8 +338,8 @@ class Passes:
         if min(differences) > (_DIFFERENT if base[example] == rows else _ROUNDING):
             raise ValueError(
                 f"The activation at {key!r} has {base[example]} rows for {rows} examples, and the rows of an example "
-                "are others when other examples stand beside it, as where experts take some tokens each: its rows "
-                f"cannot be labelled. Choose another target module, or leave it out with exclude_modules=[{key!r}]."
+                "are others when other examples stand beside it, as where experts take some tokens each: they cannot "
+                f"be labelled. Choose another target module, or leave it out with exclude_modules=[{key.site!r}]."
             )
         is_major = differences[0] <= differences[1]
         side = self.now.side_of(per_example, self.other, int(per_changed)) if per_changed == int(per_changed) else None
@@ -330,12 +351,12 @@ class Passes:
                 return Axes(width, example, per_example, is_major, axis, side)
         return Axes(width, example, per_example, is_major)
 
-    def sizes(self, key: str, axes: Axes | None, one: dict[str, Summary]) -> list[int]:
+    def sizes(self, key: Visit, axes: Axes | None, one: dict[Visit, Summary]) -> list[int]:
         """The sizes of the axes of an activation in a pass, without the axis of its features if that is known."""
         shape = list(one[key].shape) if key in one else []
         return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
 
-    def padded_sizes(self, key: str, axes: Axes | ValueError) -> set[int]:
+    def padded_sizes(self, key: Visit, axes: Axes | ValueError) -> set[int]:
         """The sizes of the axes that may hold the positions of texts that are padded to a multiple of a length."""
         known = axes if isinstance(axes, Axes) else None
         if "" not in self.now.by_side or (known is not None and known.side is not None):
@@ -349,7 +370,7 @@ class Passes:
             if known is None or axis != known.example
         }
 
-    def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
+    def placed(self, key: Visit, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
         """The axes of an activation, with its axis of positions where it has more positions than there are tokens."""
         n, other = self.now.by_side[""], self.other.by_side[""]
         now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)

@@ -31,6 +31,7 @@ from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
 from hf_erasure.metrics import fresh_probes
 from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocessing
+from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS, POOLS, pooled
 
@@ -479,7 +480,7 @@ def pooled_states(
     def collect(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
             hidden = layers[site].apply_eraser(adapter_name, hidden)
-        aligned, selection = current[0].select(hidden, runner.side_of(site))
+        aligned, selection = current[0].select(hidden, Visit(runner.side_of(site)))
         collected(erased, site, aligned, selection)
         return hidden
 

@@ -10,17 +10,17 @@ import torch
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.labels import BatchLabels, Source, mean_pooled
-from hf_erasure.models.layout import Axes
+from hf_erasure.models.layout import Axes, Visit
 from tests.small_models import ARCHITECTURES, LABELS
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
 # The axes of most modules, of a decoder, of a module with all tokens in one list, and of a module without positions.
 AXES = {
-    "layer.0": Axes(-1, 0, position=1, side=""),
-    "decoder.block.0": Axes(-1, 0, position=1, side="decoder_"),
-    "experts": Axes(-1, 0, per_example=4, side="", is_flat=True),
-    "pooler": Axes(-1, 0),
+    Visit("layer.0"): Axes(-1, 0, position=1, side=""),
+    Visit("decoder.block.0"): Axes(-1, 0, position=1, side="decoder_"),
+    Visit("experts"): Axes(-1, 0, per_example=4, side="", is_flat=True),
+    Visit("pooler"): Axes(-1, 0),
 }
 STATES = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -43,43 +43,43 @@ def labels(concept: torch.Tensor, pool: str = "tokens", z_dim: int = 2, **inputs
     ],
 )
 def test_sequence_labels_count_for_the_rows_of_the_pool(pool: str, expected: list[list[int]]) -> None:
-    _, selection = labels(torch.tensor([0, 1, 1]), pool).select(STATES, "layer.0")
+    _, selection = labels(torch.tensor([0, 1, 1]), pool).select(STATES, Visit("layer.0"))
     assert selection.counted.int().tolist() == expected
 
 
 def test_mean_pooling_gives_every_sequence_the_same_weight() -> None:
-    _, selection = labels(torch.tensor([0, 1, 1]), "mean").select(STATES, "layer.0")
+    _, selection = labels(torch.tensor([0, 1, 1]), "mean").select(STATES, Visit("layer.0"))
     assert selection.weight is not None
     torch.testing.assert_close(selection.weight.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_a_sequence_labelled_ignore_does_not_count_but_is_real() -> None:
-    _, selection = labels(torch.tensor([0, -100, 1])).select(STATES, "layer.0")
+    _, selection = labels(torch.tensor([0, -100, 1])).select(STATES, Visit("layer.0"))
     assert selection.counted.int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
     assert selection.real.equal(MASK.bool())
 
 
 def test_token_labels_on_padding_do_not_count() -> None:
     every = torch.ones(3, 4, dtype=torch.long)
-    _, selection = labels(every).select(STATES, "layer.0")
+    _, selection = labels(every).select(STATES, Visit("layer.0"))
     assert selection.counted.equal(MASK.bool())
 
 
 def test_continuous_labels_reach_every_token() -> None:
     values = torch.tensor([[0.5, 1.0], [2.0, 3.0], [4.0, 5.0]])
-    _, selection = labels(values).select(STATES, "layer.0")
+    _, selection = labels(values).select(STATES, Visit("layer.0"))
     assert selection.z is not None
     assert selection.z[2, 3].tolist() == [4.0, 5.0]
 
 
 def test_flattened_tokens_are_put_back_in_rows() -> None:
-    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES.reshape(12, 8), "experts")
+    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES.reshape(12, 8), Visit("experts"))
     assert aligned.equal(STATES)
     assert selection.counted.equal(MASK.bool())
 
 
 def test_a_pooler_has_one_row_a_sequence() -> None:
-    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES[:, 0], "pooler")
+    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES[:, 0], Visit("pooler"))
     assert aligned.shape == (3, 1, 8)
     assert selection.counted.all()
 
@@ -89,7 +89,7 @@ def test_a_decoder_site_takes_the_decoder_mask() -> None:
         "decoder_input_ids": torch.ones(3, 2, dtype=torch.long),
         "decoder_attention_mask": torch.tensor([[1, 1], [1, 0], [1, 1]]),
     }
-    _, selection = labels(torch.tensor([0, 1, 1]), **decoder).select(torch.zeros(3, 2, 8), "decoder.block.0")
+    _, selection = labels(torch.tensor([0, 1, 1]), **decoder).select(torch.zeros(3, 2, 8), Visit("decoder.block.0"))
     assert selection.counted.int().tolist() == [[1, 1], [1, 0], [1, 1]]
 
 
@@ -110,13 +110,13 @@ def test_a_decoder_site_takes_the_decoder_mask() -> None:
 )
 def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        labels(concept, pool).select(STATES, "layer.0")
+        labels(concept, pool).select(STATES, Visit("layer.0"))
 
 
 def test_names_of_classes_instead_of_their_ids_are_refused() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": ["female", "male", "male"]}
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
-        BatchLabels(batch, Source(ConceptErasureConfig(labels=LABELS)), "mean", AXES).select(STATES, "layer.0")
+        BatchLabels(batch, Source(ConceptErasureConfig(labels=LABELS)), "mean", AXES).select(STATES, Visit("layer.0"))
     model = ARCHITECTURES["bert"].build()
     model.add_adapter(ConceptErasureConfig(labels=LABELS))
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
@@ -125,7 +125,7 @@ def test_names_of_classes_instead_of_their_ids_are_refused() -> None:
 
 def test_an_activation_of_other_positions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'layer\.0' has shape \(3, 7, 8\)"):
-        labels(torch.tensor([0, 1, 1])).select(torch.zeros(3, 7, 8), "layer.0")
+        labels(torch.tensor([0, 1, 1])).select(torch.zeros(3, 7, 8), Visit("layer.0"))
 
 
 def test_a_batch_without_labels_says_what_is_missing() -> None:
@@ -147,7 +147,7 @@ def test_a_batch_without_labels_says_what_is_missing() -> None:
 
 
 def test_mean_pooling_leaves_padding_out_whatever_it_holds() -> None:
-    aligned, selection = labels(torch.tensor([0, -100, 1]), "mean").select(STATES, "layer.0")
+    aligned, selection = labels(torch.tensor([0, -100, 1]), "mean").select(STATES, Visit("layer.0"))
     broken = torch.where(MASK.bool().unsqueeze(-1), aligned, torch.nan)
     pooled, rows = mean_pooled(broken, selection)
     torch.testing.assert_close(pooled[0, 0], STATES[0, :3].mean(0))

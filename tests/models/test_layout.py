@@ -15,6 +15,7 @@ from hf_erasure.models.layout import (
     Lengths,
     Passes,
     Summary,
+    Visit,
     rows_of,
     with_lengths,
 )
@@ -47,8 +48,8 @@ def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tenso
 def axes_of(activations: list[Tensor], width: int, now: Lengths, other: Lengths) -> Axes:
     first = Summary.of(activations[0])
     seen = [first, Summary.of(activations[1], first, ROWS), Summary.of(activations[2])]
-    passes = Passes(ROWS, now, other, *({"here": each} for each in seen))
-    return passes.axes_of("here", nn.Identity(), lambda: {width})
+    passes = Passes(ROWS, now, other, *({Visit("here"): each} for each in seen))
+    return passes.axes_of(Visit("here"), nn.Identity(), lambda: {width})
 
 
 EXPECTED = states(torch.arange(ROWS * 8).reshape(ROWS, 8))
