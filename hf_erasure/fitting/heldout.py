@@ -163,7 +163,7 @@ class _Measurement:
     def measure_batch(self, labels: BatchLabels) -> None:
         """Run the model over a batch without and with the erasure."""
         task, runner = self._task, self._task.runner
-        finals = {name: m for name, m in runner.final_states().items() if labels.covers(runner.side_of(name))}
+        finals = {name: m for name, m in runner.final_states().items() if labels.covers(name)}
         plain: dict[str, Tensor] = {}
         called: Counter[tuple[bool, str]] = Counter()
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
@@ -179,16 +179,15 @@ class _Measurement:
             called[erased, site] += 1
             # A forward pass has one last hidden state, so it is always the first visit.
             visit = Visit(site) if site in finals else Visit(site, called[erased, site])
-            where = Visit(runner.side_of(site)) if site in finals else visit
             before = None
-            now, selection = labels.select(hidden, where)
+            now, selection = labels.select(hidden, visit)
             if site in finals and erased:
                 before = plain[site]
             elif site in finals:
                 plain[site] = now
             elif erased:
                 before, hidden = now, self._erase(site, hidden)
-                now, _ = labels.select(hidden, where)
+                now, _ = labels.select(hidden, visit)
             if self.observer is not None:
                 self.observer(erased, site, now, selection)
             self._add_activation(visit, half_of, selection, now, before)

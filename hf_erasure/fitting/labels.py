@@ -294,7 +294,7 @@ class BatchLabels:
                 f"{where!r} was not reached by the rows that showed what the axes of activations are: choose another "
                 "target module."
             )
-        shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, str(where))
+        shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, where)
         seq = activation.shape[1]
         key = (axes.side, axes.start, axes.beside, seq, activation.device)
         if key not in self._selections:
@@ -308,7 +308,7 @@ class BatchLabels:
             of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
             if mask is not None:
                 real[:, of_tokens] = mask.cpu()
-            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, str(where))
+            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, where)
         return activation, self._selections[key]
 
     def covers(self, site: str) -> bool:
@@ -341,7 +341,7 @@ class BatchLabels:
         return None if mask is None else mask.bool()
 
     def _selection(
-        self, real: Tensor, of_tokens: slice, side: str | None, device: torch.device, where: str
+        self, real: Tensor, of_tokens: slice, side: str | None, device: torch.device, where: Visit
     ) -> Selection:
         counted, z, weight = real, self._labels, None
         if z is not None and self._by_token:

@@ -74,11 +74,6 @@ class Layouts:
     def _frames(self) -> Frames | None:
         return frames_of(self.runner.model)
 
-    @functools.cached_property
-    def _finals(self) -> dict[str, nn.Module]:
-        """The modules that return a last hidden state, by a name that tells the side of the state."""
-        return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
-
     def site_axes(self, site: str) -> dict[str, Any]:
         """The `axis` of the features and that of the `examples` of a site, the same for batches of any form."""
         every = (item for known in self._known.values() for item in known.items())
@@ -110,9 +105,9 @@ class Layouts:
             reason = f"since the rows that show its axes cannot be run: {type(error).__name__}: {error}"
             return {
                 Visit(name): ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
-                for name in (*self.layers, *self._finals)
+                for name in (*self.layers, *self.runner.final_states())
             }
-        modules = {name: layer.host for name, layer in self.layers.items()} | self._finals
+        modules = {name: layer.host for name, layer in self.layers.items()} | self.runner.final_states()
 
         @functools.cache
         def recorded() -> Graph | None:
@@ -210,7 +205,7 @@ class Layouts:
                 kept[key] = found
             return hidden
 
-        with observed(self.layers, self.name, observe, self._finals, needs_finals=False):
+        with observed(self.layers, self.name, observe, self.runner.final_states(), needs_finals=False):
             self.runner(dict(batch))
         return kept
 

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
-from hf_erasure.models.layout import rows_of
+from hf_erasure.models.layout import Visit, rows_of
 
 # The keys of a batch that describe its pairs of texts and counterfactuals.
 _PAIR_KEYS = ("concept_pairs", "concept_pair_labels", "concept_words")
@@ -66,7 +66,7 @@ class Pairs:
         """`(pairs,)` the rows of the texts of `others`, in the same order."""
         return self.text_of[self.others]
 
-    def compared(self, real: Tensor, of_tokens: slice, side: str | None, pool: str, where: str) -> Tensor:
+    def compared(self, real: Tensor, of_tokens: slice, side: str | None, pool: str, where: Visit) -> Tensor:
         """`(rows, seq)` int64: positions of a pair with equal numbers are compared, words or whole texts; −1: not.
 
         Args:
@@ -74,7 +74,7 @@ class Pairs:
             of_tokens: The positions of tokens.
             side: The side of an encoder-decoder, as in `Axes`.
             pool: One of `POOLS`.
-            where: The site, for messages.
+            where: The visit, for messages.
         """
         if pool != "tokens":
             return torch.where(pooling.counted(real, pool), 0, -1)

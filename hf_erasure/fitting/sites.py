@@ -153,7 +153,7 @@ def pool_for(
 
     def real_of(hidden: Tensor) -> Tensor:
         labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows), layouts.frames_of(rows))
-        return labels.select(hidden, Visit(layouts.runner.side_of("last_hidden_state")))[1].real
+        return labels.select(hidden, Visit("last_hidden_state"))[1].real
 
     reading = reading_of(model, layouts.runner, rows, real_of)
     if pool is None:

@@ -79,7 +79,7 @@ class Axes:
     # None if there are none.
     beside: bool | None = None
 
-    def arranged(self, activation: Tensor, rows: int, where: str = "") -> Tensor:
+    def arranged(self, activation: Tensor, rows: int, where: object = "") -> Tensor:
         """The activation as `(rows, positions, …, width)`; without positions of tokens `(rows, all other axes, width)`.
 
         Raises a `ValueError` if the number of rows for each example is not the number when the axes were found.
@@ -253,7 +253,7 @@ def _example_axes(single: Sequence[int], twice: Sequence[int], rows: int) -> lis
 
 def feature_axis(
     shapes: Sequence[Sequence[int]],
-    where: str,
+    where: object,
     module: nn.Module | None = None,
     graph_axes: Callable[[], Iterable[int]] = tuple,
 ) -> int:
@@ -313,7 +313,7 @@ class Passes:
         if key not in self.twice or key not in self.changed:
             raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
         seen = (self.first, self.twice, self.changed, *self.longer.values())
-        width = feature_axis([one[key].shape for one in seen if key in one], str(key), host, graph_axes)
+        width = feature_axis([one[key].shape for one in seen if key in one], key, host, graph_axes)
         rows, shape, twice = self.rows, self.first[key].shape, self.twice[key]
         width = -1 if width == len(shape) - 1 else width
         owners = _example_axes(shape, twice.shape, rows)

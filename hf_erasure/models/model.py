@@ -340,10 +340,6 @@ class Runner:
             return {f"{tower[0]}.last_hidden_state": tower[1] for tower in towers if tower is not None}
         return {"last_hidden_state": self.backbone}
 
-    def side_of(self, name: str) -> str:
-        """The name of a final state for aligning labels: that of a decoder begins with `decoder.`."""
-        return f"decoder.{name}" if name == "last_hidden_state" and is_encoder_decoder(self.model) else name
-
 
 def positions_of(config: Any) -> int | None:
     """The number of tokens for which a model has positions; None if its configuration does not say."""

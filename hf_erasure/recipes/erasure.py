@@ -480,7 +480,7 @@ def pooled_states(
     def collect(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
             hidden = layers[site].apply_eraser(adapter_name, hidden)
-        aligned, selection = current[0].select(hidden, Visit(runner.side_of(site)))
+        aligned, selection = current[0].select(hidden, Visit(site))
         collected(erased, site, aligned, selection)
         return hidden
 
