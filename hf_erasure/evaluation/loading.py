@@ -64,7 +64,7 @@ class Adapter:
 
         def outputs() -> list[torch.Tensor]:
             with forked_rng(model):
-                return list(floats_of(runner(batch)))
+                return list(floats_of(runner(batch, runner.model)))
 
         with evaluating(model):
             now = outputs()

@@ -214,9 +214,9 @@ def test_two_loras_that_train_the_same_module_are_refused_in_a_sentence(story: s
 
 def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
     folders = {}
-    for name, starts in (("zero", True), ("random", False)):
+    for name, starts, target in (("zero", True, "query"), ("random", False, "query"), ("head", False, "decoder")):
         model = AutoModelForMaskedLM.from_pretrained(story)
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=starts), adapter_name=name)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=starts), adapter_name=name)
         model.save_pretrained(tmp_path / name)
         folders[name] = str(tmp_path / name)
     entries = entries_of(read_adapters(list(folders.values())))
@@ -227,6 +227,7 @@ def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
     acts, text = entries[2].adapters[0].acts(model)
     assert acts and "'random' (LORA) changes the outputs" in text
     assert list(model.active_adapters()) == ["random"]  # as before the check
+    assert entries[3].adapters[0].acts(loader.load(entries[3]))[0]
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
