@@ -337,9 +337,10 @@ def write(rows: dict[str, Row], settings: Settings, command: str) -> str:
         [
             "# GRADIEND, gender, over architectures: results",
             f"```\n{command}\n```",
-            f"Closed form, source {settings.source}, density {settings.density:g}; seeds {settings.seeds}. Edits cost "
-            f"at most {settings.budget:.1%} on the choice stories; everything is measured on unseen names, prompts and "
-            "stories. The cost is a share of the loss, for masked models of the accuracy.",
+            f"Closed form, source {settings.source}, density {settings.density:g}; seeds {settings.seeds}. The "
+            f"interval of an edit's cost on the choice stories ends at {settings.budget:.1%} at most; everything is "
+            "measured on unseen names, prompts and stories. The cost is a share of the loss, for masked models of the "
+            "accuracy.",
             table(rows, settings),
             "",
         ]

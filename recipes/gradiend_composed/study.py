@@ -287,11 +287,11 @@ def report(outcomes: list[Outcome], settings: Settings, command: str) -> str:
     parts = [
         "# GRADIEND with an erasure: results",
         f"```\n{command}\n```",
-        f"Fitted on {sizes['fitted']} sentences; the edit is chosen for {settings.goal} on {sizes['chosen']} others "
-        f"at a cost of at most {settings.budget:.0%}. Everything is measured on {sizes['measured']} other sentences "
-        f"and {sizes['stories']} other stories. No name, sentence or story is in two parts. Seeds {settings.seeds}, "
-        "each with another split: mean [95 % t-interval over seeds]. LEACE removes 1 direction at each norm, INLP "
-        f"{settings.inlp_rank}.",
+        f"Fitted on {sizes['fitted']} sentences; the edit is chosen for {settings.goal} on {sizes['chosen']} "
+        f"others, and the interval of its cost ends at {settings.budget:.0%} at most. Everything is measured on "
+        f"{sizes['measured']} other sentences and {sizes['stories']} other stories. No name, sentence or story is in "
+        f"two parts. Seeds {settings.seeds}, each with another split: mean [95 % t-interval over "
+        f"seeds]. LEACE removes 1 direction at each norm, INLP {settings.inlp_rank}.",
         "*gap P(she)*: P(she) after female names minus after male names; *gap P(he)* the other way round. *Preference "
         "gap*: how much more often the pronoun that agrees with the name is more likely; *log-odds gap*: by how much "
         "(`hf_erasure.metrics.pronoun_gap`, 0 is none). *BPI / LMS*: 1 is best, low where neither pronoun is likely. "

@@ -122,7 +122,8 @@ class Settings:
         other_sources: Other gradients, whose encoders are measured too.
         exclude_modules: A model with modules of these names is also fitted and edited without them.
         density: The share of the weights that an edit changes.
-        budget: The share of the loss (masked: of the accuracy) that an edit may cost on the choice stories.
+        budget: The share of the loss (masked: of the accuracy) that an edit may cost on the choice stories, at the
+            upper end of its interval.
         goals: The goals that edits are chosen for.
         feature_factors: The grid's values of h.
         learning_rates: The grid's sizes of α; each is tried with both signs.
@@ -666,8 +667,8 @@ def report(results: dict[str, list[Outcome]], settings: Settings, command: str) 
         "## Reading",
         encoding_table(results),
         f"## Writing\n\nA share of {settings.density:g} of the weights is changed. Edits are chosen on the choice "
-        f"material, at a cost of at most {settings.budget:.1%} there. The cost on test is a share of the loss, for "
-        "masked models of the accuracy.",
+        f"material; the interval of their cost there ends at {settings.budget:.1%} at most. The cost on test is a "
+        "share of the loss, for masked models of the accuracy.",
         edit_table(results),
         "The chosen edits, with their cost on the choice stories:",
         chosen_table(results, settings),
@@ -726,7 +727,7 @@ def figure_surface(results: dict[str, list[Outcome]], settings: Settings, path: 
                 values[factors.index(factor), rates.index(rate)] = point.goals[goal]
             image = axes.imshow(values.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0)
             for (factor, rate), point in points.items():
-                if point.cost > settings.budget:
+                if point.worst > settings.budget:
                     axes.add_patch(_hatched(rates.index(rate), factors.index(factor)))
             best = edits[goal].chosen
             if best.learning_rate:
