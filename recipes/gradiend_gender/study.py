@@ -727,7 +727,7 @@ def figure_surface(results: dict[str, list[Outcome]], settings: Settings, path: 
                 values[factors.index(factor), rates.index(rate)] = point.goals[goal]
             image = axes.imshow(values.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0)
             for (factor, rate), point in points.items():
-                if point.worst > settings.budget:
+                if point.cost_upper > settings.budget:
                     axes.add_patch(_hatched(rates.index(rate), factors.index(factor)))
             best = edits[goal].chosen
             if best.learning_rate:
