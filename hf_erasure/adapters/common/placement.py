@@ -34,17 +34,12 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def owns_offloaded(module: nn.Module) -> bool:
     """Whether weights of a module itself are offloaded, or will be after its next forward pass."""
-    return _hook_of(module) is not None or any(p.device.type == "meta" for p in module.parameters(recurse=False))
-
-
-def is_out_of_reach(module: nn.Module) -> bool:
-    """Whether a module's weights are offloaded to a place where they cannot be read or written."""
-    return owns_offloaded(module) and _hook_of(module) is None
+    return hook_of(module) is not None or any(p.device.type == "meta" for p in module.parameters(recurse=False))
 
 
 def value_of(module: nn.Module, name: str) -> Tensor | None:
     """The values of a module's own parameter, wherever they are; None where it has no such parameter."""
-    parameter, hook = module._parameters.get(name), _hook_of(module)
+    parameter, hook = module._parameters.get(name), hook_of(module)
     if parameter is None:
         return None
     if hook is not None:  # also after a failed forward pass, which leaves the weights in the module
@@ -70,7 +65,7 @@ def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     parameter = module._parameters.get(own)  # not of the copy that PEFT trains of a module
     if parameter is None:
         return None, ""
-    hook, is_elsewhere = _hook_of(module), parameter.device.type == "meta"
+    hook, is_elsewhere = hook_of(module), parameter.device.type == "meta"
     if is_quantised(parameter):
         return None if is_elsewhere else dequantised(module, own), QUANTISED
     if is_sharded(parameter) or (is_elsewhere and hook is None):
@@ -81,7 +76,7 @@ def values_and_dtype(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
 
 def value_on_execution_device(module: nn.Module, name: str) -> Tensor | None:
     """The values of an offloaded parameter on the device where accelerate runs its module; None without its hook."""
-    hook = _hook_of(module)
+    hook = hook_of(module)
     value = None if hook is None else value_of(module, name)
     return None if value is None else value.to(hook.execution_device)
 
@@ -94,7 +89,7 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 
 def write_value(module: nn.Module, name: str, value: Tensor) -> None:
     """Store a new value of an offloaded parameter; where it equals the original value, the change is dropped."""
-    hook = _hook_of(module)
+    hook = hook_of(module)
     if hook is None:
         raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {OUT_OF_REACH}.")
     if not isinstance(hook.weights_map, _ChangedWeights):
@@ -113,7 +108,7 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Give a parameter a value on its own device or where it is offloaded; None removes the parameter."""
-    present, hook = module._parameters.get(name), _hook_of(module)
+    present, hook = module._parameters.get(name), hook_of(module)
     if value is None:
         module._parameters[name] = None
         if hook is not None and isinstance(hook.weights_map, _ChangedWeights):
@@ -138,7 +133,7 @@ class _ChangedWeights(ChainMap[str, Tensor]):
         self.devices = dict(hook.original_devices)
 
 
-def _hook_of(module: nn.Module) -> Any:
+def hook_of(module: nn.Module) -> Any:
     """The hook that loads a module's own offloaded parameters; None if it has no such hook, or an outer module has."""
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])

@@ -206,7 +206,7 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     weight = host._parameters.get(parameter)
     if weight is None:
         return f"this {kind} has no parameter {parameter!r}: the adapter was fitted on another model."
-    if placement.is_out_of_reach(host):
+    if weight.device.type == "meta" and placement.hook_of(host) is None:
         return f"its weight {placement.OUT_OF_REACH} to merge."
     if type(weight.data) is not Tensor or placement.is_sharded(weight):
         return "its weight is sharded. Load the model whole to merge."
