@@ -243,6 +243,21 @@ def test_an_adapter_of_a_word_that_was_never_fitted_goes_along(word: str, road: 
     assert same(hidden_states("llama", moved), hidden_states("llama", expected))
 
 
+@pytest.mark.parametrize("kind", [hf.LlamaModel, hf.LlamaForCausalLM])
+def test_the_part_of_a_larger_model_that_has_the_modules_is_named(kind: type[PreTrainedModel], tmp_path: Path):
+    tower = hf.CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = hf.LlavaConfig(text_config=small_model("llama").config, vision_config=tower)
+    larger = roughen(hf.LlavaForConditionalGeneration(config), torch.Generator().manual_seed(3)).eval()
+    text, part = kind(config.text_config).eval(), larger.model.language_model
+    text.base_model.load_state_dict(part.state_dict())
+    fit(text, "llama", "erasure")
+    text.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"or into the part that has them, model\.model\.language_model\.load_adapter"):
+        larger.load_adapter(tmp_path)
+    part.load_adapter(tmp_path)
+    assert verify_adapter(larger)
+
+
 @pytest.mark.filterwarnings("ignore:.*was never fitted")
 def test_readers_that_the_bare_model_lacks_are_named_before_a_fit_too(tmp_path: Path):
     bare, with_head = both("llama")

@@ -28,6 +28,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_erasure.models.model import as_attribute
 
 from ..common.acting import adapters_now, warn_user
 from ..common.config import ChildConfig, Provenance, field_error, is_a, short
@@ -338,12 +341,14 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     missing = [site for site in sites if not {site, prefix + site, site.removeprefix(prefix)} & names]
     missing = missing or [site for site in sites if site not in names]
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
-    part = next((n for n, _ in model.named_children() if all(f"{n}.{site}" in names for site in sites)), "part")
+    parts = {path: part for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)}
+    known = next((path for path, part in parts.items() if find_renaming(part, sites) is not None), None)
     made = "fitted on" if config.fitted else "added to"
+    place = "" if known is None else f", or into the part that has them, {as_attribute(known)}.load_adapter(…)"
     raise ValueError(
         f"The {config.described} was {made} {_base_text(config)} and acts at {missing[0]!r}{others}, which this "
-        f"{type(model).__name__} does not have. Load it into the model it was {made}, or into the part of this "
-        f"model that has them, model.{part}.load_adapter(…), or fit it again with targets that both models have."
+        f"{type(model).__name__} does not have. Load it into the model it was {made}{place}, or fit it again with "
+        "targets that both models have."
     )
 
 
