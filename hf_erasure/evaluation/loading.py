@@ -115,7 +115,9 @@ def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> 
     for adapter in adapters:
         entries.append(Entry(adapter.name, (adapter,)))
         if adapter in steered:
-            entries += [Entry(f"{adapter.name} ×{s:g}", (adapter,), s) for s in strengths if s not in (0, 1)]
+            entries += [
+                Entry(f"{adapter.name} ×{s:g}", (adapter,), s) for s in dict.fromkeys(strengths) if s not in (0, 1)
+            ]
     return [*entries, Entry(TOGETHER, tuple(adapters))] if len(adapters) > 1 else entries
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.fitting.report import figures
 from hf_erasure.metrics.readers import spread
@@ -208,10 +209,10 @@ def neurons(results: Results) -> Iterator[Picture]:
         panels = figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
         for index, (panel, (label, values)) in enumerate(zip(panels, groups, strict=True), 1):
             panel.hist(values, bins=_BINS, range=(-limit, limit), color=_INK[f"s{index % 7}"], rwidth=0.9)
-            panel.set_yticks([max(panel.get_ylim()) / 2], [f"{shortened(label, 12)}\n{len(values)} texts"])
+            panel.set_yticks([max(panel.get_ylim()) / 2], [f"{shortened(label, 12)}\n{number_of(len(values), 'text')}"])
             panel.tick_params("y", length=0)
         panels[-1].set(xticks=[-1, -0.5, 0, 0.5, 1], xlabel="value of the feature neuron")
-        alt = "; ".join(f"{label}: mean {sum(v) / len(v):.3f} of {len(v)} texts" for label, v in groups)
+        alt = "; ".join(f"{label}: mean {sum(v) / len(v):.3f} of {number_of(len(v), 'text')}" for label, v in groups)
         figures = [f"{key} {number_text(found[key])}{interval_text(found['intervals'].get(key))}"
                    for key in ("cor", "cor_enc") if isinstance(found.get(key), float)]  # fmt: skip
         note = f"{found['pair'][0]} is +1, {found['pair'][1]} −1. Correlation: {', '.join(figures)}."

@@ -89,8 +89,12 @@ def held_out_answers(
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", labels)
     row_groups, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
-    if not 2 <= base.whole("folds", folds, 2) <= len(all_groups):
-        raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number from 2 to that count.")
+    largest = int(np.bincount(y).max())
+    if base.whole("folds", folds, 2) > min(len(all_groups), largest):
+        raise ValueError(
+            f"folds={folds}, but there are {len(all_groups)} groups, and the largest class has {largest} rows: write "
+            "at least 2 and at most the smaller number, or give more rows."
+        )
     if probe not in READERS:
         raise ValueError(f"probe={probe!r}: write one of {', '.join(map(repr, READERS))}.")
     if not l2 > 0:

@@ -83,7 +83,7 @@ def _hits(predictions: Any, references: Any, groups: Any, positive: Any) -> tupl
     sides, two = base.class_ids("groups", base.labels("groups", groups, len(truth), of="references"))
     names = list(map(str, two))
     if len(names) != 2:
-        raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
+        raise ValueError(f"groups hold {len(names)} different values, {names[:5]}: a gap is between two.")
     if positive is not None and str(positive) not in names:
         raise ValueError(f"positive={positive!r} is not one of the groups: write one of {names}.")
     first = sides == (0 if positive is None else names.index(str(positive)))

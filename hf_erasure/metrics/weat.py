@@ -76,7 +76,9 @@ def score(
 def _unit_vectors(vectors: base.Floats) -> base.Floats:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (norms == 0).any():
-        raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out, and report it.")
+        raise ValueError(
+            f"One of {len(vectors)} vectors is 0 and has no direction: leave such items out, and report it."
+        )
     return vectors / norms
 
 

@@ -236,7 +236,7 @@ def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
 def test_names_and_strengths(adapters: tuple[Path, Path], tmp_path: Path) -> None:
     found = read_adapters([str(adapters[0]), str(adapters[1]), str(adapters[0])])
     assert [adapter.name for adapter in found] == ["erasure", "steered", "erasure-2"]
-    names = [entry.name for entry in entries_of(found[:2], [0, 0.5, 1, 2])]
+    names = [entry.name for entry in entries_of(found[:2], [0, 0.5, 1, 2, 0.5])]
     assert names == ["base", "erasure", "steered", "steered ×0.5", "steered ×2", "together"]
     awkward = tmp_path / "gradiend"
     shutil.copytree(adapters[1], awkward)

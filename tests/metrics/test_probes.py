@@ -69,6 +69,7 @@ def test_erasure_takes_the_leakage_away():
         (np.eye(4), ["a"] * 4, {}, "one class 'a'"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 5}, "folds=5, but there are 4 groups"),
         (np.eye(4), ["a", "a", "a", "b"], {"folds": 2}, "All rows of the class 'b' are in one fold"),
+        (np.eye(4), ["a", "a", "b", "b"], {"folds": 3}, "the largest class has 2 rows"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 1}, "folds=1"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 2, "l2": 0.0}, "l2=0.0"),
         (np.eye(4), ["a", "a", "b", "b"], {"folds": 2, "probe": "tree"}, "probe='tree': write one of 'linear'"),

@@ -126,7 +126,7 @@ def test_classes_without_both_groups_are_named():
 @pytest.mark.parametrize(
     ("predictions", "references", "groups", "words"),
     [
-        (["a"] * 3, ["a"] * 3, ["f", "m", "d"], "hold 3 groups"),
+        (["a"] * 3, ["a"] * 3, ["f", "m", "d"], "hold 3 different values"),
         (["a"] * 3, ["a"] * 3, ["f"] * 3, "one class 'f'"),
         (["a", "b"], ["a", "b"], ["f", "m"], "No class has rows of both"),
         ([1, 2], ["1", "2"], ["f", "m"], "mix strings and numbers"),

@@ -115,7 +115,7 @@ def test_refused():
     x, y, a, b = sets()
     with pytest.raises(ValueError, match="X has 1 and Y 5 targets"):
         weat.score(x[:1], y, a, b)
-    with pytest.raises(ValueError, match="A vector of 7 is 0"):
+    with pytest.raises(ValueError, match="One of 7 vectors is 0"):
         weat.score(x, y, np.zeros_like(a), b)
     with pytest.raises(ValueError, match="widths"):
         weat.score(x[:, :3], y, a, b)
