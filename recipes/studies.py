@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -14,8 +15,9 @@ import typer
 
 from hf_erasure.recipes.schema import check_section, read_content
 
-# The folder with models and data of the studies, unless the environment names another.
+# The folder with models and data of the studies, unless the environment names another by this variable.
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
+VARIABLE = "HF_ERASURE_TEST_ASSETS"
 
 Settings = TypeVar("Settings")
 Outcome = TypeVar("Outcome")
@@ -33,10 +35,31 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[st
     Raises:
         ValueError: If the file is not a recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
+    os.environ.setdefault(VARIABLE, str(ASSETS))
     content = read_content(path, overrides, expected)
     check_section(content, kind)
     return kind(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
+
+
+def start(main: Callable[[Path, list[str]], None]) -> None:
+    """Run the command of a study: a settings file, and settings that follow it.
+
+    Raises:
+        typer.BadParameter: If settings name files in the folder of models and data, and there is no such folder.
+    """
+
+    @functools.wraps(main)
+    def checked(settings_file: Path, overrides: list[str]) -> None:
+        folder, content = os.environ.setdefault(VARIABLE, str(ASSETS)), read_content(settings_file, overrides, "keys")
+        needing = [key for key, value in content.items() if f"${VARIABLE}" in json.dumps(value)]
+        if needing and not Path(folder).is_dir():
+            raise typer.BadParameter(
+                f"there is no folder {folder} with the models and data of {', '.join(needing)}, which are not in the "
+                f"repository. Set {VARIABLE} to such a folder, or set {needing[0]}=… after the file."
+            )
+        main(settings_file, overrides)
+
+    typer.run(checked)
 
 
 def keep(outcomes: Sequence[Any], folder: str | Path) -> None:

@@ -302,4 +302,4 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 if __name__ == "__main__":
     # Probes stop after a few hundred steps, when their accuracy no longer changes.
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-    typer.run(main)
+    studies.start(main)

@@ -456,4 +456,4 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    studies.start(main)

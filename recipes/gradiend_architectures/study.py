@@ -26,6 +26,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file also runs as a script
 
+from recipes import studies
 from recipes.gradiend_gender import study as gender
 
 HEADS = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
@@ -357,4 +358,4 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    studies.start(main)

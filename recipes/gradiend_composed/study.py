@@ -347,4 +347,4 @@ def main(settings_file: Path, overrides: list[str] = typer.Argument(default_fact
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    typer.run(main)
+    studies.start(main)

@@ -418,4 +418,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Already found a `peft_config`|Adding '")
     # Probes stop after a few hundred steps, when their accuracy no longer changes.
     warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-    typer.run(main)
+    studies.start(main)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_erasure import fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments
+from recipes import studies
 from recipes.gender_scrubbing import study
 
 FOLDER = Path(study.__file__).parent
@@ -30,6 +31,18 @@ def tokenizer(settings: study.Settings):
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def test_a_study_without_its_models_and_data_says_where_they_should_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(studies.VARIABLE, "nowhere")
+    monkeypatch.setattr("sys.argv", ["study.py", str(FOLDER / "study.yaml"), "model=other"])
+    with pytest.raises(SystemExit, match="2"):
+        studies.start(study.main)
+    said = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "there is no folder nowhere with the models and data of stories, which are not in the" in said
+    assert f"Set {studies.VARIABLE} to such a folder, or set stories=… after the file." in said
 
 
 def test_no_name_and_no_prompt_is_in_two_sets() -> None:
