@@ -327,8 +327,8 @@ def _refuse_lost_means(model: nn.Module, plan: MergePlan) -> None:
     raise ValueError(
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
         f"for which {without_bias[sites[0]]!r} would need a bias, and has none. If it has a target, remove it, "
-        "hf_erasure.set_target(model, name, None). Otherwise fit it on this model with ConceptErasureConfig(affine=None), "
-        "which takes the linear map that keeps the mean where layers have no bias, or with affine=False, "
+        "hf_erasure.set_target(model, name, None). Otherwise fit it on this model with ConceptErasureConfig(affine="
+        "None), which takes the linear map that keeps the mean where layers have no bias, or with affine=False, "
         f"{without}or use this adapter unmerged. {advise_targets(model, [layers[site] for site in sites])}".rstrip()
     )
 
