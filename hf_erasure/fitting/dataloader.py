@@ -359,7 +359,13 @@ class NumberedColumn:
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
         """The ids of rows, `(rows,)` int64."""
-        return torch.tensor([self.ids[plain(row[self.column])] for row in rows])
+        values = [plain(row[self.column]) for row in rows]
+        if unknown := [value for value in values if value not in self.ids]:
+            raise ValueError(
+                f"column {self.column!r} holds {unknown[0]!r}, which stands for none of "
+                f"{short(list(self.names))}: filter such rows out of dataset."
+            )
+        return torch.tensor([self.ids[value] for value in values])
 
 
 def _choose_counterfactuals(

@@ -341,6 +341,16 @@ def test_a_stream_needs_the_names_of_environments(tokenizer: Any) -> None:
     assert batch["concept_environments"].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_row_without_an_environment_is_refused(tokenizer: Any, missing: int | None) -> None:
+    data = table(text=["she ran", "he sat"], label=[0, 1], place=["a", "b"])
+    data = data.cast_column("place", ClassLabel(names=["a", "b"])).map(
+        lambda row, at: {"place": missing if at else 0}, with_indices=True
+    )
+    with pytest.raises(ValueError, match=f"column 'place' holds {missing}"):
+        list(concept_dataloader(data, tokenizer, environment_column="place"))
+
+
 @pytest.mark.parametrize(
     ("change", "config", "options", "message"),
     [
