@@ -70,7 +70,7 @@ def read_rows(
     lead, device, flat = x.shape[:-1], x.device, x.detach().reshape(-1, x_dim)
     keep = torch.ones(lead, dtype=torch.bool, device=device) if mask is None else _as_mask(mask, lead, device)
     if isinstance(z, Tensor) and z.shape == lead and not z.dtype.is_floating_point:
-        keep = keep & (z.to(device) != IGNORED)
+        keep = keep & (z.to(device, torch.int64) != IGNORED)  # in uint8, 156 would be equal to it
     weights = torch.ones(lead, dtype=torch.float64, device=device)
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype.is_complex:
@@ -136,7 +136,7 @@ def _read_concept(z: Tensor | None, keep: Tensor, z_dim: int) -> tuple[Tensor | 
             f"z has shape {tuple(z.shape)} and dtype {z.dtype}, but x has rows of shape {tuple(lead)} and z_dim="
             f"{z_dim}: give integer class ids of shape {tuple(lead)} or values of shape {(*lead, z_dim)}."
         )
-    if not z.dtype.is_floating_point and bool((z == IGNORED).any()):
+    if not z.dtype.is_floating_point and bool((z.to(torch.int64) == IGNORED).any()):
         raise ValueError(
             f"z has shape {tuple(z.shape)}, one value per concept dimension, and holds {IGNORED}: leave such rows "
             "out with mask=, or give one class id per row."

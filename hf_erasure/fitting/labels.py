@@ -444,10 +444,11 @@ def length_of(batches: Any) -> int | None:
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:
-    """The `concept_labels` of a batch, on the CPU."""
+    """The `concept_labels` of a batch, on the CPU; integers are int64, since 156 would be equal to −100 in uint8."""
     given = batch["concept_labels"]
     try:
-        return torch.as_tensor(given, device="cpu")
+        labels = torch.as_tensor(given, device="cpu")
+        return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"concept_labels are not numbers, the first is {given[0]!r}: write the id of each row's class, or let "

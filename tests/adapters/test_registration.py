@@ -11,6 +11,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 from packaging.version import Version
@@ -82,6 +83,17 @@ def test_names_whose_order_counts_are_not_a_set():
         "b",
         "a",
     ]
+
+
+def test_values_that_are_not_of_json_become_such(tmp_path):
+    config = ConceptErasureConfig(
+        labels=("a", "b"), rank=np.int64(1), strength=np.float32(0.5), layers_to_transform=[np.int64(0)]
+    )
+    config.target = (np.float32(0.25), 0.75)
+    config.__post_init__()
+    with pytest.warns(UserWarning, match="never fitted"):
+        config.save_pretrained(tmp_path)
+    assert ConceptErasureConfig.from_pretrained(tmp_path) == config
 
 
 def test_a_config_goes_through_json(tmp_path):

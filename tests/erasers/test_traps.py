@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.fitting.labels import label_tensor
 from tests.erasers.data import as_values, leak, moments_of, ols_r2, rows
 
 F32, F64 = 1e-6, 1e-12
@@ -249,3 +250,11 @@ def test_rows_beyond_the_range_of_float32_squares() -> None:
         eraser = Eraser.fit(scaled, z)
         assert eraser.rank == 1
         assert leak(eraser(scaled.double()), z, scaled) < F64
+
+
+def test_class_156_in_uint8_is_not_a_row_to_leave_out() -> None:
+    """As a number of 8 bits without a sign, −100 is 156."""
+    x, z = rows(300, 4, 2)
+    ids = (155 + z).to(torch.uint8)
+    assert ConceptMoments(4, 157).update(x, ids).rows == 300
+    assert torch.equal(label_tensor({"concept_labels": ids}), ids.long())

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from hf_erasure.erasers.eraser import METHODS
 from hf_erasure.erasers.least_squares import ROUNDS
 
 from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, field_error, is_a, short
@@ -17,7 +18,6 @@ from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
-METHODS = ("leace", "orth", "mean_projection", "inlp")
 SITES = ("output", "input")
 # Word for `target_modules` → the side of the modules at which it erases.
 WORDS = {"readers": "input", "writers": "output"}

@@ -147,6 +147,6 @@ def _set_dial_field(model: nn.Module, adapter_name: str, name: str, value: Any) 
     dialled = copy.copy(found.config)
     setattr(dialled, name, value)
     dialled.__post_init__()
-    setattr(found.config, name, value)
+    setattr(found.config, name, getattr(dialled, name))
     for layer in site_layers(found.owner, adapter_name).values():
         layer.erasures[adapter_name].dial = dialled.dial
