@@ -17,9 +17,9 @@ LIMITS = {
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
     "load_adapter": (10, 73),
-    "GradiendTrainer.train": (20, 129),
-    "select, 1 × 1": (15, 106),
-    "steer": (7, 16),
+    "GradiendTrainer.train": (20, 127),
+    "select, 1 × 1": (15, 105),
+    "steer": (7, 15),
     "forward with GRADIEND": (4, 17),
 }
 MOST_WRAPPED = 15

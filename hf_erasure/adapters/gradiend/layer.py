@@ -161,7 +161,7 @@ class GradiendLayer(AdapterChild):
             self.gradiend_steering[name].copy_(steering)
         else:
             self.gradiend_steering[name] = steering.to(self.state_placement()[0])
-        self.gradiend_on[name] = not config.why_idle
+        self.gradiend_on[name] = config.fitted and config.learning_rate != 0
 
     def edit_of(self, name: str, parameter: str, steering: Tensor | None = None) -> WeightEdit | None:
         """An adapter's change of a parameter, at the strength `(2, pairs)` if one is given; None without a change."""
