@@ -123,7 +123,7 @@ def remove_wrappers(model: nn.Module, *, only_empty: bool = False) -> None:
             continue
         for child in adapter_children(wrapper):
             if child.host is wrapper:
-                child.rehome(inner)
+                child.move_to(inner)
         model.set_submodule(path, inner)
 
 
@@ -243,11 +243,11 @@ def check_single_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[s
     """Return the names of the adapters to switch on; raise an error where several have a copy of the same module."""
     names = [adapters] if isinstance(adapters, str) else list(adapters)
     for place, wrapper in auxiliary_wrappers(model).items():
-        rivals = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
-        if len(rivals) > 1:
-            left = [name for name in dict.fromkeys(names) if name not in rivals[1:]]
+        with_copy = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
+        if len(with_copy) > 1:
+            left = [name for name in dict.fromkeys(names) if name not in with_copy[1:]]
             raise ValueError(
-                f"{rivals} cannot all be active: each has a trained copy of {place!r}, and only one copy can act. "
+                f"{with_copy} cannot all be active: each has a trained copy of {place!r}, and only one copy can act. "
                 f"Switch on one of them, as in set_adapter({left}), or add the others without that module in their "
                 "modules_to_save."
             )
@@ -330,7 +330,7 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
             )
 
 
-def rehome_layers(model: nn.Module) -> None:
+def move_to_wrappers(model: nn.Module) -> None:
     """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
     modules, model_reference = dict(model.named_modules()), ModelReference(weakref.ref(model))
     for child in adapter_children(model):
@@ -339,7 +339,7 @@ def rehome_layers(model: nn.Module) -> None:
             child.model_reference = model_reference
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
-            child.rehome(outermost)
+            child.move_to(outermost)
     for link in {type(child).link for child in adapter_children(model)}:
         if link is not None:
             link(model)
@@ -427,7 +427,7 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             both = f"Use both with {holder}.set_adapter({together})"
             both += " of the PeftModel" if holder == "base_model" else ""
         warn_user(
-            f"Adding {newcomer!r} switched {_in_words(off)} off, since PEFT activates only the newcomer.{stays} "
+            f"Adding {newcomer!r} switched {_in_words(off)} off, since PEFT activates only the new one.{stays} "
             f"{both}{sticky}."
         )
     if copies.wrappers or auxiliary_wrappers(model):

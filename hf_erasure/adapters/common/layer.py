@@ -246,7 +246,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Do nothing, as `merge`; our tuners call `unmerge_weights`."""
 
-    def rehome(self, host: nn.Module) -> None:
+    def move_to(self, host: nn.Module) -> None:
         """Move this child and its hooks to another host, for example when PEFT wraps the old host."""
         self.detach()
         self.__dict__["host"] = host

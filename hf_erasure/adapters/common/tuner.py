@@ -362,7 +362,7 @@ def inject_adapter(
         except BaseException:
             copies.restore()
             raise
-        acting.rehome_layers(model)
+        acting.move_to_wrappers(model)
         acting.update_model(model)
 
 
@@ -414,11 +414,11 @@ def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> A
         return original(*args, **kwargs)
     for child in adapter_children(model):
         if isinstance(child.host, BaseTunerLayer):
-            child.rehome(child.host.get_base_layer())
+            child.move_to(child.host.get_base_layer())
     try:
         result = original(*args, **kwargs)
     finally:
-        acting.rehome_layers(model)
+        acting.move_to_wrappers(model)
     if configs:
         model.peft_config = configs
     return result
