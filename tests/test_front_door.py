@@ -264,6 +264,20 @@ def test_a_table_that_cannot_be_used_is_refused(content: str, message: str, tmp_
     assert code == 2 and message in errors, errors
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(people: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("She sings.\n")
+    commands = (("fit", "no/such-model", people, "--label", "gender"),
+                ("gradiend", "fit", "no/such-model", sentences, "--words", "he,she"))  # fmt: skip
+    for words in commands:
+        assert "is a file: write the name of a folder" in run(*words, "--out", tmp_path / "file")[2]
+        code, _, errors = run(*words, "--out", tmp_path / "lora")
+        assert code == 2 and "holds a LORA adapter, which the" in errors
+
+
 @pytest.mark.parametrize("column", ["keep_column", "group_column", "environment_column"])
 def test_a_recipe_with_a_column_that_is_not_there_is_refused_before_a_model_is_loaded(
     column: str, people: Path, tmp_path: Path
@@ -380,7 +394,7 @@ def test_a_configuration_that_cannot_be_read_is_named_and_hides_no_other_adapter
     shutil.copytree(fitted[0], tmp_path / "c")
     listed = run("list", tmp_path)
     assert listed[0] == 0 and message in listed[1] and "erasure of 'gender'" in listed[1]
-    for words in (("info", tmp_path / "a"), ("verify", model, tmp_path / "a")):
+    for words in (("info", tmp_path / "a"), ("verify", model, tmp_path / "a"), ("card", tmp_path / "a")):
         code, _, errors = run(*words)
         assert code == 2 and message in errors and str(tmp_path / "a") in errors
 

@@ -243,13 +243,7 @@ def _stage_adapters(model: Any, places: dict[str, str], arguments: dict[str, Any
     folder, state_dict = Path(arguments["save_directory"]), arguments.get("state_dict", extra.get("state_dict"))
     for name, place in places.items():
         finish_save(folder / place)
-        config, (kind, why) = model.peft_config[name], _read_kind(folder / place)
-        if why or kind not in (None, config.peft_type):
-            which = f"an adapter already, of a kind that cannot be told ({why})" if why else f"a {kind} adapter"
-            raise ValueError(
-                f"{str(folder / place)!r} holds {which}, which the {config.described} would overwrite. Save it into "
-                "another folder, or delete that one first."
-            )
+        refuse_other_adapter(folder / place, model.peft_config[name])
         own_tensors(model, name, state_dict)  # an incomplete adapter raises here, before anything is written
     with staged_save(folder) as content:
         arguments["save_directory"] = str(content)
@@ -263,6 +257,17 @@ def _stage_adapters(model: Any, places: dict[str, str], arguments: dict[str, Any
         for name, place in places.items():
             for write in ON_STAGED:
                 write(content / place, model, name)
+
+
+def refuse_other_adapter(place: Path, config: ChildConfig) -> None:
+    """Raise a `ValueError` if a folder holds an adapter of another kind, which a save would overwrite."""
+    kind, why = _read_kind(place)
+    if why or kind not in (None, config.peft_type):
+        which = f"an adapter already, of a kind that cannot be told ({why})" if why else f"a {kind} adapter"
+        raise ValueError(
+            f"{str(place)!r} holds {which}, which the {config.described} would overwrite. Save it into another folder, "
+            "or delete that one first."
+        )
 
 
 def _read_kind(place: Path) -> tuple[Any, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.common.acting import warn_user
-from hf_erasure.adapters.common.config import CARD_FACTS, ChildConfig, Provenance
+from hf_erasure.adapters.common.config import CARD_FACTS, ChildConfig, Provenance, adapter_config
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import most_different_weight
@@ -79,8 +79,10 @@ def describe_folder(folder: str | Path, *, results: str | Path | None = None, **
     folder = Path(folder)
     config = config_in(folder)
     if config is None:
+        if (folder / CONFIG).is_file():
+            adapter_config(folder)  # raises an error if it cannot be read
         within = [name for name, _ in own_adapters(folder)]
-        where = f"; there is one in {within}, give such a folder" if within else f", with its {CONFIG}"
+        where = f"; there is one in {within}, give such a folder" if within else f": give the folder with its {CONFIG}"
         raise ValueError(f"{folder} itself holds no adapter of hf_erasure{where}.")
     rows = [] if results is None else evaluation_rows(results, config, folder)
     describe(config, **details)

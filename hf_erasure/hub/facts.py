@@ -81,7 +81,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file does not exist or does not hold an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

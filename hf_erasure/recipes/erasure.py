@@ -183,7 +183,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     Only the main process writes and returns the report of the fit and the probe table; other processes return None.
     Raises `ValueError` if model, data and concept do not fit together.
     """
-    run.require("matplotlib", "sklearn")
+    run.check_start(recipe.output, recipe.config(), "matplotlib", "sklearn")
     data, background = load_data(recipe.data, recipe.labels), None
     model, tokenizer = _load_model(recipe)
     if recipe.data.background is not None:

@@ -28,7 +28,7 @@ from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT
 
 from .gradiend_recipe import TASKS, GradiendRecipe, load_materials, read_gradiend_recipe
-from .run import difference, finished_run, load_base, load_rows, naming_the_model, require, table_of, write_run
+from .run import check_start, difference, finished_run, load_base, load_rows, naming_the_model, table_of, write_run
 
 ADAPTER_NAME = "feature"
 EDITS_FILE, GRID_FILE = "results.csv", "grid.csv"
@@ -165,7 +165,7 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     Several processes share the gradients. Only the main process writes and returns the run; the others return None.
     Raises `ValueError` if model, feature and data do not fit together, and `ImportError` without matplotlib.
     """
-    require("matplotlib")
+    check_start(recipe.output, recipe.adapter(), "matplotlib")
     run, output = GradiendRun(recipe, progress), Path(recipe.output)
     run.trainer.train()
     # From here on the encoder is the one in the adapter, which a user will load.

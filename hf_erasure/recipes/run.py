@@ -19,6 +19,8 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 
+from hf_erasure.adapters.saving import refuse_other_adapter
+
 from .occupations import SOURCE
 from .schema import Dumper, json_schema
 
@@ -156,6 +158,18 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type
     (folder / RECIPE_FILE).write_text(f"{SCHEMA_LINE}{SCHEMA_FILE}\n{written}", encoding="utf-8")
     (folder / SCHEMA_FILE).write_text(json.dumps(json_schema(kind), ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def check_start(folder: str | Path, config: Any, *modules: str) -> None:
+    """Raise an error before the slow steps of a run.
+
+    It is raised if optional `modules` are missing, as by `require`, or the folder to write is a file, or holds an
+    adapter of another kind than `config` is of.
+    """
+    require(*modules)
+    if Path(folder).is_file():
+        raise NotADirectoryError(f"output={folder} is a file: write the name of a folder.")
+    refuse_other_adapter(Path(folder), config)
 
 
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:
