@@ -258,7 +258,8 @@ class Materials:
     def completed(self, rows: Dataset, classes: Sequence[str]) -> Dataset:
         """Rows with all columns of pairs: where only `factual` is given, its class and counterpart are looked up.
 
-        Raises `PairError` if the word of a row is missing, or no pair has that word.
+        A word that no pair spells the same way is looked up without regard to capitals. Raises `PairError` if the word
+        of a row is missing, or no pair has that word.
         """
         needed = PAIR_COLUMNS[: 4 + (len(classes) > 2)]
         if set(needed) <= set(rows.column_names):
@@ -267,12 +268,15 @@ class Materials:
             raise PairError(
                 f"the texts have {SLOT} slots, so they need a column 'factual' with the words that stand there"
             )
-        known: dict[str, dict[str, str]] = {}
+        as_spelled, known = dict[str, dict[str, str]](), dict[str, dict[str, str]]()
         for row in (*self.train, *self.choice, *self.test):
             other = row.get("counterfactual_label") or next(name for name in classes if name != row["label"])
             entry = {"counterfactual": row["counterfactual"], "label": row["label"], "counterfactual_label": other}
+            as_spelled.setdefault(row["factual"].strip(), entry)
             known.setdefault(row["factual"].strip().lower(), entry)
-        words = [str(word).strip().lower() for word in rows["factual"]]
+        known |= as_spelled
+        given = [str(word).strip() for word in rows["factual"]]
+        words = [word if word in known else word.lower() for word in given]
         if unknown := [word for word in words if word not in known]:
             there = f"{unknown[0]!r} is not a word of the recipe ({', '.join(sorted(known)[:8])} …)"
             raise PairError(f"{there}: give it the columns {', '.join(needed[2:])} too")

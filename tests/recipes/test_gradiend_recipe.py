@@ -16,7 +16,13 @@ from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
 from hf_erasure.recipes.gradiend import NO_EDIT, GradiendRun
-from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe, word_table
+from hf_erasure.recipes.gradiend_recipe import (
+    GradiendDataRecipe,
+    Materials,
+    load_materials,
+    read_gradiend_recipe,
+    word_table,
+)
 from hf_erasure.recipes.run import difference, table_of
 from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
@@ -296,3 +302,14 @@ def test_a_figure_that_has_become_nan_is_not_the_same(then: float | None, now: f
     written, found = {"she": {"cor": then, "acc": 1.0}}, table_of({"she": {"cor": now, "acc": 1.0}}, "")
     same = then == now or then is None
     assert difference(found, written) == (0.0 if same else float("inf"))
+
+
+def test_a_word_of_a_text_gets_the_counterpart_that_is_spelled_as_it_is() -> None:
+    spelled = [("Dog", "Cat", "dog"), ("dog", "cat", "dog"), ("Cat", "Dog", "cat"), ("cat", "dog", "cat")]
+    rows = [{"text": f"{one} [FEATURE]", "factual": one, "counterfactual": other, "label": label}
+            for one, other, label in spelled]  # fmt: skip
+    pairs = Dataset.from_list(rows)
+    materials = Materials(pairs, pairs, pairs, {}, {})
+    found = materials.completed(Dataset.from_list([{"text": "a [FEATURE]", "factual": word} for word in
+                                                   ("cat", "Cat", "CAT")]), ["dog", "cat"])  # fmt: skip
+    assert found["counterfactual"][:2] == ["dog", "Dog"] and found["label"][:] == ["cat"] * 3
