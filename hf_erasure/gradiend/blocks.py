@@ -35,13 +35,6 @@ def flat_block(name: str, gradient: Tensor, shape: torch.Size, device: torch.dev
     return gradient.detach().to(device).reshape(-1)
 
 
-def flat_blocks(
-    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device
-) -> dict[str, Tensor]:
-    """All blocks of `shapes` as vectors, by `flat_block`, in the order of `shapes`; other blocks are left out."""
-    return {name: flat_block(name, gradients[name], shape, device) for name, shape in shapes.items()}
-
-
 def total(shapes: Mapping[str, torch.Size]) -> int:
     """The number of entries of all blocks together."""
     return sum(shape.numel() for shape in shapes.values())

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import check_state, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
+from .blocks import check_state, flat_block, piece_size, pieces, require_finite, sum_of_squares, total
 from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder
 
 KINDS = ("values", "first", "second")
@@ -153,8 +153,10 @@ class FeatureNeuron:
             ValueError: If a block has another shape, or is not finite or too large for float32; or if the neuron
                 itself has diverged. Nothing is changed, whatever is raised.
         """
-        sources = flat_blocks(source, self.shapes, self.device)
-        targets = flat_blocks(target, self.shapes, self.device)
+        sources, targets = (
+            {name: flat_block(name, blocks[name], shape, self.device) for name, shape in self.shapes.items()}
+            for blocks in (source, target)
+        )
         projection, overlap = self._inner_products(sources, targets)
         h, derivative = projection + float(self._encoder_bias[0]), 1.0
         if self.activation == "tanh":

@@ -125,7 +125,7 @@ class GradiendRun:
 
     @property
     def steered(self) -> str:
-        """Whether the adapter is steered for the first goal: it is not where no edit was better within the budget."""
+        """What the adapter is steered for, in words; it is not steered if no edit within the budget was better."""
         goal, edit = next(iter(self.chosen.items()))
         return f"steered for {goal!r}" if edit.learning_rate else f"not steered, since no edit was better for {goal!r}"
 

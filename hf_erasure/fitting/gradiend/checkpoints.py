@@ -87,8 +87,8 @@ class Progress:
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
     def step(self, epoch: float) -> None:
-        """Count one more step, after which a start is at this epoch, and call the callbacks: they set `control`."""
-        self.control.should_training_stop = False  # it ends one start
+        """Count one more step and call the callbacks, which set `control`; `epoch` is how much of a start is done."""
+        self.control.should_training_stop = False  # a callback that sets it ends the present start only
         self.state.global_step, self.state.epoch = self.state.global_step + 1, epoch
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
         if epoch.is_integer():

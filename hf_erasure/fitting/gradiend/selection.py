@@ -63,19 +63,20 @@ def all_words(words: dict[str, list[str]]) -> list[str]:
 
 
 def class_probabilities(
-    words: dict[str, list[str]], pairs: PairSet, tokenizer: Any, config: Any, batch_size: int
-) -> Callable[[SlotReader], Tensor]:
+    reader: SlotReader, words: dict[str, list[str]], pairs: PairSet, tokenizer: Any, batch_size: int
+) -> Callable[[], Tensor]:
     """Return a function that gives `(texts, classes)`: the probability that a text's slot holds a word of the class.
 
-    A word counts once, however it is spelled. If a word belongs to several classes, sums over the words of a class do
-    not tell these classes apart: each text is then scored by the words that its own rows give to each class.
+    It scores the model as it is when it is called. A word counts once, however it is spelled. If a word belongs to
+    several classes, sums over the words of a class do not tell these classes apart: each text is then scored by the
+    words that its own rows give to each class.
 
     Raises:
         PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
     """
     distinct_words = all_words(words)
     if pairs.layout.task == "classification":
-        tokens = [[config.label2id[word]] for word in distinct_words]
+        tokens = [[reader.model.config.label2id[word]] for word in distinct_words]
     else:
         tokens = word_tokens(tokenizer, distinct_words)
     tokens_of = {word: tuple(own) for word, own in zip(distinct_words, tokens, strict=True)}
@@ -102,7 +103,7 @@ def class_probabilities(
         for column, own in enumerate(each):
             chosen[row, column, [position[word] for word in own]] = 1
 
-    def probabilities(reader: SlotReader) -> Tensor:
+    def probabilities() -> Tensor:
         found = [reader.word_log_probabilities(batch, known).double().exp().cpu() for batch in batches]
         return (torch.cat(found)[texts, None] * chosen).sum(2)
 

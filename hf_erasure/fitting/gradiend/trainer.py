@@ -360,15 +360,13 @@ class GradiendTrainer:
         if neutral is None:
             raise ValueError("Scoring an edit needs eval_dataset and neutral_dataset; neutral_dataset is missing.")
         words, size = self._words(eval_dataset), self.args.per_device_eval_batch_size
-        config = bare_model(self.model).config
-        probabilities = class_probabilities(words, pairs, self.processing_class, config, size)
-        # A score is that of the model at the time of the call: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
+        probabilities = class_probabilities(reader, words, pairs, self.processing_class, size)
         language = LanguageModelling(
             reader, neutral, self.processing_class, feature_words=all_words(words), batch_size=size,
             seed=self.args.seed, mask_draws=self.args.mask_draws,
         )  # fmt: skip
-        return Scorer(self.classes, lambda: probabilities(reader), language)
+        return Scorer(self.classes, probabilities, language)
 
     # ---- files and data sets ----------------------------------------------------------------------------------------
 

@@ -356,7 +356,7 @@ def test_one_word_in_two_spellings_counts_once():
     for data in (once, twice):
         read, reader = PairSet(data, uncased, "masked", CLASSES), SlotReader(model_of("bert").eval())
         words = dict(zip(CLASSES, map(list, read.words), strict=True))
-        found.append(class_probabilities(words, read, uncased, None, 4)(reader))
+        found.append(class_probabilities(reader, words, read, uncased, 4)())
     assert torch.equal(*found)
 
 
