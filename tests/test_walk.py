@@ -16,7 +16,7 @@ LIMITS = {
     "fit_concept_erasure, one pass": (23, 207),
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
-    "load_adapter": (10, 73),
+    "load_adapter": (10, 74),
     "GradiendTrainer.train": (20, 127),
     "select, 1 × 1": (15, 105),
     "steer": (7, 15),
