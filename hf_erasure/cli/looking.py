@@ -95,7 +95,7 @@ def _adapter_lines(place: str) -> dict[str, str]:
     if own.kind == "gradiend":
         parameters = configs.number_of(method["parameters"], "parameter")
         lines["where"] = (
-            f"{method['changed']:,} of {method['weights']:,} weights in {parameters}, steered with  "
+            f"{method['changed']:,} of {method['weights']:,} weights in {parameters}, steered with "
             f"feature_factor={method['feature_factor']:g}, learning_rate={method['learning_rate']:g}"
         )
     else:
