@@ -82,7 +82,10 @@ class ChildConfig(PeftConfig):
                 raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {type_text(hint)}.")
             if isinstance(value, (set, frozenset)) and entry.name not in _UNORDERED_FIELDS:
                 raise TypeError(f"{entry.name}={short(value)} is a set, but the order counts: write a list.")
-            setattr(self, entry.name, _as_in_a_file(value))
+            # As in a file: lists in place of tuples, and Python's numbers in place of numpy's, which have `item`.
+            if isinstance(value, (list, tuple, range)):
+                value = [item.item() if hasattr(item, "item") else item for item in value]
+            setattr(self, entry.name, value.item() if hasattr(value, "item") else value)
         for name, hint in field_types(Provenance).items():
             value = self.provenance.get(name)
             # The parts that makers and callbacks write are left out where they are of a wrong type.
@@ -217,13 +220,6 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} holds {short(content)}, which is not a configuration: it is damaged.")
     return content
-
-
-def _as_in_a_file(value: Any) -> Any:
-    """A value of a field as JSON has it: lists in place of tuples, and Python's numbers in place of numpy's."""
-    if isinstance(value, (list, tuple, range)):
-        return [_as_in_a_file(item) for item in value]
-    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
 
 
 def is_a(value: Any, hint: Any) -> bool:
