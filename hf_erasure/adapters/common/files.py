@@ -27,18 +27,15 @@ UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
 
 def target_of(folder: str | Path) -> Path:
     """The final path of a staged folder, or of a path in one; the path itself where it is not staged."""
-    parts, at = Path(folder).parts, _staging_depth(folder)
+    parts = Path(folder).parts
+    at = next((at for at, part in enumerate(parts) if part.startswith(STAGING)), None)
     return Path(folder) if at is None else Path(*parts[:at], *parts[at + 2 :])
 
 
 def root_of(folder: str | Path) -> Path:
     """The staged form of the folder that the user saves to, which may contain an adapter's staged folder."""
-    at = _staging_depth(folder)
-    return Path(folder) if at is None else Path(*Path(folder).parts[: at + 2])
-
-
-def _staging_depth(folder: str | Path) -> int | None:
-    return next((at for at, part in enumerate(Path(folder).parts) if part.startswith(STAGING)), None)
+    places = (*reversed(Path(folder).parents), Path(folder))
+    return next((place for place in places if place.parent.name.startswith(STAGING)), Path(folder))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
