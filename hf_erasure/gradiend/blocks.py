@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 # large enough that starting an operation takes little of its time; on an accelerator it only bounds the temporaries.
 CPU_PIECE = 1 << 17
 DEVICE_PIECE = 1 << 24
+# The numbers of 16 bits; and the upper 16 bits of infinity.
+BINS = 1 << 16
+FIRST_NON_FINITE = 0x7F80
 
 
 def piece_size(device: torch.device) -> int:
@@ -78,26 +81,47 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
 
 
 @torch.no_grad()
-def largest(score: Callable[[str], Tensor], sizes: Mapping[str, int], wanted: int) -> dict[str, Tensor]:
+def largest(score: Callable[[str], Tensor], names: Sequence[str], wanted: int) -> dict[str, Tensor]:
     """Name to bool `(count,)`: True at the `wanted` entries of largest `|score|`; of equal entries the first are taken.
 
-    `score` returns the scores `(count,)` of one block at a time, by name; they must be finite. `sizes` has each count.
+    `score` returns the scores `(count,)` of one block at a time, by name, so that they need not be kept; they must be
+    finite. Two counts of 16 bits each give the exact threshold, without sorting or joining the blocks.
     """
-    scores = torch.empty(sum(sizes.values()), dtype=torch.float32, device="cpu")
-    for name, part in zip(sizes, scores.split(list(sizes.values())), strict=True):
-        if not bool(torch.isfinite(part.copy_(score(name)).abs_()).all()):
-            raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
-    ranked = scores.numpy()
-    ranked.partition(len(ranked) - wanted)
-    threshold = float(ranked[-wanted])
-    ties = int((ranked[-wanted:] == threshold).sum())
+    high, above = _cutoff(score, names, wanted)
+    low, above_low = _cutoff(score, names, wanted - above, high)
+    threshold, ties = (high << 16) | low, wanted - above - above_low
     keep = {}
-    for name in sizes:
-        found = score(name).float().abs()
-        equal = found == threshold
+    for name in names:
+        bits = _bits(score(name))
+        equal = bits == threshold
         count = int(equal.sum())
         if count > ties:
             equal &= torch.cumsum(equal, 0, dtype=torch.int32) <= ties
         ties -= min(count, ties)
-        keep[name] = equal.logical_or_(found > threshold)
+        keep[name] = equal.logical_or_(bits > threshold)
     return keep
+
+
+def _cutoff(
+    score: Callable[[str], Tensor], names: Sequence[str], wanted: int, high: int | None = None
+) -> tuple[int, int]:
+    """The upper 16 bits of the `wanted`-th largest score, and the number of scores with larger upper bits.
+
+    With `high`, the same for the lower 16 bits, among the scores whose upper bits are `high`.
+    """
+    counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
+    for name in names:
+        for (piece,) in pieces(score(name)):
+            bits = _bits(piece)
+            part = bits >> 16 if high is None else (bits & (BINS - 1))[bits >> 16 == high]
+            counts += torch.bincount(part, minlength=BINS).cpu()
+        if high is None and bool(counts[FIRST_NON_FINITE:].any()):
+            raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
+    from_above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_above, wanted))
+    return BINS - 1 - place, int(from_above[place - 1]) if place else 0
+
+
+def _bits(scores: Tensor) -> Tensor:
+    """The bits of `|score|` in float32, as integers: they have the order of the numbers."""
+    return scores.float().abs().view(torch.int32)

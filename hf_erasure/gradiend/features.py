@@ -159,10 +159,10 @@ def _largest_entries(
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}: write a share of the entries above 0 and up to 1.")
     wanted = math.ceil(density * total(shapes))
-    stored = {name: shape.numel() if (at := old[name]) is None else at.numel() for name, shape in shapes.items()}
-    if wanted >= sum(stored.values()):
+    stored = (shape.numel() if (at := old[name]) is None else at.numel() for name, shape in shapes.items())
+    if wanted >= sum(stored):
         return None
-    keep = largest(score, stored, wanted)
+    keep = largest(score, list(shapes), wanted)
     index: dict[str, Tensor | None] = {}
     for name, mask in keep.items():
         size, before = shapes[name].numel(), old[name]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder, prune_together
+from hf_erasure.gradiend.blocks import BINS
 
 from .data import SHAPES, N, decode, equal, gradients, joined
 
@@ -69,6 +71,27 @@ def test_pruning_keeps_exactly_the_largest(density, decimals, seed):
     # The biases have no zeros, so that every kept entry is nonzero.
     kept = sum(count for *_, count in pruned.importance().values())
     assert kept == math.ceil(density * N) == int(joined(decode(pruned, 0.0)).count_nonzero())
+
+
+class LargestMade(TorchDispatchMode):
+    """Notes the number of entries of the largest tensor that an operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+def test_pruning_joins_no_blocks():
+    """All blocks together may be as large as the model: nothing of this size is made."""
+    sizes = {f"block {number}": torch.Size([BINS]) for number in range(8)}
+    blocks = {name: torch.randn(BINS, generator=torch.Generator().manual_seed(7)) for name in sizes}
+    with LargestMade() as made:
+        FeatureDecoder(blocks, blocks, dict.fromkeys(sizes), sizes).prune(0.01)
+    assert made.entries <= BINS
 
 
 def test_pruning_to_one_is_the_identity():
