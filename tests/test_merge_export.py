@@ -241,18 +241,6 @@ def test_the_advice_on_a_missing_bias_names_the_sites_that_need_one(tmp_path: Pa
     assert distance(merged, erased) < MERGE_TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_what_is_fitted_on_a_model_without_its_head_merges_into_the_whole_model(architecture: str, tmp_path: Path):
-    """Nothing in the bare model reads the state that it returns; the head that reads it has no bias."""
-    bare = base_of(architecture).base_model
-    bare.add_adapter(ConceptErasureConfig(concept="label", labels=LABELS), adapter_name="gender")
-    fit_concept_erasure(bare, small_batches(text_like(architecture)), "gender", pool="tokens", progress=False)
-    whole, batch = wrapped(bare, architecture, tmp_path), batch_of(architecture)
-    erased = outputs_of(whole, batch)
-    assert not same(erased, outputs_of(base_of(architecture), batch))
-    assert distance(outputs_of(whole.merge_and_unload(), batch), erased) < MERGE_TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize(
     ("architecture", "advice"),
     [("bert", "target_modules='readers', which merges in this model"), ("gpt2", r"untie=True .* of its own\. Or fit")],

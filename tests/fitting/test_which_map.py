@@ -66,7 +66,7 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
     [
         ("llama", {}, EVERY),
         ("tied", {}, EVERY),  # a merge may untie the table
-        ("bare llama", {}, EVERY),  # only a head would read its last norm
+        ("bare llama", {}, ()),  # its last norm is returned, so it cannot be merged
         ("bare llama", {"exclude_modules": ["norm"]}, EVERY),
         ("bert", {}, ()),  # post-LN: the norms' outputs are added to the residual
         ("gpt_neox", {}, {"gpt_neox.final_layer_norm"}),  # only the head has no bias

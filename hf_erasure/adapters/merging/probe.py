@@ -255,17 +255,13 @@ def sites_without_bias(
         can_run = may_run and not is_offloaded(model)
         if not can_run or Probe(model, lambda call: traced.update(trace_uses(model, call, folded, [*acting]))).failure:
             return set()
-    without = set()
     for path, use in traced.items():
-        if use.returned and not (use.weights or use.quantised or use.obstacles):
-            # A head reads it where the model has one; the heads of language models have no bias.
-            without.add(path)
-            continue
         quantised: dict[Weight, list[str]] = {Weight(module, "weight", 1): [] for module in use.quantised}
         whole = replace(use, weights=use.weights | quantised, quantised=[])
         if why_not_foldable(model, whole) is not None:
             return set()
         places[path] = [(model.get_submodule(w.module), w.parameter, "input") for w in whole.weights]
+    without = set()
     for path, here in places.items():
         for module, weight, side in here:
             # A quantised layer with a bias has room for the affine part once it is loaded in float.
