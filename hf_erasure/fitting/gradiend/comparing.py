@@ -130,8 +130,7 @@ def _dense(decoder: FeatureDecoder, block: str) -> Tensor:
 
 def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
     """Block → which weights are among the largest of a decoder; one that is 0 is not."""
-    sizes = {name: shape.numel() for name, shape in decoder.shapes.items()}
-    found = largest(partial(_dense, decoder), sizes, math.ceil(top * sum(sizes.values())))
+    found = largest(partial(_dense, decoder), list(decoder.shapes), math.ceil(top * total(decoder.shapes)))
     return {name: mask & (_dense(decoder, name) != 0) for name, mask in found.items()}
 
 
