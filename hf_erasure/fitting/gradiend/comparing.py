@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_erasure.adapters import features_of
 from hf_erasure.gradiend import FeatureDecoder
-from hf_erasure.gradiend.blocks import largest, pieces
+from hf_erasure.gradiend.blocks import largest, pieces, total
 from hf_erasure.gradiend.features import dense
 from hf_erasure.models.model import pandas
 
