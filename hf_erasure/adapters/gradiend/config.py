@@ -165,13 +165,11 @@ class GradiendConfig(ChildConfig):
     @property
     def why_idle(self) -> str:
         """The reason why the adapter changes nothing, and what to do about it; empty where it has an effect."""
-        if not self.fitted:
-            return f"it was never fitted. {self.remedy}"
         idle = (
             "its learning_rate is 0, which leaves the weights as they are. Call GradiendAdapter.of(model, …).steer("
             "learning_rate=…), or let trainer.select(…) choose."
         )
-        return "" if self.learning_rate else idle
+        return super().why_idle or ("" if self.learning_rate else idle)
 
     @property
     def strengths(self) -> tuple[float, ...]:
