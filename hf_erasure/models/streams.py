@@ -232,9 +232,13 @@ def _takes_features(product: Product, source: Node) -> bool:
 
 
 def _unscaled(node: Node) -> Node:
-    while node.kind in ("scaled", "featurewise", "mixed"):
-        node = node.parents[0]
-    return node
+    """The node before scales and biases, as of Zaya, which scales and shifts the stream before each sum."""
+    while True:
+        is_shifted = node.kind == "sum" and any(parent.kind == "parameter" for parent in node.parents)
+        before = [parent for parent in node.parents if parent.kind != "parameter"] if is_shifted else node.parents[:1]
+        if len(before) != 1 or not (is_shifted or node.kind in ("scaled", "featurewise", "mixed")):
+            return node
+        node = before[0]
 
 
 def _terms(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:

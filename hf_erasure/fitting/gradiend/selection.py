@@ -67,7 +67,8 @@ def class_probabilities(
 ) -> Callable[[], Tensor]:
     """Return a function that gives `(texts, classes)`: the probability that a text's slot holds a word of the class.
 
-    It scores the model as it is when it is called. A word counts once, however it is spelled. If a word belongs to
+    It scores the model as it is when it is called. A word counts once, however it is spelled, and a word
+    whose tokens go on from those of another one of its class is not counted again. If a word belongs to
     several classes, sums over the words of a class do not tell these classes apart: each text is then scored by the
     words that its own rows give to each class.
 
@@ -96,6 +97,10 @@ def class_probabilities(
         placed = [tokens_of] if is_label else pairs.words_in_slots(tokenizer, tokens_of)
         by_text = [[{there[word] for word in own} for own in words.values()] for there in placed]
         texts = torch.arange(sum(map(len, batches)))
+    if pairs.layout.task in ("causal", "seq2seq"):  # the probability of "she" contains that of "she's"
+        by_text = [
+            [{w for w in own if not any(w[:end] in own for end in range(1, len(w)))} for own in e] for e in by_text
+        ]
     known = sorted({word for each in by_text for own in each for word in own})
     position = {word: index for index, word in enumerate(known)}
     chosen = torch.zeros(len(by_text), len(of_class), len(known), dtype=torch.double)

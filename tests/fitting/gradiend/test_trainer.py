@@ -360,6 +360,23 @@ def test_one_word_in_two_spellings_counts_once():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_word_that_goes_on_from_another_one_counts_once(name: str):
+    # A model that reads from left to right gives "king" all texts that go on with "s", and a masked one does not.
+    text, tokenizer = "Tom said that the [FEATURE] was late", tokenizer_of(name)
+    rows = [(text, *turn) for turn in (("king", "she", *CLASSES), ("she", "king", *CLASSES[::-1]))]
+    columns = ("text", "factual", "counterfactual", "label", "counter_label")
+    data = Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
+    reader, found = SlotReader(model_of(name).eval()), []
+    read = PairSet(data, tokenizer, task_name(name), CLASSES, reader.model.config)
+    for first in (["king"], ["king", "kings"], ["kings"]):
+        words = {CLASSES[0]: first, CLASSES[1]: ["she"]}
+        found.append(class_probabilities(reader, words, read, tokenizer, 4)())
+    both = found[0] + found[2] if name == "bert" else found[0]
+    assert torch.equal(found[1][:, 0], both[:, 0]) and torch.equal(found[1][:, 1], found[0][:, 1])
+    assert (found[2][:, 0] > 0).all()
+
+
 @pytest.mark.parametrize(("name", "text"), [("roberta", "[FEATURE] was late"), ("gpt2", "Tom said,[FEATURE]")])
 def test_a_word_is_scored_as_it_is_spelled_in_its_slot(name: str, text: str, tmp_path: Path):
     # Where no space is before a word, byte-level tokens are other ones: here the letters of both words.
