@@ -258,6 +258,12 @@ class _LabelReader:
                 f"unknown label {value!r} in column {self.column!r}; known labels: {short(list(self.id_of))}. Add it "
                 f"to labels, or filter such rows out of dataset."
             )
+        named = self.id_of.get(str(value).lower())
+        if self.stored_names is None and named not in (None, value):
+            raise ValueError(
+                f"label {value!r} in column {self.column!r} is the id of one class and the name of class {named}: say "
+                f"which by dataset.cast_column({self.column!r}, Value('string')), or by a ClassLabel."
+            )
         if not isinstance(value, int) or value < 0 or (self.names is not None and value >= len(self.names)):
             known = "a class id of 0 or more" if self.names is None else f"a class id below {len(self.names)}"
             raise ValueError(

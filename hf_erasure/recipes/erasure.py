@@ -362,9 +362,10 @@ def probe(
     columns = [concept, kept] if kept else [concept]
     pool = _pool_of_probes(Provenance.of(model.peft_config[ADAPTER_NAME]).pool)
     states: dict[tuple[str, str], dict[str, Tensor]] = {}
-    labels: dict[tuple[str, str], list[str]] = {}
+    labels: dict[tuple[str, str], dict[int, str]] = {}  # row → its label; a row may lack one of what is kept
     for split, rows in (("train", train), ("test", test)):
-        labels |= {(split, column): [str(value) for value in rows[column]] for column in columns}
+        for column in columns:
+            labels[split, column] = {place: str(v) for place, v in enumerate(rows[column]) if v is not None}
         original_order = torch.tensor(_length_order(rows[recipe.data.text_column])).argsort()
         for when, erased in (("before", False), ("after", True)):
             if split == "test" and test_states is not None:
@@ -376,16 +377,18 @@ def probe(
     group_column, table = recipe.data.group_column, {}
     groups = None if group_column is None else [str(value) for value in test[group_column]]
     # A class in one group or text alone cannot be both fitted on and judged: fresh probes leave it out.
-    test_labels = labels["test", concept]
+    test_labels = list(labels["test", concept].values())
     counts = Counter(label for label, _ in set(zip(test_labels, groups or range(len(test_labels)), strict=True)))
     fresh_rows = [place for place, label in enumerate(test_labels) if counts[label] > 1]
     fresh_groups = None if groups is None else [groups[place] for place in fresh_rows]
     for site, before in states["test", "before"].items():
         after, row = states["test", "after"][site], {}
         for column in columns:
-            y = labels["train", column], labels["test", column]
-            row[f"{column} before"] = probe_accuracy(states["train", "before"][site], y[0], before, y[1])
-            row[f"{column} after"] = probe_accuracy(states["train", "after"][site], y[0], after, y[1])
+            fit_on, judged_on = labels["train", column], labels["test", column]
+            y = list(fit_on.values()), list(judged_on.values())
+            for when, x in (("before", before), ("after", after)):
+                fitted = states["train", when][site][list(fit_on)]
+                row[f"{column} {when}"] = probe_accuracy(fitted, y[0], x[list(judged_on)], y[1])
             row[f"{column} majority"] = majority(y[1])
         fresh_labels = [test_labels[place] for place in fresh_rows]
         fresh = fresh_probes.score(after[fresh_rows], fresh_labels, fresh_groups, resamples=2)  # no interval is shown

@@ -35,7 +35,16 @@ _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", 
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers such as 1e-4 as numbers; YAML 1.1 reads them as text."""
+    """Reads numbers such as 1e-4 as numbers, which YAML 1.1 reads as text, and refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raise a `ConstructorError` for a second key of the same name, which would replace the first one."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):

@@ -393,6 +393,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="below 2"):
             next(iter(concept_dataloader(rows, minilm, labels=["x", "y"])))
 
+    @pytest.mark.parametrize(
+        ("values", "names"), [([0, 1], ["1", "0"]), ([1, 3], ["1", "3"]), ([True, False], ["true", "false"])]
+    )
+    def test_an_id_of_one_class_that_is_the_name_of_another(self, minilm, values, names):
+        rows = Dataset.from_dict({"text": ["a", "b"], "label": values})
+        for data in (rows, rows.to_iterable_dataset()):
+            with pytest.raises(ValueError, match="is the id of one class and the name of"):
+                next(iter(concept_dataloader(data, minilm, labels=names)))
+        as_text = concept_dataloader(rows.cast_column("label", Value("string")), minilm, labels=names)
+        assert next(iter(as_text))["concept_labels"].tolist() == [names.index(str(v).lower()) for v in values]
+
     def test_no_padding_token(self, byte_level, sentences):
         with pytest.raises(ValueError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
             next(iter(concept_dataloader(sentences, byte_level)))

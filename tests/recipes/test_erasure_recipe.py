@@ -130,6 +130,31 @@ def test_held_out_rows_are_read_once_and_short_texts_together(
     assert found[1]["gender before"].max() > 0.7  # labels and vectors belong to the same rows
 
 
+def test_rows_without_a_label_of_what_is_kept_are_not_probed_for_it(tmp_path: Path, assets: Path) -> None:
+    rows = occupation_sentences()["test"].shuffle(seed=0).select(range(60))
+    rows.add_column("kind", ["a", "a", "b", None, None, None] * 10).to_csv(tmp_path / "people.csv")
+    content = CONTENT | {
+        "model": str(assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
+        "data": {"source": str(tmp_path / "people.csv"), "test_share": 0.5, "keep_column": "kind"},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    known = [kind for kind in erasure.load_data(recipe.data)["test"]["kind"] if kind is not None]
+    assert 0 < len(known) < 30 and set(known) == {"a", "b"}
+    found = run_recipe(recipe, progress=False)
+    assert found is not None
+    assert set(found[1]["kind majority"]) == {max(map(known.count, "ab")) / len(known)}
+
+
+def test_a_key_that_is_written_twice_is_refused(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + "data: {train: a}\nfit: {batch_size: 8, batch_size: 9}\n")
+    with pytest.raises(ValueError, match=r"not YAML: 'batch_size' is written twice .* line 8"):
+        read_recipe(path)
+    path.write_text("a: &a {model: m, concept: c}\n<<: *a\n<<: {labels: [x, y]}\noutput: o")
+    with pytest.raises(ValueError, match="a is not known"):
+        read_recipe(path)
+
+
 @pytest.mark.parametrize("count", [7, 8, 9])
 def test_each_of_several_processes_gets_short_and_long_texts(count: int) -> None:
     rows = Dataset.from_dict({"length": list(range(count))})
