@@ -32,7 +32,7 @@ ROUNDING = 2e-4
 _RANK = 2
 # Norms between two parts of a branch, or of what follows the last block, that have no residual sum around them, so they
 # do not read the stream.
-_WITHOUT_SUM = re.compile(r"shared_transf\.pre_ff_layernorm|bottleneck\.attention\.LayerNorm|connector\.ln_out")
+_WITHOUT_SUM = re.compile(r"shared_transf(ormer)?\.pre_ff_layernorm|bottleneck\.attention\.LayerNorm|connector\.ln_out")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
