@@ -86,9 +86,12 @@ class Progress:
         yield
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
+    def begin(self) -> None:
+        """Begin a new start: a callback that stopped the last one does not stop this one, whose best is not known."""
+        self.control.should_training_stop, self.state.best_metric = False, None
+
     def step(self, epoch: float) -> None:
         """Count one more step and call the callbacks, which set `control`; `epoch` is how much of a start is done."""
-        self.control.should_training_stop = False  # a callback that sets it ends the present start only
         self.state.global_step, self.state.epoch = self.state.global_step + 1, epoch
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
         if epoch.is_integer():
@@ -98,8 +101,14 @@ class Progress:
         """Add figures to the history and call the callbacks; with `evaluated`, also those for an evaluation."""
         self.state.log_history.append({**figures, "step": self.state.global_step})
         self.control = self.handler.on_log(self.args, self.state, self.control, figures)
-        if evaluated:
-            self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
+        if not evaluated:
+            return
+        self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
+        # `EarlyStoppingCallback` compares with the best value so far.
+        name, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
+        value = figures.get(f"eval_{name}")
+        if value is not None and (best is None or (value > best if self.args.greater_is_better else value < best)):
+            self.state.best_metric = value
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -240,6 +240,8 @@ class Training:
         )  # fmt: skip
         if state:
             neuron.load_state_dict(state)
+        else:
+            self.progress.begin()
         best = facts.get("best") or {"size": -1.0}  # the best absolute correlation of this start so far
         self.losses.clear()
         self.recent_values.clear()
@@ -247,12 +249,12 @@ class Training:
             self._step(neuron, *self._batch_at(start, step))
             done = step + 1
             self.progress.step(done / start.per_epoch)
-            is_last = done == start.steps or self.progress.control.should_training_stop
             if self.progress.control.should_log:
                 self.progress.log({"loss": sum(self.losses) / len(self.losses), "cor": self._recent_correlation()})
+            is_last = done == start.steps or self.progress.control.should_training_stop
             if is_last or self.progress.control.should_evaluate:
                 self._evaluate(start, neuron, best, done)
-            if is_last:
+            if is_last or self.progress.control.should_training_stop:  # a callback may have stopped it just now
                 break
             if self.progress.control.should_save:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})

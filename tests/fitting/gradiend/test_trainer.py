@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from tokenizers import normalizers
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import features_of, targeted_parameters
@@ -673,6 +673,18 @@ def test_what_is_due_after_every_epoch_is_done_then(tmp_path: Path):
     assert len(ends.seen.pop("step")) == 12
     assert ends.seen.pop("save") == [(6, 1.0)]  # the second is the end
     assert ends.seen == {event: [(6, 1.0), (12, 2.0)] for event in ("epoch", "evaluate", "log")}
+
+
+def test_a_start_ends_early_when_its_correlation_does_not_rise(tmp_path: Path):
+    """`EarlyStoppingCallback` asks for the end at an evaluation, and compares with the best one of the same start."""
+    ends, stop = Ends(math.inf), EarlyStoppingCallback(early_stopping_patience=2)
+    options = {"estimator": "trained", "seeds": 2, "max_steps": 20, "eval_strategy": "steps", "eval_steps": 1}
+    frozen = {"learning_rate": 0.0, "metric_for_best_model": "eval_cor", "load_best_model_at_end": False}
+    trainer_of(adapted("llama"), "llama", tmp_path, [ends, stop], **options, **frozen).train()
+    # Nothing is learned: the first evaluation of a start is its best, or the second where the first turns its sign.
+    # Two more do not exceed it.
+    epochs = [epoch for _, epoch in ends.seen["evaluate"]]
+    assert epochs.count(epochs[0]) == 2 and len(epochs) in (6, 7, 8)
 
 
 def test_a_callback_ends_a_start_and_the_next_one_begins(tmp_path: Path):
