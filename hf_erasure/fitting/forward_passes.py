@@ -127,7 +127,7 @@ def forward_passes(
     def run_batch(index: int) -> None:
         batch = batches[index].batch
         if tensors is not None and isinstance(batches, BatchesOnDisk):
-            tensors.track(batch)  # nothing else needs these inputs
+            tensors.note(_storages_in(batch))  # nothing else needs these inputs, so they are written too
         run(batch)
 
     passes = [ForwardPass(index, functools.partial(run_batch, index), tensors) for index in range(len(batches))]
@@ -199,14 +199,11 @@ class TensorsOnDisk(dispatch_modes.TorchDispatchMode):
                 for made in self._made.values():
                     made.pop(storage._cdata, None)
         result = func(*args, **(kwargs or {}))
-        self._note(storage for storage in _storages_in(result) if storage._cdata not in given)
+        self.note(storage for storage in _storages_in(result) if storage._cdata not in given)
         return result
 
-    def track(self, inputs: Any) -> None:
-        """Let the inputs of the running pass be written with its tensors."""
-        self._note(_storages_in(inputs))
-
-    def _note(self, storages: Iterator[torch.UntypedStorage]) -> None:
+    def note(self, storages: Iterator[torch.UntypedStorage]) -> None:
+        """Let these storages be written with the tensors of the running pass."""
         made = self._made[self._in_memory[-1]] if self._in_memory else {}  # a pass that is ended may run operations
         for storage in storages:
             if storage._cdata not in made:

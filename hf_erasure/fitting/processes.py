@@ -44,10 +44,6 @@ class Processes:
 
     # ---- the work ---------------------------------------------------------------------------------------------------
 
-    def mine(self, items: Sequence[T]) -> list[T]:
-        """The items of this process: every `count`-th one, beginning at the index `rank`."""
-        return list(items[self.rank :: self.count])
-
     def step_rows(self, groups: Iterable[Sequence[T]]) -> list[list[T]]:
         """Cut groups of items that may share a step, such as batches of one class, into one row for each step.
 

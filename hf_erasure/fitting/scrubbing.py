@@ -103,7 +103,18 @@ class Scrubber:
         most_passes = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
         for number in itertools.count(1):
             self._run_pass(shown)
-            worst = self._record_residuals()
+            residuals: dict[str, list[float]] = {}  # Site → what is left at its later visits.
+            labelled = [source for source in self.sources if source.concept]
+            for source in labelled:
+                for visit, moments in self._later[source.key].moments.items():
+                    if not visit.of_pairs:  # the guarantee is about the labelled rows
+                        own = source.strata.concept(moments)
+                        share = residual_of(self.fits[visit.site].eraser, own).norm() / scale_of(own)
+                        residuals.setdefault(visit.site, []).append(float(share))
+            for site, each in residuals.items():
+                line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
+                self.fits[site] = replace(self.fits[site], line=line)
+            worst = max(map(max, residuals.values()), default=0.0)
             if worst < lowest:
                 best, lowest = dict(self.fits), worst
             worst_by_pass.append(worst)
@@ -148,22 +159,6 @@ class Scrubber:
                 source.moments.clear()
         for later in self._later.values():
             later.pool(self.task.processes)
-
-    def _record_residuals(self) -> float:
-        """Write what is left at later visits into the lines of the report; returns the largest value."""
-        residuals: dict[str, list[float]] = {}
-        labelled = [source for source in self.sources if source.concept]
-        for source in labelled:
-            for visit, moments in self._later[source.key].moments.items():
-                if visit.of_pairs:  # the guarantee is about the labelled rows
-                    continue
-                own = source.strata.concept(moments)
-                share = residual_of(self.fits[visit.site].eraser, own).norm() / scale_of(own)
-                residuals.setdefault(visit.site, []).append(float(share))
-        for site, each in residuals.items():
-            line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
-            self.fits[site] = replace(self.fits[site], line=line)
-        return max((max(each) for each in residuals.values()), default=0.0)
 
     # ---- side by side ------------------------------------------------------------------------------------------------
 

@@ -213,9 +213,10 @@ def solve(task: FitTask, sites: Sequence[str], sources: Sequence[SiteStatistics]
     """
     processes = task.processes
     with processes.fail_together("solving for its sites"):
-        mine = {site: solve_site(site, sources, task.config, site in task.linear) for site in processes.mine(sites)}
-    # Processes exchange tensors in main memory.
-    own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
+        mine = sites[processes.rank :: processes.count]
+        own = {site: solve_site(site, sources, task.config, site in task.linear) for site in mine}
+    if processes.count > 1:  # they exchange tensors in main memory
+        own = {site: fit.on_cpu() for site, fit in own.items()}
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
     return {site: dataclasses.replace(solved[site], **task.layouts.site_axes(site)) for site in sites}
 

@@ -108,8 +108,11 @@ def compare_features(
             raise ValueError(
                 f"{name!r} and {next(iter(features))!r} target different weights: fit both on the same target_modules."
             )
-    masks = [_largest(decoder, top) for decoder in decoders]
-    count = len(decoders)
+    count, most = len(decoders), math.ceil(top * total(decoders[0].shapes))
+    masks = []  # Block → which weights are among the largest of a decoder; one that is 0 is not.
+    for decoder in decoders:
+        found = largest(partial(_dense, decoder), list(decoder.shapes), most)
+        masks.append({name: mask & (_dense(decoder, name) != 0) for name, mask in found.items()})
     products, shared = torch.zeros(2, count, count, dtype=torch.float64, device="cpu")
     for block in decoders[0].shapes:
         weights = pieces(*(_dense(decoder, block) for decoder in decoders))
@@ -119,27 +122,17 @@ def compare_features(
             shared += kept @ kept.T
     lengths, counts = products.diagonal().sqrt(), shared.diagonal()
     cosine, overlap = products / torch.outer(lengths, lengths), shared / counts[:, None].minimum(counts).clamp_min(1)
-    correlations = _reading_correlations(list(features.values())) if reading else None
+    rows = []
+    for trainer, pair, _ in features.values() if reading else ():
+        encode = trainer.encoders()[pair]
+        with reading_the_base(trainer.model, trainer.adapter_name, trainer.task) as reader:
+            pair_batches = ((other.pairs_to_read().signed(1, own), own) for other, own, _ in features.values())
+            read = [encode_all(reader, trainer.config.source, encode, *each, Processes()) for each in pair_batches]
+            rows.append([one.metrics()["cor"] for one in read])
+    correlations = torch.tensor(rows, dtype=torch.float64, device="cpu") if reading else None
     return FeatureComparison(list(features), cosine, overlap, top, correlations)
 
 
 def _dense(decoder: FeatureDecoder, block: str) -> Tensor:
     """All weights of a block, on the CPU."""
     return dense(decoder.weight[block], decoder.index[block], decoder.shapes[block].numel()).cpu()
-
-
-def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
-    """Block → which weights are among the largest of a decoder; one that is 0 is not."""
-    found = largest(partial(_dense, decoder), list(decoder.shapes), math.ceil(top * total(decoder.shapes)))
-    return {name: mask & (_dense(decoder, name) != 0) for name, mask in found.items()}
-
-
-def _reading_correlations(features: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder]]) -> Tensor:
-    rows = []
-    for trainer, pair, _ in features:
-        encode = trainer.encoders()[pair]
-        with reading_the_base(trainer.model, trainer.adapter_name, trainer.task) as reader:
-            pair_batches = ((other.pairs_to_read().signed(1, own), own) for other, own, _ in features)
-            values = [encode_all(reader, trainer.config.source, encode, *each, Processes()) for each in pair_batches]
-            rows.append([one.metrics()["cor"] for one in values])
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")

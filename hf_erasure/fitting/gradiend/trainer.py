@@ -103,7 +103,19 @@ class GradiendTrainer:
             check_next_word(model)
         self.fitted: list[PairFit] = []
         self.starts: list[dict[str, Any]] = []  # Pair, seed and best absolute correlation of each start.
-        self.classes = self._classes()
+        classes = self.config.classes
+        if classes is None:
+            if train_dataset is None or "label" not in train_dataset.column_names:
+                raise ValueError(
+                    "The classes are not known: write GradiendConfig(classes=['female', 'male']), or give a "
+                    "train_dataset with a column `label`."
+                )
+            feature = train_dataset.features["label"]
+            is_named = isinstance(feature, datasets.ClassLabel)
+            classes = feature.names if is_named else sorted(set(train_dataset["label"]))
+            if not all(isinstance(name, str) for name in classes):
+                raise ValueError(f"The labels {classes} are not names of classes: write GradiendConfig(classes=[…]).")
+        self.classes = list(classes)
         if self.config.pair is not None and tuple(self.config.pair) not in self.pairs:
             known = ", ".join(str(list(pair)) for pair in self.pairs)
             raise ValueError(f"pair={self.config.pair!r} in GradiendConfig: write one of {known}, in this order.")
@@ -144,32 +156,24 @@ class GradiendTrainer:
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
         warn_of_inactive(self.model, self.adapter_name)
-        was_fitted, pairs = self.config.fitted, self._pair_set(self.train_dataset)
+        config, pairs = self.config, self._pair_set(self.train_dataset)
+        was_fitted = config.fitted
         evaluation = next(map(self._pair_set, self._eval_sets().values()), None)
         progress = Progress(self.model, self.args, self.callbacks, self.processing_class, self._processes)
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
             weights, size = reader.parameters.values(), stated_bytes(self.model, self.adapter_name)
             _LOGGER.info(
-                f"GRADIEND adapter {self.adapter_name!r}: {self.config.density:.2%} of "
+                f"GRADIEND adapter {self.adapter_name!r}: {config.density:.2%} of "
                 f"{sum(p.numel() for p in weights):,} weights, so the adapter will take {size / 2**20:.2f} MiB, "
                 f"{size / sum(p.numel() * p.element_size() for p in weights):.2f} times what these weights take."
             )
-            training = Training(reader, self.config.source, self.args, pairs, evaluation, self._processes, progress)
+            training = Training(reader, config.source, self.args, pairs, evaluation, self._processes, progress)
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
             self.starts = training.results
-            self._fill_adapter(training)
-        if was_fitted:  # the strength was chosen for the features that the adapter held before
-            steer(self.model, self.adapter_name, learning_rate=0.0)
-        metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
-        losses = training.losses
-        return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
-
-    def _fill_adapter(self, training: Training) -> None:
-        config = self.config
-        features = [fitted.feature for fitted in self.fitted]
-        if config.keep_encoder:
-            features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
-        set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
+            features = [fitted.feature for fitted in self.fitted]
+            if config.keep_encoder:
+                features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
+            set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
         for key in ("selection", RECIPE, CARD_FACTS):  # these are about the features that the adapter held before
             config.provenance.pop(key, None)
         config.provenance |= {
@@ -177,13 +181,16 @@ class GradiendTrainer:
             ACTIVE: other_acting_adapters(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
-            "examples": len(training.train),
-            "data": dict(training.train.origin),
+            "examples": len(pairs),
+            "data": dict(pairs.origin),
             # Without evaluation data the correlation may be NaN, which is not JSON.
-            "correlation": {
-                f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
-            },
+            "correlation": {"/".join(f.pair): f.correlation for f in self.fitted if not math.isnan(f.correlation)},
         }
+        if was_fitted:  # the strength was chosen for the features that the adapter held before
+            steer(self.model, self.adapter_name, learning_rate=0.0)
+        metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
+        losses = training.losses
+        return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -399,20 +406,6 @@ class GradiendTrainer:
         """The evaluation sets by name, `given` or else the trainer's; a single set has the name ""."""
         sets = self.eval_dataset if given is None else given
         return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
-
-    def _classes(self) -> list[str]:
-        if self.config.classes is not None:
-            return list(self.config.classes)
-        if self.train_dataset is None or "label" not in self.train_dataset.column_names:
-            raise ValueError(
-                "The classes are not known: write GradiendConfig(classes=['female', 'male']), or give a train_dataset "
-                "with a column `label`."
-            )
-        feature = self.train_dataset.features["label"]
-        names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(self.train_dataset["label"]))
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"The labels {names} are not names of classes: write GradiendConfig(classes=[…]).")
-        return list(names)
 
 
 def _require_dataset(name: str, dataset: Any) -> None:

@@ -246,7 +246,21 @@ class Training:
         self.losses.clear()
         self.recent_values.clear()
         for step in range(facts["step"], start.steps):
-            self._step(neuron, *self._batch_at(start, step))
+            batch, sign = self._batch_at(start, step)
+            wanted = (self.source, "difference")
+            if batch is not None:
+                gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
+            else:
+                parameters = self.reader.parameters.items()
+                gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
+            if self.processes.count > 1:  # the mean over the rows of all processes, as if they were one batch
+                total = sum(self.processes.gathered([rows]))
+                for blocks in gradients.values():
+                    for block in blocks.values():
+                        self.processes.add(block.mul_(rows / total))
+            result = neuron.step(gradients[self.source], gradients["difference"])
+            self.losses.append(result.loss)
+            self.recent_values.append((result.encoded, sign))
             done = step + 1
             self.progress.step(done / start.per_epoch)
             if self.progress.control.should_log:
@@ -272,24 +286,8 @@ class Training:
         batch, sign = self._epoch_batches[1][within]
         if self.processes.count == 1:
             return batch, sign
-        mine = self.processes.mine(range(len(batch)))
+        mine = range(self.processes.rank, len(batch), self.processes.count)
         return (batch.some_rows(mine) if mine else None), sign
-
-    def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
-        wanted = (self.source, "difference")
-        if batch is not None:
-            gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
-        else:
-            parameters = self.reader.parameters.items()
-            gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
-        if self.processes.count > 1:  # the mean over the rows of all processes, as if they were one batch
-            total = sum(self.processes.gathered([rows]))
-            for blocks in gradients.values():
-                for block in blocks.values():
-                    self.processes.add(block.mul_(rows / total))
-        result = neuron.step(gradients[self.source], gradients["difference"])
-        self.losses.append(result.loss)
-        self.recent_values.append((result.encoded, sign))
 
     def _evaluate(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
