@@ -33,6 +33,8 @@ _RANK = 2
 # Norms between two parts of a branch, or of what follows the last block, that have no residual sum around them, so they
 # do not read the stream.
 _WITHOUT_SUM = re.compile(r"shared_transf(ormer)?\.pre_ff_layernorm|bottleneck\.attention\.LayerNorm|connector\.ln_out")
+# Models whose stream passes gated sums ("hyper-connections") in place of norms.
+_WITHOUT_NORMS = {"Qwen4ExpTextModel"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -148,6 +150,8 @@ def _shows(given: Tensor, tensor: Tensor) -> bool:
 
 
 def _norms(model: nn.Module) -> list[str]:
+    if type(model).__name__ in _WITHOUT_NORMS:
+        return []
     return [name for name in norms_of_hidden_state(model) if not _WITHOUT_SUM.search(name)]
 
 
