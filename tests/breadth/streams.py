@@ -104,7 +104,8 @@ def _fold(model: nn.Module, weight: Weight, eraser: Tensor) -> None:
 
 
 def _axis(module: nn.Module, tensor: Tensor, width: int) -> int:
-    is_first = isinstance(module, _CONVOLUTIONS) and tensor.dim() > 2
+    # A class with a forward of its own, as Parakeet's head, may turn the axes round.
+    is_first = type(module).forward in {kind.forward for kind in _CONVOLUTIONS} and tensor.dim() > 2
     axis = 1 if is_first else -1
     if tensor.shape[axis] != width:
         raise WrongError(f"{type(module).__name__} has activations of {tuple(tensor.shape)}, and the eraser {width}")
