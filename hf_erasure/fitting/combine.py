@@ -337,7 +337,8 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         )
         for folder in (one, other, output)
     ]
-    labelled, background = _add_up(checkpoints, Source(config)), _add_up(checkpoints, Source(None, key="background"))
+    labelled, background = Source(config), Source(None, key="background")
+    facts = [_add_up(checkpoints, source) for source in (labelled, background)]
     if not labelled.moments:
         raise ValueError(
             f"{one} and {other} hold no moments of one process: fit with fit.sequential=false fit.checkpoint=true, and "
@@ -373,6 +374,9 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     with staged_save(Path(output)) as content:
         config.save_pretrained(str(content))
         save_file(weights, content / WEIGHTS, metadata={"format": "pt"})
+    # They come last: a call that ends before this and is made again adds the same moments, also if `output` is `one`.
+    for source, (batches, data) in zip(sources, facts, strict=False):
+        checkpoints[-1].save_moments(source.key, source, batches, data)
     return config
 
 
@@ -408,8 +412,8 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         )
 
 
-def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:
-    """The sum of the moments that the first two checkpoints hold of a source; it is also written to the third."""
+def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> tuple[int, str]:
+    """Add the moments of the first two checkpoints to a source; return how many batches these are of, and which."""
     batches, data, parts = 0, list[str](), [source, SiteStatistics(source.concept)]
     for checkpoint, part in zip(checkpoints, parts, strict=False):
         facts = checkpoint.load_moments(source.key, part)
@@ -424,6 +428,4 @@ def _add_up(checkpoints: list[FitCheckpoint], source: Source) -> Source:
         raise ValueError(f"Only one of the two fits has {source.key} moments: fit both with the same kind of data.")
     for site, moments in parts[1].moments.items() if not is_same else ():  # the same background counts once
         source.moments[site].merge(moments)
-    if source.moments:
-        checkpoints[-1].save_moments(source.key, source, batches, data[0] if is_same else _MERGED)
-    return source
+    return batches, data[0] if is_same else _MERGED

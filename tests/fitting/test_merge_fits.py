@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting import combine
 from hf_erasure.fitting.combine import merge_fits
 from tests.small_models import LABELS, inputs_of, paired_batches, small_batches, small_model
 
@@ -109,6 +110,34 @@ class _Blocks(nn.Module):
         for block in self.blocks:
             vectors = vectors + torch.tanh(2 * block["norm"](vectors))
         return self.norm(vectors)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_sum_written_over_one_of_its_parts_may_be_killed_and_made_again(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, other = small_batches("bert", 4), [inputs_of(b) for b in small_batches("bert", 4, seed=700)]
+    for name, part in (("a", slice(2)), ("b", slice(2, 4))):
+        fitted(tmp_path / name, batches[part], **({"background": other[part]} if background else {}))
+    merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+
+    def killed(*given: Any, **options: Any) -> None:
+        raise InterruptedError
+
+    for name in ("solve_site", "save_file"):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(combine, name, killed)
+            merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "a")
+    merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "a")
+    assert_same_folders(tmp_path / "a", tmp_path / "ab")
+
+
+def assert_same_folders(one: Path, other: Path) -> None:
+    """Check that two folders of adapters have the same tensors, those of the moments included."""
+    for file in sorted(one.rglob("*.safetensors")):
+        mine, theirs = load_file(file), load_file(other / file.relative_to(one))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), file
 
 
 def test_the_tensors_of_each_site_are_found_by_its_whole_name(tmp_path: Path) -> None:
