@@ -33,12 +33,12 @@ _RANK = 2
 # Norms between two parts of a branch, or of what follows the last block, that have no residual sum around them, so they
 # do not read the stream.
 _WITHOUT_SUM = re.compile(r"shared_transf(ormer)?\.pre_ff_layernorm|bottleneck\.attention\.LayerNorm|connector\.ln_out")
-# Models whose stream passes gated sums ("hyper-connections") in place of norms.
-_WITHOUT_NORMS = {"Qwen4ExpTextModel"}
+# Models whose stream passes gated sums ("hyper-connections") or convolutions in place of norms.
+_WITHOUT_NORMS = {"Qwen4ExpTextModel", "UnivNetModel"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def check_readers(model: nn.Module, batch: Batch, groups: Sequence[Sequence[Weight]]) -> None:
+def check_readers(model: Any, batch: Batch, groups: Sequence[Sequence[Weight]]) -> None:
     """Raise a `WrongError` unless erasers at the inputs of all groups act as the same erasers in the weights."""
     noise = torch.Generator().manual_seed(3)
     sites = {group[0].module: [*dict.fromkeys(weight.module for weight in group)] for group in groups}
@@ -50,7 +50,7 @@ def check_readers(model: nn.Module, batch: Batch, groups: Sequence[Sequence[Weig
         sizes = {_parameter(model, weight).shape[weight.axis] for weight in group}
         if len(sizes) != 1:
             raise WrongError(f"{group} have other widths: {sizes}")
-        eraser = _eraser(sizes.pop(), noise)
+        eraser = _eraser(sizes.pop(), noise).to(model.dtype)
         erasers |= {weight.module: eraser for weight in group}
         for weight in dict.fromkeys(group):
             _fold(folded, weight, eraser)
@@ -61,11 +61,11 @@ def check_readers(model: nn.Module, batch: Batch, groups: Sequence[Sequence[Weig
     _check_complete(model, batch, erasers)
 
 
-def check_writers(model: nn.Module, batch: Batch, writers: Sequence[Weight]) -> None:
+def check_writers(model: Any, batch: Batch, writers: Sequence[Weight]) -> None:
     """Raise a `WrongError` unless erasers at all outputs act as those in the weights, and clean all states."""
     noise = torch.Generator().manual_seed(4)
     widths = {weight: _parameter(model, weight).shape[weight.axis] for weight in writers}
-    by_width = {width: _eraser(width, noise) for width in sorted(set(widths.values()))}
+    by_width = {width: _eraser(width, noise).to(model.dtype) for width in sorted(set(widths.values()))}
     folded = copy.deepcopy(model)
     for weight, width in widths.items():
         _fold(folded, weight, by_width[width])
