@@ -67,15 +67,6 @@ def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> lis
     return rows
 
 
-def spellings(word: str) -> dict[str, Callable[[str], str]]:
-    """Each form that a word may have in a text → the function that spells its counterpart in this form."""
-    found: dict[str, Callable[[str], str]] = {word: str}
-    found.setdefault(capitalised(word), capitalised)
-    if len(word) > 1:
-        found.setdefault(word.upper(), str.upper)
-    return found
-
-
 @dataclass(frozen=True)
 class Occurrence:
     """A word of a table in a text."""
@@ -119,12 +110,13 @@ class CounterpartWords:
                 for other, counterpart in zip(classes, words, strict=True):
                     if other != label and counterpart not in others.setdefault(other, []):
                         others[other].append(counterpart)
+        # Form of a word in a text → its class, its counterparts, and what spells these in this form.
         self._forms: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {
             word: (label, others, str) for word, (label, others) in table.items()
         }
         for word, (label, others) in table.items():
-            for form, spell in spellings(word).items():
-                self._forms.setdefault(form, (label, others, spell))
+            for spell in (capitalised, str.upper) if len(word) > 1 else (capitalised,):
+                self._forms.setdefault(spell(word), (label, others, spell))
         self.table, self._pattern = table, whole_words(table)
 
     @classmethod
@@ -176,16 +168,13 @@ class CounterpartWords:
         toward, parts, end = {one: other, other: one}, [], 0
         for word in self.found_in(text):
             if word.label in toward:
-                parts += [text[end : word.start], _choose_word(word.others[toward[word.label]], text[word.end :])]
+                choices = word.others[toward[word.label]]
+                chosen, pronouns = choices[0], _BEFORE_A_NOUN.get(frozenset(choice.lower() for choice in choices))
+                if pronouns is not None:
+                    following = _NEXT_WORD.match(text, word.end)
+                    before_a_noun = following is not None and following.group(1).lower() not in _NO_NOUN
+                    wanted = pronouns[0] if before_a_noun else pronouns[1]
+                    chosen = next(choice for choice in choices if choice.lower() == wanted)
+                parts += [text[end : word.start], chosen]
                 end = word.end
         return "".join([*parts, text[end:]]) if parts else None
-
-
-def _choose_word(choices: list[str], text_after: str) -> str:
-    """The counterpart that fits the text which follows it."""
-    chosen = _BEFORE_A_NOUN.get(frozenset(choice.lower() for choice in choices))
-    if chosen is None:
-        return choices[0]
-    following = _NEXT_WORD.match(text_after)
-    wanted = chosen[0] if following and following.group(1).lower() not in _NO_NOUN else chosen[1]
-    return next(choice for choice in choices if choice.lower() == wanted)

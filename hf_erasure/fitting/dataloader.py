@@ -113,7 +113,12 @@ def concept_dataloader(
     from datasets.distributed import split_dataset_by_node
 
     first = _first_row(dataset)
-    _check_options(batch_size, max_length, labels)
+    check_count("batch_size", batch_size)
+    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
+        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
+    if labels is not None and (not labels or len(set(labels)) != len(labels)):
+        raise ValueError(f"labels must name every class once, got {list(labels)}.")
     encode = choose_encoder(first, tokenizer, text_column, max_length)
     collate, columns = ConceptCollator(encode), list(encode.columns)
     if label_column is not None:
@@ -173,34 +178,28 @@ class ConceptCollator:
             )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Encode `rows` (dicts of the data set's columns) as one batch; counterfactuals follow after the texts."""
-        if self.counterfactuals is not None:
-            rows, batch = self._with_counterfactuals(rows, self.counterfactuals)
-        else:
-            batch, owners = self.encode(rows)
-            if self.read_labels is not None:
-                batch["concept_labels"] = self.read_labels(rows, owners)
-        return batch | {name: column(rows) for name, column in self.id_columns.items()}
-
-    def _with_counterfactuals(
-        self, rows: Sequence[Row], counterfactuals: Counterfactuals
-    ) -> tuple[list[Row], dict[str, Tensor]]:
-        """The rows and their counterfactuals, and the batch of both.
+        """Encode `rows` (dicts of the data set's columns) as one batch; counterfactuals follow after the texts.
 
         If the rows have labels, the counterfactuals have none; if not, the classes of the pairs are the labels of both.
         """
-        labels = None if self.read_labels is None else self.read_labels(rows, []).tolist()
-        all_rows, pairs, classes = list(rows), [-1] * len(rows), [IGNORED] * len(rows)
-        for place, row in enumerate(rows):
-            for text, own, other in counterfactuals.of(row, None if labels is None else labels[place]):
-                all_rows.append({**row, self.encode.columns[0]: text})
-                pairs.append(place)
-                classes[place] = own
-                classes.append(other)
-        batch, _ = self.encode(all_rows, pairs)
-        known = classes if labels is None else labels + [IGNORED] * (len(all_rows) - len(rows))
-        id_lists = {"concept_labels": known, "concept_pairs": pairs, "concept_pair_labels": classes}
-        return all_rows, batch | {name: torch.tensor(ids) for name, ids in id_lists.items()}
+        if self.counterfactuals is None:
+            batch, owners = self.encode(rows)
+            if self.read_labels is not None:
+                batch["concept_labels"] = self.read_labels(rows, owners)
+        else:
+            labels = None if self.read_labels is None else self.read_labels(rows, []).tolist()
+            texts, rows, pairs, classes = rows, list(rows), [-1] * len(rows), [IGNORED] * len(rows)
+            for place, row in enumerate(texts):
+                for text, own, other in self.counterfactuals.of(row, None if labels is None else labels[place]):
+                    rows.append({**row, self.encode.columns[0]: text})
+                    pairs.append(place)
+                    classes[place] = own
+                    classes.append(other)
+            batch, _ = self.encode(rows, pairs)
+            known = classes if labels is None else labels + [IGNORED] * (len(rows) - len(texts))
+            id_lists = {"concept_labels": known, "concept_pairs": pairs, "concept_pair_labels": classes}
+            batch |= {name: torch.tensor(ids) for name, ids in id_lists.items()}
+        return batch | {name: column(rows) for name, column in self.id_columns.items()}
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -226,8 +225,18 @@ class _LabelReader:
         if self.form == "values":
             return self._values(values)
         if self.form == "tokens":
-            counts = [len(plain(row[self.encode.columns[0]])) for row in rows]
-            return torch.tensor([self._token_classes(*row) for row in zip(values, owners, counts, strict=True)])
+            classes = []
+            for row, given, owners_in_row in zip(rows, values, owners, strict=True):
+                count = len(plain(row[self.encode.columns[0]]))
+                if not isinstance(given, list) or len(given) != count:
+                    found = f"{len(given)} labels" if isinstance(given, list) else f"the label {given!r}"
+                    raise ValueError(
+                        f"column {self.column!r} has {found} for a row of {count} {self.encode.unit}: give each of its "
+                        f"{self.encode.unit} one label (None for those that have none). Labels: {str(given)[:80]}"
+                    )
+                ids = [self._class_id(value) for value in given]
+                classes.append([IGNORED if owner is None else ids[owner] for owner in owners_in_row])
+            return torch.tensor(classes)
         ids = [self._class_id(value) for value in values]
         if IGNORED in ids:
             raise ValueError(
@@ -235,16 +244,6 @@ class _LabelReader:
                 f"filter such rows out of dataset (None and {IGNORED} stand for single tokens only)."
             )
         return torch.tensor(ids)
-
-    def _token_classes(self, values: Any, owners: list[int | None], count: int) -> list[int]:
-        if not isinstance(values, list) or len(values) != count:
-            found = f"{len(values)} labels" if isinstance(values, list) else f"the label {values!r}"
-            raise ValueError(
-                f"column {self.column!r} has {found} for a row of {count} {self.encode.unit}: give each of its "
-                f"{self.encode.unit} one label (None for those that have none). Labels: {str(values)[:80]}"
-            )
-        ids = [self._class_id(value) for value in values]
-        return [IGNORED if owner is None else ids[owner] for owner in owners]
 
     def _class_id(self, value: Any) -> int:
         if value is None or (value == IGNORED and not isinstance(value, str)):
@@ -421,15 +420,6 @@ def _first_row(dataset: Any) -> Row:
     if not isinstance(first, Mapping):
         raise TypeError(f"dataset gives rows of type {type(first).__name__}: pass dataset.with_format(None).")
     return first
-
-
-def _check_options(batch_size: int, max_length: int | None, labels: Sequence[str] | None) -> None:
-    check_count("batch_size", batch_size)
-    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
-    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
-        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
-    if labels is not None and (not labels or len(set(labels)) != len(labels)):
-        raise ValueError(f"labels must name every class once, got {list(labels)}.")
 
 
 def origin_of(dataset: Any, columns: str) -> dict[str, Any]:

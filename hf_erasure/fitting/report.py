@@ -162,7 +162,19 @@ class ErasureReport:
         return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(_COLUMNS) - 1)}}}", *body, r"\end{tabular}"])
 
     def _table(self) -> list[Sequence[str]]:
-        return [_COLUMNS, *map(_table_row, self.sites)]
+        def number(value: Any, form: str) -> str:
+            return "-" if value is None else format(value, form)
+
+        def leakage(value: float | None, ends: tuple[float, float] | None) -> str:
+            return number(value, ".3f") + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
+
+        rows: list[Sequence[str]] = [_COLUMNS]
+        for line in self.sites:
+            before = leakage(line.correlation_before, line.interval_before)
+            after = leakage(line.correlation_after, line.interval_after)
+            changes = number(line.change_labelled, ".1%"), number(line.change_ignored, ".1%")
+            rows.append((line.name, number(line.rank, "d"), number(line.rows, "d"), before, after, *changes))
+        return rows
 
     def __getitem__(self, site: str) -> SiteReport:
         """The line of one site, all its visits together.
@@ -351,24 +363,6 @@ def _accuracy(correlation: float) -> float:
     """The accuracy of a linear probe of two balanced classes: at a distance m the correlation is m / √(m² + 4)."""
     correlation = min(correlation, 1 - 1e-9)
     return NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
-
-
-def _table_row(line: SiteReport) -> tuple[str, ...]:
-    def number(value: Any, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    def leakage(value: float | None, ends: tuple[float, float] | None) -> str:
-        return number(value, ".3f") + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
-
-    return (
-        line.name,
-        number(line.rank, "d"),
-        number(line.rows, "d"),
-        leakage(line.correlation_before, line.interval_before),
-        leakage(line.correlation_after, line.interval_after),
-        number(line.change_labelled, ".1%"),
-        number(line.change_ignored, ".1%"),
-    )
 
 
 def rows_in_words(examples: int, fitted: int, environments: int | None = None) -> str:

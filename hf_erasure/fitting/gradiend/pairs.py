@@ -232,26 +232,25 @@ def _read_rows(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
         raise PairError(f"the pairs have no column {missing[0]!r}{why}; they have {dataset.column_names}")
     if len(dataset) == 0:
         raise PairError("the pairs are empty; they need rows of at least two classes")
-    return [_read_row(index, row, dataset.features, classes) for index, row in enumerate(dataset)]
-
-
-def _read_row(index: int, row: Mapping[str, Any], features: Mapping[str, Any], classes: list[str]) -> _Pair:
-    for name in ("text", "factual", "counterfactual"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise _fault(index, row["text"], f"{name} is {row[name]!r}; write text there")
-    label = _class_of(index, row, "label", features, classes)
-    if len(classes) == 2 and row.get("counterfactual_label") is None:
-        other = 1 - label
-    else:
-        other = _class_of(index, row, "counterfactual_label", features, classes)
-    factual, counterfactual = row["factual"].strip(), row["counterfactual"].strip()
-    if other == label:
-        twice = f"label and counterfactual_label are both {classes[label]!r}; name another class"
-        raise _fault(index, row["text"], twice)
-    if factual == counterfactual:
-        twice = f"factual and counterfactual are both {factual!r}; write the other class's word"
-        raise _fault(index, row["text"], twice)
-    return _Pair(index, row["text"], factual, counterfactual, label, other)
+    pairs = []
+    for index, row in enumerate(dataset):
+        for name in ("text", "factual", "counterfactual"):
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise _fault(index, row["text"], f"{name} is {row[name]!r}; write text there")
+        label = _class_of(index, row, "label", dataset.features, classes)
+        if len(classes) == 2 and row.get("counterfactual_label") is None:
+            other = 1 - label
+        else:
+            other = _class_of(index, row, "counterfactual_label", dataset.features, classes)
+        factual, counterfactual = row["factual"].strip(), row["counterfactual"].strip()
+        if other == label:
+            twice = f"label and counterfactual_label are both {classes[label]!r}; name another class"
+            raise _fault(index, row["text"], twice)
+        if factual == counterfactual:
+            twice = f"factual and counterfactual are both {factual!r}; write the other class's word"
+            raise _fault(index, row["text"], twice)
+        pairs.append(_Pair(index, row["text"], factual, counterfactual, label, other))
+    return pairs
 
 
 def _class_of(index: int, row: Mapping[str, Any], column: str, features: Mapping[str, Any], classes: list[str]) -> int:

@@ -119,8 +119,6 @@ class Training:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent_values: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     results: list[dict[str, Any]] = field(default_factory=list)  # Pair, seed and correlation of each start.
-    # The number and epoch of the start whose batches are drawn at present, and these batches.
-    _epoch_batches: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
     def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[PairFit]:
         """Estimate every pair's feature; the best start of each is kept."""
@@ -245,22 +243,15 @@ class Training:
         best = facts.get("best") or {"size": -1.0}  # the best absolute correlation of this start so far
         self.losses.clear()
         self.recent_values.clear()
+        size, batches = args.per_device_train_batch_size * self.processes.count, list[Signed]()
         for step in range(facts["step"], start.steps):
-            batch, sign = self._batch_at(start, step)
-            wanted = (self.source, "difference")
-            if batch is not None:
-                gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
-            else:
-                parameters = self.reader.parameters.items()
-                gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
-            if self.processes.count > 1:  # the mean over the rows of all processes, as if they were one batch
-                total = sum(self.processes.gathered([rows]))
-                for blocks in gradients.values():
-                    for block in blocks.values():
-                        self.processes.add(block.mul_(rows / total))
-            result = neuron.step(gradients[self.source], gradients["difference"])
-            self.losses.append(result.loss)
-            self.recent_values.append((result.encoded, sign))
+            epoch, within = divmod(step, start.per_epoch)
+            if within == 0 or not batches:  # the order of batches depends on seed and epoch
+                seed = start.seed * SEED_STRIDE + epoch
+                ordered = list(itertools.chain(*self._by_class(start.pair, size, seed)))
+                order = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(seed)).tolist()
+                batches = [ordered[i] for i in order]
+            self._step(neuron, *batches[within])
             done = step + 1
             self.progress.step(done / start.per_epoch)
             if self.progress.control.should_log:
@@ -274,20 +265,22 @@ class Training:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
         return float(best["size"])
 
-    def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
-        """This process's rows of the batch of a step, and its sign; the order of batches depends on seed and epoch."""
-        epoch, within = divmod(step, start.per_epoch)
-        if self._epoch_batches[0] != (start.number, epoch):
-            seed = start.seed * SEED_STRIDE + epoch
-            size = self.args.per_device_train_batch_size * self.processes.count
-            batches = list(itertools.chain(*self._by_class(start.pair, size, seed)))
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-            self._epoch_batches = (start.number, epoch), [batches[i] for i in order]
-        batch, sign = self._epoch_batches[1][within]
-        if self.processes.count == 1:
-            return batch, sign
-        mine = range(self.processes.rank, len(batch), self.processes.count)
-        return (batch.some_rows(mine) if mine else None), sign
+    def _step(self, neuron: FeatureNeuron, batch: PairBatch, sign: int) -> None:
+        """Update the neuron by one batch, of which every process reads its own rows."""
+        mine, wanted = range(self.processes.rank, len(batch), self.processes.count), (self.source, "difference")
+        if mine:
+            own = batch if self.processes.count == 1 else batch.some_rows(mine)
+            gradients = self.reader.gradients(own, wanted=wanted)
+        else:
+            parameters = self.reader.parameters.items()
+            gradients = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}
+        if self.processes.count > 1:  # the mean over the rows of all processes, as if they were one batch
+            for blocks in gradients.values():
+                for block in blocks.values():
+                    self.processes.add(block.mul_(len(mine) / len(batch)))
+        result = neuron.step(gradients[self.source], gradients["difference"])
+        self.losses.append(result.loss)
+        self.recent_values.append((result.encoded, sign))
 
     def _evaluate(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
