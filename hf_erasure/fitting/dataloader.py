@@ -35,8 +35,7 @@ from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models.model import datasets
 
-from .counterfactuals import Counterfactuals
-from .counterparts import Counterparts, CounterpartWords
+from .counterparts import Counterfactuals, Counterparts, CounterpartWords
 from .encoders import (
     Encoder,
     Owners,

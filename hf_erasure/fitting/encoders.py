@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from .counterfactuals import words_of_tokens
+from .counterparts import words_of_tokens
 
 Row = Mapping[str, Any]
 # Per row and padded position: the index into the row's list of labels, or None for no label. Empty where the inputs
@@ -44,7 +44,16 @@ class TextEncoder:
 
     def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
         """The inputs of rows and their owners; with `pairs`, which tells counterfactuals, also the words of tokens."""
-        texts = [self._text(row) for row in rows]
+        texts: list[Any] = []
+        for row in rows:
+            texts.append(text := plain(row[self.columns[0]]))
+            is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
+            if not (is_list if self.split_into_words else isinstance(text, str)):
+                expected = "a list of words" if self.split_into_words else "a string"
+                raise ValueError(
+                    f"column {self.columns[0]!r} holds {text!r} where the first row holds {expected}: filter such rows "
+                    f"out or bring them into the same form."
+                )
         spaced = texts
         if self.glues_words:
             spaced = [[word if index == 0 else f" {word}" for index, word in enumerate(text)] for text in texts]
@@ -64,17 +73,6 @@ class TextEncoder:
         if not (self.split_into_words and self.tokenizer.is_fast):
             return inputs, []
         return inputs, [list(encoding.word_ids(index)) for index in range(len(rows))]
-
-    def _text(self, row: Row) -> Any:
-        text = plain(row[self.columns[0]])
-        is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
-        if is_list if self.split_into_words else isinstance(text, str):
-            return text
-        expected = "a list of words" if self.split_into_words else "a string"
-        raise ValueError(
-            f"column {self.columns[0]!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
-            f"bring them into the same form."
-        )
 
 
 @dataclass

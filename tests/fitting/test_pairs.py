@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.fitting.counterfactuals import words_of_tokens
+from hf_erasure.fitting.counterparts import words_of_tokens
 from tests.small_models import LABELS, inputs_of, paired_batches, shared_layers_model, small_model
 
 Batch = dict[str, Tensor]
