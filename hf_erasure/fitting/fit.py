@@ -246,9 +246,7 @@ def _gather_moments(task: FitTask, source: Source, checkpoint: FitCheckpoint | N
         source.batches, source.examples, source.tokens, source.pairs = source.rereadable, 0, 0, 0
 
     def add_activation(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-        if labels is None or site not in sites:
-            return hidden
-        if labels.covers(site) or not task.config.has_default_targets:
+        if labels is not None and site in sites and (labels.covers(site) or not task.config.has_default_targets):
             source.add(Visit(site, visit), labels, hidden)
         return hidden
 

@@ -259,7 +259,14 @@ class _Measurement:
         """
         figures: dict[str, Any] = {"change_labelled": None, "change_ignored": None}
         for erased, name in ((False, "before"), (True, "after")):
-            halves = [self._half_moments(erased, half, visits) for half in (0, 1)]
+            halves = []
+            for half in (0, 1):
+                moments_at = self._halves[erased, half].moments
+                there = [moments_at[visit] for visit in visits if visit in moments_at]
+                together = ConceptMoments(there[0].x_dim if there else 1, self._task.config.z_dim)
+                for moments in there:
+                    together.merge(moments)
+                halves.append(together)
             if all(half.rows and bool(half.covariance_z.diagonal().max() > 0) for half in halves):
                 correlation = cross_validated_correlation(*halves)
                 figures[f"correlation_{name}"] = max(0.0, correlation)
@@ -272,15 +279,6 @@ class _Measurement:
                 variance = squares / rows - float((total[3:] / rows).square().sum()) if rows else 0.0
                 figures[name] = (squared / rows / variance) ** 0.5 if variance > 0 else None
         return dataclasses.replace(line, **figures)
-
-    def _half_moments(self, erased: bool, half: int, visits: list[Visit]) -> ConceptMoments:
-        """The moments of one half of the sequences over some visits of a site."""
-        moments_at = self._halves[erased, half].moments
-        there = [moments_at[visit] for visit in visits if visit in moments_at]
-        together = ConceptMoments(there[0].x_dim if there else 1, self._task.config.z_dim)
-        for moments in there:
-            together.merge(moments)
-        return together
 
 
 # ---- rows that are recognised ----------------------------------------------------------------------------------------

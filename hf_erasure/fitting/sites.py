@@ -195,11 +195,6 @@ class SiteFit:
     examples: int = 0  # The axis of the examples.
     readings: Tensor | None = None  # `(rows, rank)`, what is read in the mean of each class; None for several concepts.
 
-    def on_cpu(self) -> SiteFit:
-        """Return the fit with its tensors in main memory."""
-        readings = None if self.readings is None else self.readings.cpu()
-        return dataclasses.replace(self, eraser=self.eraser.to("cpu"), shares=self.shares.cpu(), readings=readings)
-
     def erase(self, hidden: Tensor) -> Tensor:
         """Erase an activation as an adapter with this eraser does, equal to the bit."""
         return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
@@ -215,8 +210,9 @@ def solve(task: FitTask, sites: Sequence[str], sources: Sequence[SiteStatistics]
     with processes.fail_together("solving for its sites"):
         mine = sites[processes.rank :: processes.count]
         own = {site: solve_site(site, sources, task.config, site in task.linear) for site in mine}
-    if processes.count > 1:  # they exchange tensors in main memory
-        own = {site: fit.on_cpu() for site, fit in own.items()}
+    for site, fit in own.items() if processes.count > 1 else ():  # they exchange tensors in main memory
+        readings = None if fit.readings is None else fit.readings.cpu()
+        own[site] = dataclasses.replace(fit, eraser=fit.eraser.to("cpu"), shares=fit.shares.cpu(), readings=readings)
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
     return {site: dataclasses.replace(solved[site], **task.layouts.site_axes(site)) for site in sites}
 
