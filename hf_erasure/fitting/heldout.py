@@ -26,7 +26,7 @@ from hf_erasure.models.model import MEDIA, TEXTS, evaluating, inputs_of, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, length_of, mean_pooled
 from .layouts import observed
-from .pairs import without_counterfactuals
+from .pairs import ids_in, without_counterfactuals
 from .processes import Processes
 from .report import SiteReport, rows_in_words
 from .sites import FitTask, task_for
@@ -169,7 +169,8 @@ class _Measurement:
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
         # random, since rows often alternate between the classes.
         half_of = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
-        if (environments := labels.environments) is not None:
+        if "concept_environments" in labels.batch:
+            environments = ids_in(labels.batch, "concept_environments", labels.rows)
             self.environments |= set(environments.tolist())
             half_of = self._draws[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
         if labels.pairs is not None:  # a text and its counterfactual are in one half

@@ -368,12 +368,6 @@ class BatchLabels:
         tensors = (counted, real, z, weight, compared)
         return Selection(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
-    @property
-    def environments(self) -> Tensor | None:
-        """`(rows,)` ids of the environments of the rows; None for a batch without them."""
-        name = "concept_environments"
-        return ids_in(self.batch, name, self.rows) if name in self.batch else None
-
     def _check_labels(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
         if self._by_class and (labels.is_floating_point() or labels.dim() not in (1, 2)):

@@ -110,24 +110,19 @@ class Layouts:
         modules = {name: layer.host for name, layer in self.layers.items()} | self.runner.final_states()
 
         @functools.cache
-        def recorded() -> Graph | None:
-            """A record of a pass without the adapters, in which other modules show which axes hold features."""
+        def features_at() -> Callable[[nn.Module, str], set[int]]:
+            """Tells the axes of features by other modules, from a record of a pass without the adapters."""
             try:
-                return Graph(self.runner.model, lambda: self.runner(dict(few)))
+                return Graph(self.runner.model, lambda: self.runner(dict(few))).features_at
             except Exception as error:
                 logger.debug("What the features depend on cannot be told: %s", error)
-                return None
+                return lambda module, side: set()
 
         def axes_at(key: Visit) -> Axes | ValueError:
             layer, module = self.layers.get(key.site), modules[key.site]
             side = "output" if layer is None else layer.erasures[self.name].side
-
-            def feature_axes() -> set[int]:
-                graph = recorded()
-                return set() if graph is None else graph.features_at(module, side)
-
             try:
-                return passes.axes_of(key, module, feature_axes)
+                return passes.axes_of(key, module, lambda: features_at()(module, side))
             except ValueError as error:
                 return error.with_traceback(None)  # its stack frames would keep all activations alive
 
