@@ -297,18 +297,40 @@ class BatchLabels:
         shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, where)
         seq = activation.shape[1]
         key = (axes.side, axes.start, axes.beside, seq, activation.device)
-        if key not in self._selections:
-            mask = None if axes.side is None else self._mask(axes.side)
-            if mask is not None and (mask.shape[1] != seq if axes.beside is None else mask.shape[1] + axes.start > seq):
+        if key in self._selections:
+            return activation, self._selections[key]
+        mask = None if axes.side is None else self._mask(axes.side)
+        if mask is not None and (mask.shape[1] != seq if axes.beside is None else mask.shape[1] + axes.start > seq):
+            raise ValueError(
+                f"The activation at {where!r} has shape {shape}, which does not line up with the batch of "
+                f"{mask.shape[1]} positions: its rows cannot be labelled. Choose another target module."
+            )
+        real = torch.full((self.rows, seq), axes.beside is not False, device="cpu")
+        of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
+        if mask is not None:
+            real[:, of_tokens] = mask.cpu()
+        counted, z, weight = real, self._labels, None
+        if z is not None and self._by_token:
+            tokens, labels = real[:, of_tokens], z
+            if labels.shape[:2] != tokens.shape:
                 raise ValueError(
-                    f"The activation at {where!r} has shape {shape}, which does not line up with the batch of "
-                    f"{mask.shape[1]} positions: its rows cannot be labelled. Choose another target module."
+                    f"concept_labels label {labels.shape[1]} positions, but {where!r} has {tokens.shape[1]}: tokens "
+                    "cannot be matched. In an encoder-decoder, target the side whose tokens are labelled."
                 )
-            real = torch.full((self.rows, seq), axes.beside is not False, device="cpu")
-            of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
-            if mask is not None:
-                real[:, of_tokens] = mask.cpu()
-            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, where)
+            counted = torch.zeros_like(real)
+            z = torch.zeros(*real.shape, *labels.shape[2:], dtype=labels.dtype, device="cpu")
+            counted[:, of_tokens], z[:, of_tokens] = tokens, labels
+        elif z is not None:
+            counted = pooling.counted(real, self._pool)
+            z = z.unsqueeze(1).expand(-1, seq, *z.shape[1:])
+            if self._pool == "mean":
+                # Each sequence weighs 1, so that the mean-pooled embedding is guarded.
+                weight = real.double() / real.sum(1, keepdim=True).clamp_min(1)
+        if z is not None and self._by_class:
+            counted = counted & (z != IGNORED)
+        compared = self.pairs.compared(real, of_tokens, axes.side, self._pool, where) if self.pairs else None
+        tensors = (None if t is None else t.to(activation.device) for t in (counted, real, z, weight, compared))
+        self._selections[key] = Selection(*tensors)  # type: ignore[arg-type]
         return activation, self._selections[key]
 
     def covers(self, site: str) -> bool:
@@ -339,34 +361,6 @@ class BatchLabels:
                 "which positions are padding."
             )
         return None if mask is None else mask.bool()
-
-    def _selection(
-        self, real: Tensor, of_tokens: slice, side: str | None, device: torch.device, where: Visit
-    ) -> Selection:
-        counted, z, weight = real, self._labels, None
-        if z is not None and self._by_token:
-            tokens = real[:, of_tokens]
-            if z.shape[:2] != tokens.shape:
-                raise ValueError(
-                    f"concept_labels label {z.shape[1]} positions, but {where!r} has {tokens.shape[1]}: tokens "
-                    "cannot be matched. In an encoder-decoder, target the side whose tokens are labelled."
-                )
-            counted, labels = torch.zeros_like(real), z
-            z = torch.zeros(*real.shape, *labels.shape[2:], dtype=labels.dtype, device="cpu")
-            counted[:, of_tokens], z[:, of_tokens] = tokens, labels
-        elif z is not None:
-            counted = pooling.counted(real, self._pool)
-            z = z.unsqueeze(1).expand(-1, real.shape[1], *z.shape[1:])
-            if self._pool == "mean":
-                # Each sequence weighs 1, so that the mean-pooled embedding is guarded.
-                weight = real.double() / real.sum(1, keepdim=True).clamp_min(1)
-        if z is not None and self._by_class:
-            counted = counted & (z != IGNORED)
-        compared = None
-        if self.pairs:
-            compared = self.pairs.compared(real, of_tokens, side, self._pool, where)
-        tensors = (counted, real, z, weight, compared)
-        return Selection(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
     def _check_labels(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
