@@ -101,10 +101,10 @@ class Scrubber:
         # INLP, and a rank below what the guarantee needs, leave a part of the concept in any case.
         config = self.task.config
         most_passes = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
+        labelled = [source for source in self.sources if source.concept]
         for number in itertools.count(1):
             self._run_pass(shown)
             residuals: dict[str, list[float]] = {}  # Site → what is left at its later visits.
-            labelled = [source for source in self.sources if source.concept]
             for source in labelled:
                 for visit, moments in self._later[source.key].moments.items():
                     if not visit.of_pairs:  # the guarantee is about the labelled rows
