@@ -121,7 +121,18 @@ class Progress:
             (unfinished / FEATURES).mkdir(parents=True)
             write_tensors(unfinished / STATE, state, {"facts": {**facts, "identity": self._identity}, "plain": {}})
             for start, fitted in self.best.values():
-                _write_feature(unfinished / FEATURES / FEATURE_FILE.format(f"{start:03}"), fitted)
+                encoder, decoder = fitted.feature.encoder, fitted.feature.decoder
+                tensors = {f"encoder.{name}": value for name, value in encoder.weight.items()}
+                tensors |= {f"weight.{name}": value for name, value in decoder.weight.items()}
+                tensors |= {f"bias.{name}": value for name, value in decoder.bias.items()}
+                about = {
+                    "correlation": None if math.isnan(fitted.correlation) else fitted.correlation,  # NaN is not JSON
+                    "steps": fitted.steps,
+                    "seed": fitted.seed,
+                    "encoder": {key: getattr(encoder, key) for key in ("scale", "bias", "activation", "unit_norm")},
+                    "shapes": {name: list(shape) for name, shape in decoder.shapes.items()},
+                }
+                write_tensors(unfinished / FEATURES / FEATURE_FILE.format(f"{start:03}"), tensors, about)
             self.state.save_to_json(str(unfinished / TRAINER_STATE))
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
@@ -162,37 +173,20 @@ class Progress:
                 )
         for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*"))):
             start = int(path.stem.removeprefix("start-"))
-            self.keep(start, _read_feature(path, pairs[start]))
+            tensors, about = read_tensors(path)
+            shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
+            encoder, weight, bias = (
+                {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")
+            )
+            feature = Feature(
+                FeatureEncoder(encoder, dict.fromkeys(shapes), shapes, **about["encoder"]),
+                FeatureDecoder(weight, bias, dict.fromkeys(shapes), dict(shapes)),
+            )
+            correlation = math.nan if about["correlation"] is None else about["correlation"]
+            self.keep(start, PairFit(pairs[start], feature, correlation, about["steps"], about["seed"]))
         return state, content["facts"]
 
     def keep(self, start: int, fitted: PairFit) -> None:
         """Keep a start's feature if it is the best of its pair so far."""
         if fitted.pair not in self.best or fitted.score > self.best[fitted.pair][1].score:
             self.best[fitted.pair] = start, fitted
-
-
-def _write_feature(path: Path, fitted: PairFit) -> None:
-    encoder, decoder = fitted.feature.encoder, fitted.feature.decoder
-    tensors = {f"encoder.{name}": value for name, value in encoder.weight.items()}
-    tensors |= {f"weight.{name}": value for name, value in decoder.weight.items()}
-    tensors |= {f"bias.{name}": value for name, value in decoder.bias.items()}
-    facts = {
-        "correlation": None if math.isnan(fitted.correlation) else fitted.correlation,  # NaN is not JSON
-        "steps": fitted.steps,
-        "seed": fitted.seed,
-        "encoder": {key: getattr(encoder, key) for key in ("scale", "bias", "activation", "unit_norm")},
-        "shapes": {name: list(shape) for name, shape in decoder.shapes.items()},
-    }
-    write_tensors(path, tensors, facts)
-
-
-def _read_feature(path: Path, pair: Pair) -> PairFit:
-    tensors, facts = read_tensors(path)
-    shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
-    parts = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")}
-    feature = Feature(
-        FeatureEncoder(parts["encoder"], dict.fromkeys(shapes), shapes, **facts["encoder"]),
-        FeatureDecoder(parts["weight"], parts["bias"], dict.fromkeys(shapes), dict(shapes)),
-    )
-    correlation = math.nan if facts["correlation"] is None else facts["correlation"]
-    return PairFit(pair, feature, correlation, facts["steps"], facts["seed"])
