@@ -160,6 +160,8 @@ class Progress:
         try:
             state, content = read_tensors(folder / STATE)
             saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+            paths = sorted((folder / FEATURES).glob(FEATURE_FILE.format("*")))
+            features = {path: read_tensors(path) for path in paths}
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
                 f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer ({error}): resume from an earlier one."
@@ -171,9 +173,8 @@ class Progress:
                     f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
                     f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
                 )
-        for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*"))):
+        for path, (tensors, about) in features.items():
             start = int(path.stem.removeprefix("start-"))
-            tensors, about = read_tensors(path)
             shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
             encoder, weight, bias = (
                 {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")

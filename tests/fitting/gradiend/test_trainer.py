@@ -783,12 +783,14 @@ def test_resuming_with_another_model_of_the_same_shapes_is_refused(estimator: st
         trainer_of(other, "llama", tmp_path, **options).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "feature"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path):
     with pytest.raises(InterruptedError):
         trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(5)], **TRAINED).train()
     state = tmp_path / "checkpoint-4" / "gradiend_state.safetensors"
-    if damage == "truncated":
+    if damage == "feature":
+        (state,) = (tmp_path / "checkpoint-4" / "features").iterdir()
+    if damage != "missing":
         state.write_bytes(state.read_bytes()[:100])
     else:
         (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
