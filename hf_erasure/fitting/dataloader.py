@@ -222,7 +222,22 @@ class _LabelReader:
     def __call__(self, rows: Sequence[Row], owners: Owners) -> Tensor:
         values = [plain(row[self.column]) for row in rows]
         if self.form == "values":
-            return self._values(values)
+            vectors = [value if isinstance(value, list) else [value] for value in values]
+            for vector in vectors:
+                if not all(isinstance(number, int | float) and math.isfinite(number) for number in vector):
+                    raise ValueError(
+                        f"column {self.column!r} holds {str(vector)[:80]}: values of a continuous concept must be "
+                        f"finite numbers; filter such rows out of dataset."
+                    )
+            widths = {len(vector) for vector in vectors}
+            wanted = len(self.names) if self.names is not None else max(widths)
+            if widths != {wanted}:
+                raise ValueError(
+                    f"column {self.column!r} holds lists of {sorted(widths)} floats where {wanted} are expected: a "
+                    f"list of floats describes its whole row, so all must have the length concept_dim. To label words, "
+                    f"use ids."
+                )
+            return torch.tensor(vectors, dtype=torch.float32)
         if self.form == "tokens":
             classes = []
             for row, given, owners_in_row in zip(rows, values, owners, strict=True):
@@ -268,23 +283,6 @@ class _LabelReader:
                 f"label {value!r} in column {self.column!r} is not {known}: correct it, or filter such rows out."
             )
         return int(value)
-
-    def _values(self, values: list[Any]) -> Tensor:
-        vectors = [value if isinstance(value, list) else [value] for value in values]
-        for vector in vectors:
-            if not all(isinstance(number, int | float) and math.isfinite(number) for number in vector):
-                raise ValueError(
-                    f"column {self.column!r} holds {str(vector)[:80]}: values of a continuous concept must be finite "
-                    f"numbers; filter such rows out of dataset."
-                )
-        widths = {len(vector) for vector in vectors}
-        wanted = len(self.names) if self.names is not None else max(widths)
-        if widths != {wanted}:
-            raise ValueError(
-                f"column {self.column!r} holds lists of {sorted(widths)} floats where {wanted} are expected: a list of "
-                f"floats describes its whole row, so all must have the length concept_dim. To label words, use ids."
-            )
-        return torch.tensor(vectors, dtype=torch.float32)
 
 
 def _choose_label_reader(
