@@ -238,10 +238,18 @@ def _distortion(subject: Subject) -> dict[str, Any]:
     return {**found, "texts": len(pairs), "tokens": sum(len(state) for state in now)}
 
 
-def _capability_measures(data: DataFolder) -> list[Measure]:
-    """The measures of the cost, in every suite; perplexity on each kind of text that the folder has."""
+def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
+    """The measures of a suite, capability at the end; a measure of pooled states is there once for each pool.
+
+    Its title names the pool, and its key too except for the first pool. Perplexity is there for each kind of text that
+    the folder has.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
+    of_suite = [own for name, own in _CONCEPTS.items() if suite in (name, "all")]
+    chosen = [replace(measure, concept=concept) for concept, measures in of_suite for measure in measures]
     kinds = [name for name in ("wikitext-2", "tinystories-sample") if (data.path / name).is_dir()] or ["wikitext-2"]
-    return [
+    capability = [
         *(
             _metric_measure(
                 "perplexity", f"perplexity_{name}", f"Perplexity, {name}", partial(_perplexity, name=name),
@@ -263,19 +271,8 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
             "sqrt(E|x′ − x|² / E|x − E x|²) over the tokens of running text, x′ with the adapter", _distortion,
         ),
     ]  # fmt: skip
-
-
-def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
-    """The measures of a suite, capability at the end; a measure of pooled states is there once for each pool.
-
-    Its title names the pool, and its key too except for the first pool.
-    """
-    if suite not in SUITES:
-        raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
-    of_suite = [own for name, own in _CONCEPTS.items() if suite in (name, "all")]
-    chosen = [replace(measure, concept=concept) for concept, measures in of_suite for measure in measures]
     found = []
-    for measure in [*chosen, *_capability_measures(data)]:
+    for measure in [*chosen, *capability]:
         if measure.pool is None:
             found.append(measure)
             continue

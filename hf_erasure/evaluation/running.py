@@ -89,8 +89,18 @@ class _Run:
             self.output.mkdir(parents=True, exist_ok=True)
         for entry in self.entries:
             self.results.values[entry.name] = {}
-            subject = self._load_subject(entry)
-            for title, compute in () if subject is None else self._steps(entry, subject):
+            model = self._run_or_record("Every measure", entry, functools.partial(self.loader.load, entry))
+            if model is None:
+                continue
+            given = self.plan, self.data, self.base_states
+            subject = Subject(model, self.loader.tokenizer, *given, entry.name == BASE, self.pools[0])
+            if subject.is_base:
+                self.results.about |= {"class": type(model).__name__, "predicts": subject.head}
+                found = self._run_or_record(
+                    "Fingerprints", entry, functools.partial(fingerprints, model, self.adapters)
+                )
+                self.results.fingerprints = found or {}
+            for title, compute in self._steps(entry, subject):
                 self.progress(f"{entry.name}: {title}")
                 self._run_or_record(title, entry, compute)
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
@@ -122,19 +132,6 @@ class _Run:
             {"name": entry.name, "adapters": names, "concepts": concepts, "kind": kinds, "strength": entry.strength,
              "verified": said}
         )  # fmt: skip
-
-    def _load_subject(self, entry: Entry) -> Subject | None:
-        """The model of an entry; None if it cannot be loaded, and then nothing is measured for the entry."""
-        model = self._run_or_record("Every measure", entry, functools.partial(self.loader.load, entry))
-        if model is None:
-            return None
-        given = self.plan, self.data, self.base_states
-        subject = Subject(model, self.loader.tokenizer, *given, entry.name == BASE, self.pools[0])
-        if subject.is_base:
-            self.results.about |= {"class": type(model).__name__, "predicts": subject.head}
-            found = self._run_or_record("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
-            self.results.fingerprints = found or {}
-        return subject
 
     def _steps(self, entry: Entry, subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
         """For an entry the name of each result and a function that takes it: measures, drawings, and the harness."""
