@@ -25,6 +25,7 @@ def draw(results: Path, path: Path) -> None:
     for key, label, colour, style in (
         ("gender before", "gender, before", BEFORE, "o-"),
         ("gender after", "gender, after", AFTER, "s-"),
+        ("gender refitted", "gender, after, by a new probe\non the same templates", AFTER, "v:"),
         ("gender refitted by group", "gender, after, by a new probe\non other templates", AFTER, "^:"),
         ("field before", "occupation's field, before", KEPT, "o:"),
         ("field after", "occupation's field, after", KEPT, "s-"),

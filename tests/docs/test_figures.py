@@ -131,6 +131,7 @@ def test_embeddings_that_do_not_tell_a_group() -> None:
     assert (
         f"right in {gender[0]} before, {gender[1]} after, and {percent(found['gender refitted by group'])} if" in text
     )
+    assert f"judged on the same templates it is right in {percent(found['gender refitted'])}" in text
     assert f"for the field of work: {', '.join(field)}" in text
 
 
@@ -146,11 +147,17 @@ def test_a_language_model_that_goes_on_speaking() -> None:
     cells = [cell.replace("%", " %") for cell in row("gender_scrubbing", "background, shrinkage")]
     text = said("A language model without a concept that goes on speaking")
     assert f"fell by {cells[4]} (he) and {cells[5]} (she), the loss rose by {cells[7]}" in text
+    whole = (RECIPES / "gender_scrubbing" / "results.md").read_text(encoding="utf-8")
+    line = next(line for line in whole.splitlines() if line.startswith("| background, shrinkage |"))
+    ends = [f"{low}–{high} %" for low, high in re.findall(r"% \(([\d.]+)%–([\d.]+)%\)", line)]
+    assert f"these are {ends[0]}, {ends[1]} and {ends[2]}" in text
 
 
 def test_what_a_model_uses_a_concept_for() -> None:
-    before, after = (f"{float(row('pos_scrubbing', fit)[0]):.2f}" for fit in ("none", "sequential LEACE"))
-    assert f"{before} bits per byte become {after}" in said("To know what a model uses a concept for")
+    fits = ("none", "sequential LEACE", "random subspace")
+    before, after, control = (f"{float(row('pos_scrubbing', fit)[0]):.2f}" for fit in fits)
+    text = said("To know what a model uses a concept for")
+    assert f"{before} bits per byte become {after}" in text and f"of the same rank {control}" in text
 
 
 def test_a_feature_that_fine_tuning_does_not_pick_up() -> None:
@@ -164,8 +171,18 @@ def test_a_feature_that_fine_tuning_does_not_pick_up() -> None:
         for n in (0, 1)
     ]
     found = said("A feature that fine-tuning does not pick up")
-    assert f"kept out about {round(sum(guard) / 2, -1):.0f} %" in found
+    kept = [float(row("guarded_finetuning", "guard", nth=n)[4]) for n in (0, 1)]
+    cost = sum(float(row("guarded_finetuning", "no guard", nth=n)[4]) - kept[n] for n in (0, 1)) / 2
+    assert f"kept out about {round(sum(guard) / 2, -1):.0f} % of the skew, for about {100 * cost:.0f} points" in found
     assert f"{min(erasure)} to {max(erasure)} %, for {min(task):.0f} to {max(task):.0f} points of the task" in found
+
+
+def test_what_a_monitor_reads() -> None:
+    page = (ROOT / "docs" / "how-to" / "watch-fine-tuning.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    he, she = (row("guarded_finetuning", f"all {word}", nth=0)[:2] for word in ("he", "she"))
+    assert f"*she* ({she[0]}) from data that are all *he* ({he[0].replace('-', '−')})" in page
+    assert f"later logs do not ({she[1]} and {he[1]} in the mean)" in page
 
 
 LORA = "LoRA, erased meanwhile"
