@@ -234,11 +234,13 @@ def _takes_features(product: Product, source: Node) -> bool:
 def _unscaled(node: Node) -> Node:
     """The node before scales and biases, as of Zaya, which scales and shifts the stream before each sum."""
     while True:
-        is_shifted = node.kind == "sum" and any(parent.kind == "parameter" for parent in node.parents)
-        before = [parent for parent in node.parents if parent.kind != "parameter"] if is_shifted else node.parents[:1]
-        if len(before) != 1 or not (is_shifted or node.kind in ("scaled", "featurewise", "mixed")):
+        given = [parent for parent in node.parents if parent.kind != "parameter"]
+        if node.kind in ("scaled", "featurewise", "mixed"):
+            node = node.parents[0]
+        elif node.kind == "sum" and len(given) == 1 < len(node.parents):
+            node = given[0]
+        else:
             return node
-        node = before[0]
 
 
 def _terms(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:

@@ -101,14 +101,13 @@ class Progress:
         """Add figures to the history and call the callbacks; with `evaluated`, also those for an evaluation."""
         self.state.log_history.append({**figures, "step": self.state.global_step})
         self.control = self.handler.on_log(self.args, self.state, self.control, figures)
-        if not evaluated:
-            return
-        self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
-        # `EarlyStoppingCallback` compares with the best value so far.
-        name, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
-        value = figures.get(f"eval_{name}")
-        if value is not None and (best is None or (value > best if self.args.greater_is_better else value < best)):
-            self.state.best_metric = value
+        if evaluated:
+            self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
+            # `EarlyStoppingCallback` compares with the best value so far.
+            name, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
+            value = figures.get(f"eval_{name}")
+            if value is not None and (best is None or (value > best if self.args.greater_is_better else value < best)):
+                self.state.best_metric = value
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -160,8 +159,7 @@ class Progress:
         try:
             state, content = read_tensors(folder / STATE)
             saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-            paths = sorted((folder / FEATURES).glob(FEATURE_FILE.format("*")))
-            features = {path: read_tensors(path) for path in paths}
+            features = {path: read_tensors(path) for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*")))}
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
                 f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer ({error}): resume from an earlier one."

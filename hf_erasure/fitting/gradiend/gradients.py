@@ -289,7 +289,6 @@ def encode_all(
     reader: GradientReader, source: str, encode: Encode, batches: Sequence[Signed], pair: Pair, processes: Processes
 ) -> EncodedValues:
     """The values of batches of one text each, labelled +1, −1 or 0; the work is shared among processes."""
-    mine = batches[processes.rank :: processes.count]
-    own = [(encode(reader.gradient(batch, source)), sign) for batch, sign in mine]
+    own = [(encode(reader.gradient(batch, source)), sign) for batch, sign in batches[processes.rank :: processes.count]]
     values, labels = zip(*processes.gathered(own), strict=True)
     return encoded(values, labels, pair)

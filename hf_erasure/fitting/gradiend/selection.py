@@ -67,10 +67,10 @@ def class_probabilities(
 ) -> Callable[[], Tensor]:
     """Return a function that gives `(texts, classes)`: the probability that a text's slot holds a word of the class.
 
-    It scores the model as it is when it is called. A word counts once, however it is spelled, and a word
-    whose tokens go on from those of another one of its class is not counted again. If a word belongs to
-    several classes, sums over the words of a class do not tell these classes apart: each text is then scored by the
-    words that its own rows give to each class.
+    It scores the model as it is when it is called. A word counts once, however it is spelled, and a word whose
+    tokens go on from those of another one of its class is not counted again. If a word belongs to several classes, sums
+    over the words of a class do not tell these classes apart: each text is then scored by the words that its own rows
+    give to each class.
 
     Raises:
         PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
@@ -99,7 +99,8 @@ def class_probabilities(
         texts = torch.arange(sum(map(len, batches)))
     if pairs.layout.task in ("causal", "seq2seq"):  # the probability of "she" contains that of "she's"
         by_text = [
-            [{w for w in own if not any(w[:end] in own for end in range(1, len(w)))} for own in e] for e in by_text
+            [{word for word in own if not any(word[:end] in own for end in range(1, len(word)))} for own in each]
+            for each in by_text
         ]
     known = sorted({word for each in by_text for own in each for word in own})
     position = {word: index for index, word in enumerate(known)}
