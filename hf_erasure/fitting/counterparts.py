@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import BatchEncoding
 
-from hf_erasure.adapters.common.files import read_text
+from hf_erasure.adapters.common.files import read_table
 from hf_erasure.models.word_tokens import PairError, capitalised, whole_words
 
 Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
@@ -146,12 +145,11 @@ class CounterpartWords:
                 f"counterfactual_words={str(source)!r} is neither a file nor a table of the package: write one of "
                 f"{sorted(TABLES)}, the path of a YAML or JSON file, or {{class: [words]}}."
             )
-        try:
-            read = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML or JSON: {error}") from error
+        read = read_table(path)
         # Data may write "Female" where a table has "female".
         table = {str(name).casefold(): words for name, words in read.items()} if isinstance(read, dict) else {}
+        if isinstance(read, dict) and len(table) < len(read):
+            raise PairError(f"{path} has classes that differ in capitals only, {list(read)}: leave one out.")
         own = [str(label).casefold() for label in classes]
         if not set(own) <= set(table):
             raise PairError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import random
 import re
@@ -17,7 +16,7 @@ from datasets import Dataset
 
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.adapters.common.config import short
-from hf_erasure.adapters.common.files import read_text
+from hf_erasure.adapters.common.files import read_table, read_text
 from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, check_search, goal_by_name
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
@@ -47,7 +46,7 @@ class PairsRecipe:
         fillers: What replaces `{name}` in the templates: class → names.
         sentences: Plain sentences: a list, a text file (one a line), or another file or Hub id with the column `text`.
         words: The words of templates and sentences: class → words, a list of tuples in the order of the classes, or a
-            JSON file with either; words at one index are counterparts.
+            YAML or JSON file with either; words at one index are counterparts.
         words_key: The key of the table within that file.
         single: Leave out sentences with more than one word of the table: the other words would tell the class.
     """
@@ -325,9 +324,9 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     if isinstance(words, str):
         path = Path(os.path.expandvars(words))
         try:
-            words = json.loads(read_text(path))
+            words = read_table(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{where}.words: {path} cannot be read as JSON: {error}") from error
+            raise ValueError(f"{where}.words: {error}") from error
         if recipe.words_key is not None:
             if not isinstance(words, dict) or recipe.words_key not in words:
                 known = ", ".join(words) if isinstance(words, dict) else "no keys"
@@ -340,7 +339,9 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
         words = {label: [str(entry[i]) for entry in words] for i, label in enumerate(classes)}
     if not isinstance(words, Mapping) or not all(isinstance(entries, (str, list)) for entries in words.values()):
         found = "is missing" if words is None else f"has {short(words)}"
-        raise ValueError(f"{where}.words {found}: write class → list of words, a list of tuples, or a JSON file.")
+        raise ValueError(
+            f"{where}.words {found}: write class → list of words, a list of tuples, or a YAML or JSON file."
+        )
     return {str(label): [entries] if isinstance(entries, str) else entries for label, entries in words.items()}
 
 

@@ -19,10 +19,11 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 
+from hf_erasure.adapters.common.files import YamlDumper
 from hf_erasure.adapters.saving import refuse_other_adapter
 
 from .occupations import SOURCE
-from .schema import Dumper, json_schema
+from .schema import json_schema
 
 Recipe = TypeVar("Recipe")
 RECIPE_FILE, RESULTS_FILE, SCHEMA_FILE = "recipe.yaml", "results.json", "recipe.schema.json"
@@ -154,7 +155,7 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type
     """Write the adapter, the results, and the recipe with the schema of its kind, with which editors complete it."""
     folder = Path(folder)
     model.save_pretrained(folder)
-    written = yaml.dump(recipe, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    written = yaml.dump(recipe, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(f"{SCHEMA_LINE}{SCHEMA_FILE}\n{written}", encoding="utf-8")
     (folder / SCHEMA_FILE).write_text(json.dumps(json_schema(kind), ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -23,38 +23,13 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from hf_erasure.adapters.common.config import field_types, is_a, short, type_text
-from hf_erasure.adapters.common.files import read_text
+from hf_erasure.adapters.common.files import parse_yaml, read_text
 
 Section = TypeVar("Section")
 _MOST_LISTED = 20  # a message lists so many fields at most
 _KIND, _ABOVE, _WORDS = "fields of", "known at the top", "words"
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads numbers such as 1e-4 as numbers, which YAML 1.1 reads as text, and refuses a key that is written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raise a `ConstructorError` for a second key of the same name, which would replace the first one."""
-        seen = set[str]()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes text that `_Loader` would read as a number in quotes."""
-
-
-for _own in (_Loader, Dumper):
-    _own.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
 
 
 def fields_of(kind: type, *above: str) -> dict[str, Any]:
@@ -83,7 +58,7 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
     `expected` names keys of such a recipe, for the message. Raises `ValueError` if the file is not a recipe, or an
     override cannot be applied.
     """
-    content = _from_yaml(read_text(Path(path)), f"{path} is")
+    content = parse_yaml(read_text(Path(path)), f"{path} is")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a recipe: expected keys such as {expected}.")
     return overridden(content, overrides)
@@ -103,15 +78,8 @@ def overridden(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, A
             section = section[parent]
             if not isinstance(section, dict):
                 raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
-        section[last] = _from_yaml(value, f"{override!r} has a value that is")
+        section[last] = parse_yaml(value, f"{override!r} has a value that is")
     return content
-
-
-def _from_yaml(text: str, subject: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{subject} not YAML: {' '.join(str(error).split())}") from error
 
 
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:

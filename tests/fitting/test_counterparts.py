@@ -95,8 +95,9 @@ def test_a_file_may_be_yaml_or_json(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("a: [he]", "for each of"), ("- he", "for each of"), ("a: [", "not YAML"), ("", "for each of")],
-)
+    [("a: [he]", "for each of"), ("- he", "for each of"), ("a: [", "not YAML"), ("", "for each of"),
+     ("a: [he]\nb: [she]\na: [his]", "'a' is written twice"), ("{a: [he], A: [his], b: [she]}", "in capitals only")],
+)  # fmt: skip
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path, content: str, said: str):
     path = tmp_path / "words.yaml"
     path.write_text(content)

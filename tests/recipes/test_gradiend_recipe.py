@@ -167,7 +167,8 @@ def test_one_word_of_a_class_is_a_word_and_not_its_letters() -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "words.json cannot be read as JSON"), ("{", "words.json cannot be read as JSON"),
+    [(None, "data.whole.words: .*No such file.*words.json"), ("{", "words.json cannot be read as JSON"),
+     ('{"animal": {"dog": ["puppy"], "dog": ["hound"]}}', "words.json cannot be read as JSON: 'dog' is written twice"),
      ('{"animal": [["dog", "cat", "bird"]], "n": 5}', "data.whole.words has {'animal': .*, 'n': 5}: write class")],
 )  # fmt: skip
 def test_a_file_without_a_table_of_words_is_named(content: str | None, said: str, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""The files of an adapter: their names, and functions that write a file completely or not at all."""
+"""The files of an adapter: their names, and functions that read a file, or write it completely or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,6 +73,54 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from error
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Reads numbers such as 1e-4 as numbers, which YAML 1.1 reads as text, and refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raise a `ConstructorError` for a second key of the same name, which would replace the first one."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class YamlDumper(yaml.SafeDumper):
+    """Writes text that `YamlLoader` would read as a number in quotes."""
+
+
+for _own in (YamlLoader, YamlDumper):
+    _own.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def parse_yaml(text: str, subject: str) -> Any:
+    """The value of a text in YAML. Raises `ValueError`, which begins with `subject`, if it cannot be read."""
+    try:
+        return yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{subject} not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_table(path: Path) -> Any:
+    """What a file in YAML or JSON holds. Raises `ValueError` if it cannot be read, or has a key twice."""
+    if path.suffix != ".json":
+        return parse_yaml(read_text(path), f"{path} is")
+    try:
+        return json.loads(read_text(path), object_pairs_hook=_with_keys_once)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is written twice")
+    return dict(pairs)
 
 
 def write_text(path: Path, text: str) -> None:
