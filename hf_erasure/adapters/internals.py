@@ -1,4 +1,4 @@
-"""Check at import the internals of PEFT, transformers and accelerate that this package uses, and add types to PEFT.
+"""Check at import the internals of PEFT, transformers, accelerate and torch that are used, and add types to PEFT.
 
 `hf_erasure.patches` lists the functions that are wrapped. If a release lacked an internal, a user's call would fail
 halfway or give wrong results; so the import fails instead, and its error names what is missing where. The import warns
@@ -96,6 +96,17 @@ INTERNALS = (
     Internal("transformers.utils.loading_report", "LoadStateDictInfo"),
     # offloaded weights
     Internal("accelerate.hooks", "AlignDevicesHook", ("execution_device", "offload", "weights_map")),
+    # how a sequential fit leaves a forward pass in the middle, and keeps its tensors on disk
+    *(
+        Internal(module, name)
+        for module, kind in (("torch.utils._python_dispatch", "dispatch"), ("torch.overrides", "function"))
+        for name in (f"_get_current_{kind}_mode_stack", "_pop_mode", "_push_mode")
+    ),
+    Internal("torch", "_C._is_fwd_grad_enabled"),
+    Internal("torch", "_C._set_fwd_grad_enabled"),
+    Internal("torch", "UntypedStorage._new_with_weak_ptr"),
+    Internal("torch.multiprocessing.reductions", "StorageWeakRef"),
+    Internal("torch.utils._pytree", "tree_leaves"),
 )
 
 

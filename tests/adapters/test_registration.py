@@ -237,6 +237,10 @@ DIFFERENT = {
         "from transformers.integrations.peft import PeftAdapterMixin; del PeftAdapterMixin.set_adapter",
         "transformers.integrations.peft.PeftAdapterMixin.set_adapter, which transformers VERSION does not have",
     ),
+    "a function of torch is gone": (
+        "import peft, torch.utils._python_dispatch as dispatch; del dispatch._push_mode",
+        "torch.utils._python_dispatch._push_mode, which torch VERSION does not have",
+    ),
 }
 
 
@@ -249,7 +253,7 @@ def test_a_release_without_what_is_relied_on_fails_at_import(difference: str, tm
     """The error names what is missing, the release that lacks it, and what to install."""
     change, message = DIFFERENT[difference]
     done = where_it_is_not_imported(f"{change}\nimport hf_erasure", tmp_path)
-    package = "transformers" if "transformers VERSION" in message else "peft"
+    package = message.split("VERSION")[0].split()[-1]
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: hf_erasure relies on {message.replace('VERSION', version(package))}"), last
     assert f"pip install hf-erasure, or a release of hf-erasure made for this {package}." in last
