@@ -68,7 +68,7 @@ def class_probabilities(
     """Return a function that gives `(texts, classes)`: the probability that a text's slot holds a word of the class.
 
     It scores the model as it is when it is called. A word counts once, however it is spelled, and a word whose
-    tokens go on from those of another one of its class is not counted again. If a word belongs to several classes, sums
+    tokens go on from those of another word counts for its own class alone. If a word belongs to several classes, sums
     over the words of a class do not tell these classes apart: each text is then scored by the words that its own rows
     give to each class.
 
@@ -97,21 +97,22 @@ def class_probabilities(
         placed = [tokens_of] if is_label else pairs.words_in_slots(tokenizer, tokens_of)
         by_text = [[{there[word] for word in own} for own in words.values()] for there in placed]
         texts = torch.arange(sum(map(len, batches)))
-    if pairs.layout.task in ("causal", "seq2seq"):  # the probability of "she" contains that of "she's"
-        by_text = [
-            [{word for word in own if not any(word[:end] in own for end in range(1, len(word)))} for own in each]
-            for each in by_text
-        ]
     known = sorted({word for each in by_text for own in each for word in own})
     position = {word: index for index, word in enumerate(known)}
     chosen = torch.zeros(len(by_text), len(of_class), len(known), dtype=torch.double)
     for row, each in enumerate(by_text):
         for column, own in enumerate(each):
             chosen[row, column, [position[word] for word in own]] = 1
+        # The probability of "host" contains that of "hostess", which counts for the class of "hostess" alone.
+        for word in set().union(*each) if pairs.layout.task in ("causal", "seq2seq") else ():
+            starts = [[word[:end] in own for own in each] for end in range(len(word) - 1, 0, -1)]
+            chosen[row, next(filter(any, starts), []), position[word]] -= 1
+    counts = chosen.flatten(0, 1).any(0)
+    known, chosen = [word for word, is_used in zip(known, counts, strict=True) if is_used], chosen[..., counts]
 
     def probabilities() -> Tensor:
         found = [reader.word_log_probabilities(batch, known).double().exp().cpu() for batch in batches]
-        return (torch.cat(found)[texts, None] * chosen).sum(2)
+        return (torch.cat(found)[texts, None] * chosen).sum(2).clamp_min(0)  # a difference may round to below 0
 
     return probabilities
 

@@ -241,8 +241,8 @@ class Training:
         else:
             self.progress.begin()
         best = facts.get("best") or {"size": -1.0}  # the best absolute correlation of this start so far
-        self.losses.clear()
-        self.recent_values.clear()
+        self.losses = deque(facts.get("losses", ()), maxlen=WINDOW)
+        self.recent_values = deque(facts.get("recent", ()), maxlen=WINDOW)
         size, batches = args.per_device_train_batch_size * self.processes.count, list[Signed]()
         for step in range(facts["step"], start.steps):
             epoch, within = divmod(step, start.per_epoch)
@@ -262,7 +262,8 @@ class Training:
             if is_last or self.progress.control.should_training_stop:  # a callback may have stopped it just now
                 break
             if self.progress.control.should_save:
-                self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
+                latest = {"losses": list(self.losses), "recent": list(self.recent_values)}
+                self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best, **latest})
         return float(best["size"])
 
     def _step(self, neuron: FeatureNeuron, batch: PairBatch, sign: int) -> None:
@@ -293,6 +294,7 @@ class Training:
         best["size"] = size
         if correlation < 0:  # class 0 must encode to +1
             neuron.flip()
+            self.recent_values = deque(((-value, sign) for value, sign in self.recent_values), maxlen=WINDOW)
         self.progress.keep(start.number, PairFit(start.pair, neuron.feature(), abs(correlation), step, start.seed))
 
     # ---- both -------------------------------------------------------------------------------------------------------

@@ -173,6 +173,39 @@ def test_the_trained_neuron_that_is_kept_is_the_best_that_was_evaluated(tmp_path
     assert trainer.evaluate()["cor"] == pytest.approx(max(seen))
 
 
+def without_evaluation_data(folder: Path, callbacks=None, **arguments: Any) -> GradiendTrainer:
+    options = {"estimator": "trained", "learning_rate": 1e-2, "max_steps": 40, "eval_steps": 20, "convergence": 0}
+    trainer = trainer_of(adapted("llama"), "llama", folder, callbacks, **options, **arguments)
+    trainer.eval_dataset = None
+    return trainer
+
+
+@pytest.mark.parametrize(("seed", "is_turned"), [(0, True), (1, False)])
+def test_the_correlation_of_the_latest_steps_is_that_of_the_neuron_as_it_is_turned(
+    seed: int, is_turned: bool, tmp_path: Path
+):
+    logged: list[dict[str, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    without_evaluation_data(tmp_path, [Watch()], seed=seed, logging_steps=1).train()
+    at = next(place for place, figures in enumerate(logged) if "eval_cor" in figures)
+    before, after = logged[at]["cor"], logged[at + 1]["cor"]  # of 20 steps, and one step later of 21
+    assert (before < 0) == is_turned
+    assert after == pytest.approx(abs(before), abs=0.2) and after > 0.2
+
+
+def test_resumed_training_without_evaluation_data_ends_with_the_same_figures(tmp_path: Path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    whole = without_evaluation_data(tmp_path / "whole", **saving).train()
+    with pytest.raises(InterruptedError):
+        without_evaluation_data(tmp_path / "broken", [Stop(15)], **saving).train()
+    again = without_evaluation_data(tmp_path / "broken", **saving).train(resume_from_checkpoint=True)
+    assert again == whole
+
+
 def test_no_convergence_is_warned_of(tmp_path: Path):
     options = {"estimator": "trained", "learning_rate": 0.0, "max_steps": 2, "convergence": 1.0}
     with pytest.warns(UserWarning, match=r"None of 1 starts for female/male converged.*estimator='closed_form'"):
@@ -375,6 +408,24 @@ def test_a_word_that_goes_on_from_another_one_counts_once(name: str):
     both = found[0] + found[2] if name == "bert" else found[0]
     assert torch.equal(found[1][:, 0], both[:, 0]) and torch.equal(found[1][:, 1], found[0][:, 1])
     assert (found[2][:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_word_that_goes_on_from_one_of_another_class_counts_for_its_own_class_alone(name: str):
+    text, tokenizer = "Tom said that the [FEATURE] was late", tokenizer_of(name)
+    rows = [(text, *turn) for turn in (("king", "she", *CLASSES), ("she", "king", *CLASSES[::-1]))]
+    columns = ("text", "factual", "counterfactual", "label", "counter_label")
+    data = Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
+    reader, found = SlotReader(model_of(name).eval()), {}
+    read = PairSet(data, tokenizer, task_name(name), CLASSES, reader.model.config)
+    tables = (("king", ["she"]), ("kings", ["she"]), ("kingss", ["she"]), ("king kingss", ["kings"]))
+    for first, second in tables:
+        words = dict(zip(CLASSES, (first.split(), second), strict=True))
+        found[first] = class_probabilities(reader, words, read, tokenizer, 4)()
+    king, kings, kingss = (found[word][:, 0] for word in ("king", "kings", "kingss"))
+    one, other = found["king kingss"].T
+    torch.testing.assert_close(one, king - kings + kingss, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(other, kings - kingss, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "text"), [("roberta", "[FEATURE] was late"), ("gpt2", "Tom said,[FEATURE]")])
