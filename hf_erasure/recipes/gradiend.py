@@ -65,6 +65,7 @@ class GradiendRun:
             recipe.data,
             recipe.classes,
             lambda rows: usable_rows(rows, recipe.classes, self.tokenizer, self.task, self.model.config),
+            self.task,
         )
         self.model.to(self.args.device)
         self.trainer = self.new_trainer()

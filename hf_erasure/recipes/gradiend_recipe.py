@@ -284,12 +284,13 @@ class Materials:
 
 
 def load_materials(
-    recipe: GradiendDataRecipe, classes: Sequence[str], usable: Callable[[Dataset], list[int]]
+    recipe: GradiendDataRecipe, classes: Sequence[str], usable: Callable[[Dataset], list[int]], task: str = "auto"
 ) -> Materials:
     """Load all sets, and check that they share no text.
 
-    `usable` returns the rows of a set that the model can use; it is called with `skip_unusable` only. Raises
-    `ValueError` if two sets share a text; the message quotes one.
+    `usable` returns the rows of a set that the model can use; it is called with `skip_unusable` only. A `"causal"`
+    model reads the text before a slot alone: rows of `choice` and `test` that begin as one of an earlier set does are
+    left out. Raises `ValueError` if two sets share a text; the message quotes one.
     """
     if recipe.whole is not None:
         parts = _split_whole(recipe.whole, classes, recipe.shares, recipe.seed)
@@ -315,6 +316,19 @@ def load_materials(
     neutral = {name: Dataset.from_dict({"text": texts}) for name, texts in neutral_texts.items()}
     _check_disjoint({f"data.{name}": rows for name, rows in parts.items()})
     _check_disjoint({f"data.neutral.{name}": rows for name, rows in neutral.items()})
+    known: set[str] = set()
+    for name, rows in parts.items() if task == "causal" else ():
+        starts = [text.partition(SLOT)[0] for text in rows["text"]]
+        kept = [number for number, start in enumerate(starts) if start not in known]
+        if not kept:
+            raise ValueError(
+                f"data.{name}: up to {SLOT}, which is all that a causal model reads, each of its texts is also in an "
+                f"earlier set, such as {shortened(starts[0])}: write other texts."
+            )
+        if len(kept) < len(rows):
+            skipped[name] = skipped.get(name, 0) + len(rows) - len(kept)
+            parts[name] = rows.select(kept)
+        known.update(starts)
     return Materials(**parts, neutral=neutral, skipped=skipped)
 
 

@@ -97,6 +97,17 @@ def test_a_text_in_two_sets_is_refused_and_named() -> None:
     }  # fmt: skip
 
 
+def test_a_causal_model_is_not_measured_on_a_beginning_that_it_was_fitted_on() -> None:
+    shared = data(test=templates("one {name} is one [FEATURE]", "a {name} is a [FEATURE] too"))
+    loaded = load_materials(read_data(shared), CLASSES, everything, "causal")
+    assert set(loaded.test["text"]) == {f"one {name} is one [FEATURE]" for name in CLASSES}
+    assert loaded.skipped == {"test": 6} and loaded.counts()["train"] == 6
+    assert load_materials(read_data(shared), CLASSES, everything, "masked").counts()["test"] == 12
+    shared = data(test=templates("a {name} is a [FEATURE] too"))
+    with pytest.raises(ValueError, match=r"data\.test: up to \[FEATURE\], .* earlier set, such as 'a dog is a '"):
+        load_materials(read_data(shared), CLASSES, everything, "causal")
+
+
 def test_sentences_are_dealt_out_so_that_no_sentence_is_in_two_sets(tmp_path: Path) -> None:
     tuples = tmp_path / "words.json"
     tuples.write_text(json.dumps({"animal": [["dog", "cat", "bird"], ["dogs", "cats", "birds"]]}))

@@ -345,7 +345,8 @@ class GradiendTrainer:
     def _measured_on(self, dataset: datasets.Dataset) -> str:
         """The rows that figures on a set of pairs are on, in words; warns if some of the pairs were trained on."""
         measured, learned = (
-            [] if rows is None else list(zip(rows["text"], rows["factual"], rows["counterfactual"], strict=True))
+            # As the model reads them: a causal model reads nothing behind the slot.
+            [] if rows is None else [(str(r.slot), *r.factual, -1, *r.counterfactual) for r in self._pair_set(rows).rows]
             for rows in (dataset, self.train_dataset)
         )
         known = set(learned)

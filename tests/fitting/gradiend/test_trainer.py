@@ -968,3 +968,11 @@ def test_figures_on_the_pairs_that_were_learned_from_are_called_that(tmp_path: P
     with pytest.warns(UserWarning, match="on fitted rows"):
         trainer.select("fpi", budget=0.5, eval_dataset=learned, feature_factors=[1.0], learning_rates=[0.01])
     assert trainer.config.provenance["selection"]["measured_on"] == f"fitted rows (all of {len(learned)})"
+
+
+def test_a_causal_model_has_learned_from_a_pair_with_the_same_beginning(tmp_path: Path):
+    trainer = trainer_of(adapted("llama"), "llama", tmp_path)
+    trainer.train()
+    longer = trainer.train_dataset.map(lambda row: {"text": row["text"].partition(" ate")[0] + " and ran home"})
+    with pytest.warns(UserWarning, match="6 of the 6 pairs measured on are pairs of train_dataset"):
+        trainer.evaluate(longer)
