@@ -69,7 +69,7 @@ class ConceptErasureCallback(LoggingCallback):
         for name, given in {"batches": batches, "eval_batches": eval_batches, "background": background}.items():
             if given is not None and iter(given) is given:
                 raise ValueError(f"{name} is an iterator that can be read only once: give a list or a DataLoader.")
-        super().__init__(adapter_name, {"refits": 0, "is_due": False})
+        super().__init__(adapter_name, {"refits": 0, "is_due": False, "last_step": -1})
         self.batches = batches
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
         self._options: dict[str, Any] = {"sequential": sequential, "background": background}
@@ -89,13 +89,17 @@ class ConceptErasureCallback(LoggingCallback):
             self._refit(model, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit after every `refit_steps` steps, if that is a number."""
-        if isinstance(self.refit_steps, int) and state.global_step % self.refit_steps == 0:
+        """Refit by `refit_steps`, at the last step of an epoch too: logs, evaluations and saves of the step follow."""
+        if self.refit_steps == "epoch":
+            is_due = state.global_step >= state.max_steps or state.epoch == round(state.epoch or 0)
+        else:
+            is_due = self.refit_steps is not None and state.global_step % int(self.refit_steps) == 0
+        if is_due:
             self._refit(model, state)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit after every epoch, if `refit_steps` is `"epoch"`."""
-        if self.refit_steps == "epoch":
+        """Refit after an epoch whose last step was not known as such: the data have no length, or training stops."""
+        if self.refit_steps == "epoch" and self.memory["last_step"] != state.global_step:
             self._refit(model, state)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
@@ -130,5 +134,5 @@ class ConceptErasureCallback(LoggingCallback):
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
         with forked_rng(model):  # batches may be shuffled
             fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
-        self.memory.update(refits=self.refits + 1, is_due=False)
+        self.memory.update(refits=self.refits + 1, is_due=False, last_step=state.global_step)
         _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

@@ -16,6 +16,7 @@ model that is not a `PeftModel`, a checkpoint therefore holds
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -53,13 +54,15 @@ class LoggingCallback(TrainerCallback):
     def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
         self.adapter_name = adapter_name  # the adapter that is measured
         self.memory = memory  # what a resumed training must know, in JSON's types
+        self._empty = copy.deepcopy(memory)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, take over the `memory` of a checkpoint, and let the Trainer keep it."""
         check_training(model, args)
         # `ExportableState` would build the callback anew from JSON, which cannot hold its batches.
         key = f"{type(self).__name__} {self.adapter_name}"
-        self.memory.update(state.stateful_callbacks.get(key, {}))
+        # Without a checkpoint, what an earlier training with this callback has left does not count.
+        self.memory = copy.deepcopy(self._empty) | state.stateful_callbacks.get(key, {})
         state.stateful_callbacks[key] = self.memory
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:

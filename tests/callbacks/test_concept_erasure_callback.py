@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -26,9 +27,15 @@ def adapted(**fields: Any) -> PreTrainedModel:
     return model
 
 
-def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCallback | None, **options: Any) -> Trainer:
+def fine_tune(
+    model: PreTrainedModel,
+    folder: Path,
+    callback: ConceptErasureCallback | None,
+    checkpoint: str | None = None,
+    **options: Any,
+) -> Trainer:
     ids = torch.randint(3, 30, (16, 6), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": row, "labels": row} for row in ids]
+    rows = options.pop("train_dataset", [{"input_ids": row, "labels": row} for row in ids])
     defaults: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
@@ -39,7 +46,7 @@ def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCall
         train_dataset=rows,
         callbacks=[callback] if callback else [],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -133,12 +140,34 @@ def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
     assert leakage[0.05] < leakage[None]
 
 
-def test_refits_every_epoch(tmp_path: Path):
+def test_refits_every_epoch_before_its_last_step_is_saved(tmp_path: Path):
+    options: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        model = adapted()
+        model.requires_grad_(True)
+        callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps="epoch")
+        trainer = fine_tune(model, tmp_path, callback, checkpoint, **options)
+        assert callback.refits == 3
+        loaded = type(model).from_pretrained(tmp_path / "checkpoint-8")
+        loaded.load_adapter(tmp_path / "checkpoint-8" / NAME, adapter_name=NAME)
+        ends += [lefts(model), lefts(loaded)]
+    assert all(torch.equal(end, ends[0]) for end in ends)
+    # Data without a length do not say which step is the last one of an epoch.
+    callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps="epoch")
+    stream = IterableDataset.from_generator(lambda: iter(trainer.train_dataset))
+    fine_tune(model, tmp_path / "stream", callback, train_dataset=stream, max_steps=6)
+    assert callback.refits == 2
+
+
+def test_a_second_training_begins_anew(tmp_path: Path):
+    """As with `model_init` in a search for hyperparameters."""
     model = adapted()
     model.requires_grad_(True)
-    callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps="epoch")
-    fine_tune(model, tmp_path, callback, max_steps=-1, num_train_epochs=2)
-    assert callback.refits == 3
+    callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps=1)
+    for _ in range(2):
+        trainer = fine_tune(model, tmp_path, callback, max_steps=2)
+    assert [row["erasure_refits"] for row in trainer.state.log_history if "loss" in row] == [1, 2]
 
 
 def test_without_a_callback_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
