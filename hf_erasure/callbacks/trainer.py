@@ -323,8 +323,15 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     reason = "it was saved without a callback of hf_erasure, or for another model."
     own = own_trained_weights(model)
     if own:
-        base, found = unwrapped(model), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
-        values = {key: found[plain] for key, plain in _plain_names(model, base.state_dict()).items() if plain in found}
+        base: Any = unwrapped(model)
+        state, found = base.state_dict(), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
+        plain = _plain_names(model, state)
+        if found and any(plain[key] not in found or found[plain[key]].shape != state[key].shape for key in own):
+            # Some architectures have other names and shapes in a file, which `from_pretrained` knows.
+            dtype = functools.reduce(torch.promote_types, (p.dtype for p in base.parameters() if p.is_floating_point()))
+            loaded, report = type(base).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            found = ChainMap({k: v for k, v in loaded.state_dict().items() if k not in report["missing_keys"]})
+        values = {key: found[name] for key, name in plain.items() if name in found}
         missing = [name for name in own if name not in values]
         if missing:
             raise ValueError(

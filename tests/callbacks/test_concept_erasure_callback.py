@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
@@ -168,6 +168,22 @@ def test_a_second_training_begins_anew(tmp_path: Path):
     for _ in range(2):
         trainer = fine_tune(model, tmp_path, callback, max_steps=2)
     assert [row["erasure_refits"] for row in trainer.state.log_history if "loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mixtral"])
+def test_training_goes_on_where_files_have_other_names_and_shapes_than_weights(model_type: str, tmp_path: Path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(model_type, vocab_size=64, num_hidden_layers=1, num_local_experts=2, **sizes)
+    states = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
+        model.requires_grad_(True)
+        callback = ConceptErasureCallback(small_batches("llama", 2, seed=100), NAME)
+        fine_tune(model, tmp_path, callback, checkpoint, save_strategy="steps", save_steps=2)
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_without_a_callback_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
