@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -344,9 +345,9 @@ class GradiendTrainer:
 
     def _measured_on(self, dataset: datasets.Dataset) -> str:
         """The rows that figures on a set of pairs are on, in words; warns if some of the pairs were trained on."""
+        # As the model reads them: a causal model reads nothing behind the slot.
         measured, learned = (
-            # As the model reads them: a causal model reads nothing behind the slot.
-            [] if rows is None else [(str(r.slot), *r.factual, -1, *r.counterfactual) for r in self._pair_set(rows).rows]
+            [] if rows is None else [str(replace(row, label=None, other=None)) for row in self._pair_set(rows).rows]
             for rows in (dataset, self.train_dataset)
         )
         known = set(learned)
