@@ -135,7 +135,7 @@ def test_a_class_with_one_text_to_measure_on(people: Path, model: Path, tmp_path
     data = table(tmp_path / "people.csv", rows)
     code, said, errors = run("fit", model, data, "--label", "gender", "--out", tmp_path / "out", "fit.sequential=false")
     assert code == 0, errors
-    assert "unknown 3" in said and "A new probe that is fitted on erased held-out texts reads" in said
+    assert "unknown 3" in said and "A new probe that is fitted on erased test texts reads" in said
 
 
 def test_the_recipe_beside_the_adapter_runs_and_gives_the_same(fitted: tuple[Path, str], tmp_path: Path) -> None:
@@ -255,13 +255,20 @@ def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
         ("bio,job,gender\na,x,f\nb,y,m\n", "Write --text bio or --text job"),
         ("text,gender\na,f\nb,\nc,m\n", "'gender' is empty in 1 row,"),
         ("text,gender\na,0.5\nb,0.7\n", "not one class a row"),
-        ("text,gender\na,f\na,f\nb,m\nc,m\n", "too few different texts"),
+        ("text,gender\na,f\na,f\nb,m\nc,m\n", "'f' (2 rows) has too few different texts"),
+        ("text,gender\na,f\nb,f\nc,m\nd,m\n", "'test' is too small: new probes"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text(content)
     code, _, errors = run("fit", "no/such-model", tmp_path / "data.csv", "--label", "gender")
     assert code == 2 and message in errors, errors
+
+
+def test_labels_of_two_types_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "gender": "f"}\n{"text": "b", "gender": 1}\n')
+    code, _, errors = run("fit", "no/such-model", tmp_path / "data.jsonl", "--label", "gender")
+    assert code == 2 and "'gender' holds int and str values, not one class a row" in errors, errors
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(people: Path, tmp_path: Path) -> None:
@@ -273,7 +280,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(peo
     commands = (("fit", "no/such-model", people, "--label", "gender"),
                 ("gradiend", "fit", "no/such-model", sentences, "--words", "he,she"))  # fmt: skip
     for words in commands:
-        assert "is a file: write the name of a folder" in run(*words, "--out", tmp_path / "file")[2]
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            assert f"{tmp_path / 'file'} is a file: write the name of a folder" in run(*words, "--out", folder)[2]
         code, _, errors = run(*words, "--out", tmp_path / "lora")
         assert code == 2 and "holds a LORA adapter, which the" in errors
 
@@ -301,7 +309,7 @@ def test_what_is_said_of_the_data_holds_for_a_sample_and_for_a_stream(people: Pa
         lines = people.read_text(encoding="utf-8").splitlines(keepends=True)[: count + 1]
         (tmp_path / f"{split}.csv").write_text("".join(lines), encoding="utf-8")
     recipe, lines = erasure_recipe("m", str(tmp_path), "gender", ["data.streaming=true"])
-    assert recipe.data.streaming and lines[1] == "fitted on 200 rows, measured on 40 others (the split 'test')"
+    assert recipe.data.streaming and lines[1] == "fitted on 200 rows, measured on 40 rows (the split 'test')"
 
 
 def test_a_background_of_another_split_is_read(people: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import warn_user
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import MEDIA, TEXTS, evaluating, inputs_of, on_cpu
@@ -64,8 +65,9 @@ def measure(
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
     cross-validated: the direction is found on one half of the sequences and judged on the other. An in-sample
     correlation would be `sqrt(width / rows)` where nothing is left. Where batches have environments, such as templates,
-    each environment is in one half, so that a direction is not judged on an environment that it was found on. A module
-    that is called several times in one forward pass is measured over all its visits, as it is fitted, and at each.
+    each environment is in one half, so that a direction is not judged on an environment that it was found on. So is a
+    sequence that comes again. A module that is called several times in one forward pass is measured over all its
+    visits, as it is fitted, and at each.
 
     `erase(site, activation)` returns the erased activation; the adapter itself need not have its values yet. Every
     process measures its own batches, and all processes end with the figures of all batches, put into the lines of the
@@ -91,8 +93,8 @@ def measure(
                 task.runner(labels.batch)
                 task.runner(labels.batch)
                 continue
-            measurement.measure_batch(labels)
             hashes = hashes_of(labels.batch)
+            measurement.measure_batch(labels, hashes)
             if labels.pairs is not None:
                 hashes = list(itertools.compress(hashes, labels.pairs.is_text.tolist()))
             measured_rows.update(hashes)
@@ -104,8 +106,8 @@ def measure(
     measured_rows = set().union(*processes.gathered([measured_rows]))
     if fitted:
         warn_user(
-            f"{fitted} of the {examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
-            "figures are on fitted rows, and say little about others. Give rows that are not in batches."
+            f"{fitted} of the {number_of(examples, 'row')} of eval_batches are rows that {task.name!r} was fitted on: "
+            "the figures are on fitted rows, and say little about others. Give rows that are not in batches."
         )
     groups = measurement.environments or range(len(measured_rows) or examples)
     return measurement.lines(fit_lines, len(groups), examples), examples, fitted, len(measurement.environments) or None
@@ -157,18 +159,22 @@ class _Measurement:
         self._random = torch.Generator("cpu").manual_seed(0)
         # For each pair of environments, which one is in the first half; the same in every process.
         self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        self._half_of: dict[int, int] = {}  # The hash of a sequence → its half, where no environment decides.
         self.environments: set[int] = set()  # The ids of the environments that were seen.
         self.observer: Callable[[bool, str, Tensor, Selection], None] | None = None
 
-    def measure_batch(self, labels: BatchLabels) -> None:
-        """Run the model over a batch without and with the erasure."""
+    def measure_batch(self, labels: BatchLabels, hashes: Sequence[int]) -> None:
+        """Run the model over a batch, whose sequences have these hashes, without and with the erasure."""
         task, runner = self._task, self._task.runner
         finals = {name: m for name, m in runner.final_states().items() if labels.covers(name)}
         plain: dict[str, Tensor] = {}
         called: Counter[tuple[bool, str]] = Counter()
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
-        # random, since rows often alternate between the classes.
+        # random, since rows often alternate between the classes. A sequence that comes again stays in its half.
         half_of = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
+        if len(hashes) == labels.rows:
+            drawn = zip(hashes, half_of.tolist(), strict=True)
+            half_of = torch.tensor([self._half_of.setdefault(row, half) for row, half in drawn], device="cpu")
         if "concept_environments" in labels.batch:
             environments = ids_in(labels.batch, "concept_environments", labels.rows)
             self.environments |= set(environments.tolist())
@@ -241,11 +247,12 @@ class _Measurement:
                 continue
             whole = self._measured_line(line, calls, groups)
             if whole.correlation_before is None or whole.correlation_after is None:
-                of = f" in {groups} environments" if self.environments else ""
+                of = f" in {number_of(groups, 'environment')}" if self.environments else ""
                 raise ValueError(
-                    f"eval_batches hold too little to measure on: {examples} sequences{of} are split into halves at "
-                    f"random, {'by whole environments, ' if of else ''}and each half needs rows of two classes. Give "
-                    "more held-out data."
+                    f"eval_batches hold too little to measure on: {number_of(examples, 'sequence')}{of} "
+                    f"{'is' if examples == 1 else 'are'} split into halves at random, "
+                    f"{'by whole environments, ' if of else ''}and each half needs rows of two classes. Give more "
+                    "held-out data."
                 )
             lines.append(whole)
             for visit in calls if len(calls) > 1 else ():

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.erasers import expected_accuracy
 from hf_erasure.models.model import LazyModule, pandas
 from hf_erasure.models.pooling import IN_WORDS
@@ -272,7 +273,7 @@ class ErasureReport:
             )
         return (
             f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
-            f"for {self.examples} texts fitted on. More texts leave less, and so do counterfactuals\n"
+            f"for {number_of(self.examples, 'text')} fitted on. More texts leave less, and so do counterfactuals\n"
             "(concept_dataloader(…, counterfactual_words=…))."
         )
 
@@ -288,11 +289,11 @@ class ErasureReport:
         first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in table]
         title = (
-            f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
-            f"{self.tokens} tokens, pool={self.pool!r}"
+            f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: "
+            f"{number_of(self.examples, 'example')}, {number_of(self.tokens, 'token')}, pool={self.pool!r}"
             + (f" ({self.reader})" if self.reader else "")
-            + (f", {self.counterfactuals} counterfactuals" if self.counterfactuals else "")
-            + (f", {self.environments} environments" if self.environments else "")
+            + (f", {number_of(self.counterfactuals, 'counterfactual')}" if self.counterfactuals else "")
+            + (f", {number_of(self.environments, 'environment')}" if self.environments else "")
         )
         note = (
             f"All figures are on {self.measured_on}. Leakage was not measured: pass eval_batches.\n"
@@ -367,9 +368,9 @@ def _accuracy(correlation: float) -> float:
 
 def rows_in_words(examples: int, fitted: int, environments: int | None = None) -> str:
     """The rows that figures are on, to follow "on": how many, how many were fitted on, and in how many environments."""
-    of = f" in {environments} environments" if environments else ""
+    of = f" in {number_of(environments, 'environment')}" if environments else ""
     if not fitted:
-        return f"{examples} held-out examples{of}"
+        return f"{number_of(examples, 'held-out example')}{of}"
     return f"fitted rows ({'all' if fitted == examples else fitted} of {examples}){of}"
 
 

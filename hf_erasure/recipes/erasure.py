@@ -185,6 +185,10 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     """
     run.check_start(recipe.output, recipe.config(), "matplotlib", "sklearn")
     data, background = load_data(recipe.data, recipe.labels), None
+    test = data[recipe.data.test]
+    if isinstance(test, Dataset):  # raise an error before the fit
+        _fresh_rows(recipe.data, test)
+        _probed_labels(recipe.data, data)
     model, tokenizer = _load_model(recipe)
     if recipe.data.background is not None:
         rows = background_rows(recipe.data)
@@ -192,7 +196,6 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         background = _batches(recipe, rows, tokenizer, share=True, **options)
     extra_fields = {name: getattr(recipe.data, name) for name in _EXTRA_FIELDS}
     rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
-    test = data[recipe.data.test]
     groups = recipe.data.group_column or recipe.data.environment_column
     if groups is not None and isinstance(test, Dataset):  # the values of a column of a stream are not known ahead
         named = test.add_column(_GROUP, [str(value) for value in test[groups]])
@@ -353,19 +356,11 @@ def probe(
 
     Returns one row per site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
-    train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
-    if isinstance(train, IterableDataset):
-        train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
-    else:
-        train = _sample(train, most)
-    concept, kept = recipe.data.label_column, recipe.data.keep_column
-    columns = [concept, kept] if kept else [concept]
+    train, test, labels = _probed_labels(recipe.data, data)
+    concept, columns = recipe.data.label_column, list(dict.fromkeys(column for _, column in labels))
     pool = _pool_of_probes(Provenance.of(model.peft_config[ADAPTER_NAME]).pool)
     states: dict[tuple[str, str], dict[str, Tensor]] = {}
-    labels: dict[tuple[str, str], dict[int, str]] = {}  # row → its label; a row may lack one of what is kept
     for split, rows in (("train", train), ("test", test)):
-        for column in columns:
-            labels[split, column] = {place: str(v) for place, v in enumerate(rows[column]) if v is not None}
         original_order = torch.tensor(_length_order(rows[recipe.data.text_column])).argsort()
         for when, erased in (("before", False), ("after", True)):
             if split == "test" and test_states is not None:
@@ -374,13 +369,8 @@ def probe(
                 batches = _batches(recipe, rows, tokenizer)
                 found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
             states[split, when] = {site: vectors[original_order] for site, vectors in found.items()}
-    group_column, table = recipe.data.group_column, {}
-    groups = None if group_column is None else [str(value) for value in test[group_column]]
-    # A class in one group or text alone cannot be both fitted on and judged: fresh probes leave it out.
-    test_labels = list(labels["test", concept].values())
-    counts = Counter(label for label, _ in set(zip(test_labels, groups or range(len(test_labels)), strict=True)))
-    fresh_rows = [place for place, label in enumerate(test_labels) if counts[label] > 1]
-    fresh_groups = None if groups is None else [groups[place] for place in fresh_rows]
+    (fresh_rows, fresh_groups), table = _fresh_rows(recipe.data, test), {}
+    fresh_labels = [labels["test", concept][place] for place in fresh_rows]
     for site, before in states["test", "before"].items():
         after, row = states["test", "after"][site], {}
         for column in columns:
@@ -390,15 +380,56 @@ def probe(
                 fitted = states["train", when][site][list(fit_on)]
                 row[f"{column} {when}"] = probe_accuracy(fitted, y[0], x[list(judged_on)], y[1])
             row[f"{column} majority"] = majority(y[1])
-        fresh_labels = [test_labels[place] for place in fresh_rows]
         fresh = fresh_probes.score(after[fresh_rows], fresh_labels, fresh_groups, resamples=2)  # no interval is shown
-        row[f"{concept} refitted"] = fresh.get("by_row", fresh["by_group"])["linear"]["accuracy"]
-        if groups is not None:
+        named = recipe.data.group_column is not None
+        row[f"{concept} refitted"] = fresh["by_row" if named else "by_group"]["linear"]["accuracy"]
+        if named:
             row[f"{concept} refitted by group"] = fresh["by_group"]["linear"]["accuracy"]
             row[f"{concept} control"] = fresh["control"]
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
         table[site] = row
     return run.table_of(table, "layer")
+
+
+def _probed_labels(recipe: DataRecipe, data: Splits) -> tuple[Dataset, Dataset, dict[tuple[str, str], dict[int, str]]]:
+    """The rows of probes: of the training split, of the test split, and (split, column) → row → its label.
+
+    A row may lack a label of what is kept. Raises `ValueError` where the training rows have fewer than two labels.
+    """
+    train, test, most = data[recipe.train], data[recipe.test], recipe.probe_rows
+    if isinstance(train, IterableDataset):
+        train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
+    else:
+        train = _sample(train, most)
+    labels: dict[tuple[str, str], dict[int, str]] = {}
+    for split, rows in (("train", train), ("test", test)):
+        for column in filter(None, (recipe.label_column, recipe.keep_column)):
+            labels[split, column] = {place: str(v) for place, v in enumerate(rows[column]) if v is not None}
+            if split == "train" and len(found := set(labels[split, column].values())) < 2:
+                raise ValueError(
+                    f"Probes of {column!r} would be fitted on rows that all have {sorted(found)}: a probe needs two "
+                    "classes. Raise data.probe_rows, or name another column."
+                )
+    return train, test, labels
+
+
+def _fresh_rows(recipe: DataRecipe, test: Dataset) -> tuple[list[int], list[str] | None]:
+    """The test rows of fresh probes, and the group of each, or its text where texts come again; else None.
+
+    A class in one group or text alone is left out, since it cannot be both fitted on and judged. Raises `ValueError` if
+    fewer than two classes are left.
+    """
+    unit = recipe.group_column or recipe.text_column
+    labels, groups = ([str(value) for value in test[column]] for column in (recipe.label_column, unit))
+    counts = Counter(label for label, _ in set(zip(labels, groups, strict=True)))
+    rows = [place for place, label in enumerate(labels) if counts[label] > 1]
+    if len({labels[place] for place in rows}) < 2:
+        raise ValueError(
+            f"The split {recipe.test!r} is too small: new probes are fitted on one half of it and judged on the other, "
+            f"and need two classes with two values of {unit!r} each. Give it more rows."
+        )
+    of_rows = [groups[place] for place in rows]
+    return rows, of_rows if recipe.group_column is not None or len(set(of_rows)) < len(of_rows) else None
 
 
 def _sample(rows: Any, most: int | None) -> Any:
@@ -412,16 +443,16 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     """What the probes of the last layer read, in a few sentences."""
     row, concept, kept = table.iloc[-1], recipe.data.label_column, recipe.data.keep_column
     lines = [
-        f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts from the "
+        f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the test texts from the "
         f"last layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right "
         f"in {row[f'{concept} majority']:.1%}.",
     ]
     group = recipe.data.group_column
     if group is None:
-        lines.append(f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}.")
+        lines.append(f"A new probe that is fitted on erased test texts reads {row[f'{concept} refitted']:.1%}.")
     else:
         lines.append(
-            f"A new probe, fitted on erased held-out texts of some values of {group!r} and judged on others, reads "
+            f"A new probe, fitted on erased test texts of some values of {group!r} and judged on others, reads "
             f"{row[f'{concept} refitted by group']:.1%}: so much is still readable. Judged on the same values it reads "
             f"{row[f'{concept} refitted']:.1%}, and a label that only they tell {row[f'{concept} control']:.1%}."
         )

@@ -22,7 +22,7 @@ from hf_erasure.models.pooling import SENTENCE_POOLS
 
 from .erasure import EMBEDDED, Recipe, embedded_model, label_text, load_data
 from .gradiend_recipe import GradiendRecipe
-from .run import load_source, require_columns
+from .run import load_source, refuse_empty, require_columns
 from .schema import overridden, section_of
 
 # The share that is set aside to measure on, where the data have no split for it.
@@ -48,7 +48,7 @@ def erasure_recipe(
     rows = splits[train]
     require_columns(rows, source, *filter(None, (label, text, keep, group)))
     text = text or _text_column(rows, {label, keep, group}, source)
-    _refuse_empty(rows, source, text, label)
+    refuse_empty(rows, source, text, label)
     labels = _class_names(rows, label, source)
     place = str(Path(source).resolve()) if Path(source).exists() else source
     data: dict[str, Any] = {"source": place, "name": name, "train": train, "text_column": text}
@@ -79,8 +79,10 @@ def erasure_recipe(
     lines = [f"{source}: {label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
     apart = f"no {group!r} in both" if group else "no text in both"
     how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
+    # A split of its own may hold texts that are fitted on.
+    count_measured = number_of(len(measured), "other" if is_share else "row")
     count_fitted = number_of(min(len(fitted), recipe.data.fit_rows or len(fitted)), "row")
-    lines.append(f"fitted on {count_fitted}, measured on {len(measured)} others ({how})")
+    lines.append(f"fitted on {count_fitted}, measured on {count_measured} ({how})")
     lines.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
     return recipe, lines
 
@@ -120,14 +122,6 @@ def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
     raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(found) or 'COLUMN'}.")
 
 
-def _refuse_empty(rows: Dataset, source: str, *columns: str) -> None:
-    """Raise a `ValueError` if a row has no value in one of the columns."""
-    for column in columns:
-        if empty := [number for number, value in enumerate(rows[column]) if value is None or value == ""]:
-            where = f"{number_of(len(empty), 'row')}, such as row {empty[0]} (from 0)"
-            raise ValueError(f"{source}: {column!r} is empty in {where}: fill or remove such rows.")
-
-
 def _label_values(rows: Dataset, column: str) -> list[Any]:
     """The labels of all rows; class ids are replaced by their names."""
     names = getattr(rows.features[column], "names", None)
@@ -137,10 +131,11 @@ def _label_values(rows: Dataset, column: str) -> list[Any]:
 def _class_names(rows: Dataset, column: str, source: str) -> list[str]:
     """The classes of a column, in the order of their ids, numbers or names."""
     values = _label_values(rows, column)
-    if not all(isinstance(value, str | int) for value in values):
+    kinds = sorted({type(value).__name__ for value in values})
+    if kinds not in (["str"], ["int"], ["bool"]):
         raise ValueError(
-            f"{source}: {column!r} holds {type(values[0]).__name__} values, not one class a row: this command takes "
-            "classes; fit other concepts with fit_concept_erasure."
+            f"{source}: {column!r} holds {' and '.join(kinds)} values, not one class a row: this command takes classes "
+            "that are all texts or all whole numbers; fit other concepts with fit_concept_erasure."
         )
     names, found = getattr(rows.features[column], "names", None), set(values)
     if len(found) < 2:

@@ -28,7 +28,17 @@ from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT
 
 from .gradiend_recipe import TASKS, GradiendRecipe, load_materials, read_gradiend_recipe
-from .run import check_start, difference, finished_run, load_base, load_rows, naming_the_model, table_of, write_run
+from .run import (
+    check_start,
+    difference,
+    finished_run,
+    load_base,
+    load_rows,
+    naming_the_model,
+    refuse_empty,
+    table_of,
+    write_run,
+)
 
 ADAPTER_NAME = "feature"
 EDITS_FILE, GRID_FILE = "results.csv", "grid.csv"
@@ -232,6 +242,7 @@ def encode_texts(
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
     adapter.encoders()  # raises an error where the adapter has none
     rows = load_rows(source, split, with_texts=True)
+    refuse_empty(rows, source, "text")
     has_slot = [run.task == "classification" or SLOT in text for text in rows["text"]]
     slotted, plain = ([i for i, has in enumerate(has_slot) if has == wanted] for wanted in (True, False))
     batches: dict[int, Any] = {}

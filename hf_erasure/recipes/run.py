@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 
+from hf_erasure.adapters.common.config import number_of
 from hf_erasure.adapters.common.files import YamlDumper
 from hf_erasure.adapters.saving import refuse_other_adapter
 
@@ -94,6 +95,14 @@ def require_columns(rows: Dataset, source: str, *names: str) -> None:
             raise ValueError(f"{source} has no column {name!r}; it has {there}.")
 
 
+def refuse_empty(rows: Dataset, source: str, *columns: str) -> None:
+    """Raise a `ValueError` if a row has no value in one of the columns."""
+    for column in columns:
+        if empty := [number for number, value in enumerate(rows[column]) if value is None or value == ""]:
+            where = f"{number_of(len(empty), 'row')}, such as row {empty[0]} (from 0)"
+            raise ValueError(f"{source}: {column!r} is empty in {where}: fill or remove such rows.")
+
+
 def set_aside(
     rows: Dataset, share: float, *, label_column: str, text_column: str, group_column: str | None, seed: int
 ) -> DatasetDict:
@@ -123,8 +132,9 @@ def set_aside(
             if all(labels[row] != label for row in part):
                 what = f"values of {group_column!r}" if group_column else "different texts"
                 raise ValueError(
-                    f"The label {label!r} ({count} rows) has too few {what} to be both fitted on and measured: none "
-                    f"would be in {name}. Give more rows of it, leave it out, or give a test split of your own."
+                    f"The label {label!r} ({number_of(count, 'row')}) has too few {what} to be both fitted on and "
+                    f"measured: none would be in {name}. Give more rows of it, leave it out, or give a test split of "
+                    "your own."
                 )
     return DatasetDict({name: rows.select(part) for name, part in parts.items()})
 
@@ -164,12 +174,15 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type
 def check_start(folder: str | Path, config: Any, *modules: str) -> None:
     """Raise an error before the slow steps of a run.
 
-    It is raised if optional `modules` are missing, as by `require`, or the folder to write is a file, or holds an
+    It is raised if optional `modules` are missing, as by `require`, or the folder cannot be written, or holds an
     adapter of another kind than `config` is of.
     """
     require(*modules)
-    if Path(folder).is_file():
-        raise NotADirectoryError(f"output={folder} is a file: write the name of a folder.")
+    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output={folder}: {there} is a file: write the name of a folder.")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"output={folder}: you may not write into {there}. Choose another folder.")
     refuse_other_adapter(Path(folder), config)
 
 

@@ -56,6 +56,18 @@ def test_some_shared_rows_are_counted_and_other_rows_are_held_out() -> None:
     assert not told and report.measured_on == "32 held-out examples" and "on 32 held-out examples" in repr(report)
 
 
+def test_a_row_that_comes_again_is_in_the_half_that_it_was_in() -> None:
+    batches, others = small_batches("bert", 2), small_batches("bert", 3, seed=500)
+    reports = []
+    for held_out in (others, [*others, *others]):
+        torch.manual_seed(0)
+        reports.append(fitted("bert", batches, held_out)[1])
+    for once, twice in zip(*(report.sites for report in reports), strict=True):
+        # Shrinkage depends on the number of rows.
+        assert twice.correlation_before == pytest.approx(once.correlation_before, abs=0.02)
+        assert twice.correlation_after == pytest.approx(once.correlation_after, abs=0.02)
+
+
 def test_images_are_rows_too() -> None:
     batches = small_batches("vit", 2)
     assert fitted("vit", batches, batches[:1])[1].eval_fitted == 16

@@ -200,7 +200,7 @@ def test_held_out_halves_share_no_environment() -> None:
         assert report.measured_on == f"640 held-out examples{' in 40 environments' if by_environment else ''}"
         assert f"by Fisher's z over {'environments' if by_environment else 'sequences'}]" in repr(report)
     one = [batch | {"concept_environments": torch.zeros(16, dtype=torch.int64)} for batch in batches]
-    with pytest.raises(ValueError, match="640 sequences in 1 environments are split into halves at random, by whole"):
+    with pytest.raises(ValueError, match="640 sequences in 1 environment are split into halves at random, by whole"):
         fit(with_adapter("bert"), paired_batches("bert", 3), pool="mean", eval_batches=one)
     assert read[True].correlation_before < read[False].correlation_before
     assert read[True].interval_before[1] - read[True].interval_before[0] > 0.3  # of 40 environments, not of 640 rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,21 @@ def test_rows_without_a_label_of_what_is_kept_are_not_probed_for_it(tmp_path: Pa
     found = run_recipe(recipe, progress=False)
     assert found is not None
     assert set(found[1]["kind majority"]) == {max(map(known.count, "ab")) / len(known)}
+
+
+def test_probes_are_not_judged_on_texts_that_they_were_fitted_on(tmp_path: Path, assets: Path) -> None:
+    """Labels by chance: only a probe that has seen a text can know its label."""
+    texts = occupation_sentences()["test"].shuffle(seed=0)["text"][:80]
+    rows = {"text": texts, "gender": random.Random(0).choices(["female", "male"], k=80)}
+    Dataset.from_dict({name: values[:40] for name, values in rows.items()}).to_csv(tmp_path / "train.csv")
+    Dataset.from_dict({name: values[40:] * 4 for name, values in rows.items()}).to_csv(tmp_path / "test.csv")
+    content = CONTENT | {
+        "model": str(assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
+        "data": {"source": str(tmp_path)}, "adapter": {"target_modules": ["encoder.layer.0.output.LayerNorm"]},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    found = run_recipe(read_recipe(tmp_path / "recipe.yaml"), progress=False)
+    assert found is not None and found[1]["gender refitted"].max() < 0.7, found
 
 
 def test_a_key_that_is_written_twice_is_refused(path: Path) -> None:

@@ -16,6 +16,7 @@ from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder
 from hf_erasure.models.model import class_name
 
 from ..common.acting import update_model
+from ..common.config import number_of
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
@@ -213,8 +214,8 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
     unknown = [name for name in shapes if name not in parameters]
     if unknown:
         raise ValueError(
-            f"The feature has a block {unknown[0]!r}, and {len(unknown) - 1} others, that the adapter does not target. "
-            "Fit it on targeted_parameters(model, adapter_name)."
+            f"The feature has a block {unknown[0]!r}, and {number_of(len(unknown) - 1, 'other')}, that the adapter "
+            "does not target. Fit it on targeted_parameters(model, adapter_name)."
         )
     for name, shape in shapes.items():
         there = parameters[name].shape

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from hf_erasure.models.model import as_attribute
 
 from ..common.acting import adapters_now, warn_user
-from ..common.config import ChildConfig, Provenance, field_error, is_a, short
+from ..common.config import ChildConfig, Provenance, field_error, is_a, number_of, short
 from ..common.layer import innermost
 from ..common.placement import QUANTISED, is_quantised, shared_weights, values_and_dtype
 
@@ -340,7 +340,7 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     sites, names, prefix = config.fitted_modules, {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
     missing = [site for site in sites if not {site, prefix + site, site.removeprefix(prefix)} & names]
     missing = missing or [site for site in sites if site not in names]
-    others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
+    others = f" and {number_of(len(missing) - 1, 'other module')}" if missing[1:] else ""
     parts = {path: part for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)}
     known = next((path for path, part in parts.items() if find_renaming(part, sites) is not None), None)
     made = "fitted on" if config.fitted else "added to"

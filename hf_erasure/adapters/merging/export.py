@@ -312,7 +312,7 @@ def _write_lora(
     text = f"Wrote a LoRA of rank {usual} on {number_of(len(loras), 'module')}{more} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
         at = [name for name, why in unmergeable.items() if why == reason]
-        rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
+        rest = f" and {number_of(len(at) - 1, 'other')}" if len(at) > 1 else ""
         text += f" PEFT applies it but cannot merge it at {at[0]!r}{rest}: {reason}."
     return LoraExport(folder, list(loras), unmergeable, text)
 
