@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,11 +26,14 @@ from hf_erasure.erasers.moments import Strata
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes, Visit
-from hf_erasure.models.model import inputs_of, on_cpu
+from hf_erasure.models.model import inputs_of, labels_of_texts, on_cpu, rows_in
 
 from .layouts import Layouts, is_of_numbers
 from .pairs import Pairs, ids_in
 from .processes import Processes
+
+# The names of masks that tell what of images or sounds is padding.
+_MEDIA_MASKS = ("pixel_attention_mask", "pixel_mask", "input_features_mask", "feature_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,7 @@ class BatchLabels:
         frames: Tensor | None = None,
     ) -> None:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
-        inputs = (value for value in inputs_of(batch).values() if isinstance(value, Tensor) and value.dim())
-        self.rows: int = len(next(inputs, ()))  # The number of sequences.
+        self.rows = rows_in(batch)  # The number of sequences.
         self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
         self._by_token = self._by_class = self.is_labelled = False
@@ -299,7 +302,7 @@ class BatchLabels:
         key = (axes.side, axes.start, axes.beside, seq, activation.device)
         if key in self._selections:
             return activation, self._selections[key]
-        mask = None if axes.side is None else self._mask(axes.side)
+        mask = self._mask_of_media(seq, axes, where) if axes.side is None else self._mask(axes.side)
         if mask is not None and (mask.shape[1] != seq if axes.beside is None else mask.shape[1] + axes.start > seq):
             raise ValueError(
                 f"The activation at {where!r} has shape {shape}, which does not line up with the batch of "
@@ -349,9 +352,9 @@ class BatchLabels:
         """`(batch, seq)` bool, which positions are not padding; None for a batch without a mask (images)."""
         if side == FRAMES:
             return self._frames
-        mask = self.batch.get(f"{side}attention_mask")
-        if mask is None and side and "labels" in self.batch and "decoder_input_ids" not in self.batch:
-            mask = self.batch["labels"] != IGNORED
+        mask, labels = self.batch.get(f"{side}attention_mask"), labels_of_texts(self.batch)
+        if mask is None and side and labels is not None and "decoder_input_ids" not in self.batch:
+            mask = labels != IGNORED
         if mask is None:
             ids = self.batch.get(f"{side}input_ids")
             mask = torch.ones_like(ids) if isinstance(ids, Tensor) else None
@@ -361,6 +364,24 @@ class BatchLabels:
                 "which positions are padding."
             )
         return None if mask is None else mask.bool()
+
+    def _mask_of_media(self, seq: int, axes: Axes, where: Visit) -> Tensor | None:
+        """`(batch, seq)` bool, which rows of images or sounds are not padding; None if no mask of the batch says it."""
+        if axes.is_unequal and self._labels is not None:
+            raise ValueError(
+                "The texts of a batch have different numbers of tokens for images or sounds, and the rows at "
+                f"{where!r} do not say which text they belong to, so they cannot be labelled. Give each text of a "
+                "batch as many images, of one size, or choose modules of the language model."
+            )
+        masks = {name: self.batch[name].bool() for name in _MEDIA_MASKS if self.batch.get(name) is not None}
+        found = next((mask for mask in masks.values() if mask.shape == (self.rows, seq)), None)
+        if found is None and (padded := [name for name, mask in masks.items() if not mask.all()]):
+            warnings.warn(
+                f"The batches have {padded[0]}, and which rows of an activation it marks as padding is not known: "
+                "where rows are not tokens, all of them count. Give images or sounds of one size.",
+                stacklevel=2,
+            )
+        return found
 
     def _check_labels(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"

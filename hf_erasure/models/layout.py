@@ -74,6 +74,8 @@ class Axes:
     is_flat: bool = False  # Whether the entries of an example along its axis are its positions.
     # Whether there is one entry that all examples share, as for learned positions.
     is_shared: bool = False
+    # Whether texts of the batch have unequal numbers of images, so that it is not known whose entries are whose.
+    is_unequal: bool = False
     start: int = 0  # The position of the first token.
     # For positions without a token: True if they hold content, such as a prompt or an image, False if they are padding;
     # None if there are none.

@@ -207,6 +207,36 @@ def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if not name.startswith(_CONCEPT_PREFIX)}
 
 
+def rows_in(batch: Mapping[str, Any]) -> int:
+    """The number of examples of a batch: of its texts, if it has some. The images of all texts may lie in one list."""
+    inputs = inputs_of(batch)
+    tensors = [value for value in (*map(inputs.get, TEXTS), *inputs.values()) if isinstance(value, Tensor)]
+    return next((len(value) for value in tensors if value.dim()), 0)
+
+
+def labels_of_texts(batch: Mapping[str, Any]) -> Tensor | None:
+    """The `labels` of a batch if they are token ids `(batch, seq)`; those of classes and of boxes have other forms."""
+    labels = batch.get("labels")
+    is_of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    return labels if is_of_tokens else None
+
+
+def decoder_ids_from(labels: Tensor, model: Any) -> Tensor:
+    """The token ids `(batch, seq)` that the decoder of a bare model reads when it learns these labels."""
+    if (own := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+        made: Tensor = own(labels=labels)
+        return made
+    config = model.config
+    start: Any = getattr(config, "decoder_start_token_id", None)
+    if start is None or config.pad_token_id is None:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder_start_token_id or no pad_token_id, so that what its decoder reads "
+            "cannot be made from labels: give decoder_input_ids."
+        )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted < 0, config.pad_token_id)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """The device for inputs: that of the first parameter that is not meta; accelerate moves them to offloaded parts."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -259,16 +289,17 @@ class Runner:
 
         If a batch has inputs for only one of the model's towers, that tower is run.
         """
+        labels = labels_of_texts(batch)
         if callee is None:
             # A classifier makes the decoder's inputs from the encoder's inputs; its base model may not.
-            given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+            given = labels is not None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
             makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
             callee = self.model if makes and self.callee is self.backbone else self.callee
             callee = callee if self.is_sharded else self._tower_for(batch) or callee
         parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
         inputs = {name: value for name, value in inputs_of(batch).items() if name not in _LOSS_INPUTS}
-        if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        if labels is not None and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
+            inputs["decoder_input_ids"] = decoder_ids_from(labels, self.model)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             inputs = {name: value for name, value in inputs.items() if name in parameters}
         device = input_device(self.model)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from .heads import Task, task_of
-from .model import Runner, evaluating, input_device, is_encoder_decoder, positions_of
+from .model import Runner, decoder_ids_from, evaluating, input_device, is_encoder_decoder, positions_of
 from .word_tokens import PairError
 
 F = TypeVar("F", bound="SlotInputs")
@@ -286,8 +286,7 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
     if task == "classification":
         labels = labels.reshape(-1, 1)
     elif task == "seq2seq" and "decoder_input_ids" not in inputs:
-        bare: Any = model
-        inputs["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = decoder_ids_from(labels, model)
     rows, at = (labels != IGNORED).nonzero(as_tuple=True)
     if task == "causal":
         rows, at = rows[at > 0], at[at > 0]  # the first token has no token before it that predicts it

@@ -21,6 +21,11 @@ from tests.small_models import LABELS, outputs_of, roughen, same
 ROWS, PATCHES, IMAGE = 16, 16, 40
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _TEXT = {**_SIZES, "vocab_size": 64, "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1}
+_SIDES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 1, "attention_heads": 4, "ffn_dim": 64}.items()
+}
 _IMAGES = {**_SIZES, "image_size": 16, "patch_size": 4}
 TEXT, VISION = r"text_model\..*layer_norm\d", r"vision_model\..*layer_norm\d"
 
@@ -258,3 +263,102 @@ def test_patches_that_are_drawn_in_any_order_have_the_label_of_their_image() -> 
     report = fit(with_adapter(built(hf.ViltModel(config))), BATCHES)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in BATCHES)
     assert rows(report)["encoder.layer.0.layernorm_before"] == tokens + 2 * ROWS * (PATCHES + 1)
+
+
+# ---- which rows of images count, and whose they are ------------------------------------------------------------------
+
+
+def test_images_may_stand_before_the_texts_of_a_batch() -> None:
+    """The images of all texts may lie in one list, and its length is not the number of texts."""
+    given = [batch(seed, images=True) for seed in (1, 2)]
+    for one in given:  # two images for each text
+        one["input_ids"] = torch.cat([torch.full((ROWS, PATCHES), IMAGE), one["input_ids"]], 1)
+        one["attention_mask"] = torch.cat([torch.ones(ROWS, PATCHES, dtype=torch.long), one["attention_mask"]], 1)
+        one["pixel_values"] = one["pixel_values"].repeat_interleave(2, 0)
+    turned = [{name: one[name] for name in ("pixel_values", *one)} for one in given]
+    found = [rows(fit(with_adapter(llava()), batches)) for batches in (given, turned)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_images_of_texts_with_unequal_numbers_of_them_are_not_labelled(sequential: bool) -> None:
+    """Two images of the first text and none of the second are as many as one of each."""
+    given = [batch(seed, images=True) for seed in (1, 2)]
+    ids = torch.cat([torch.full((ROWS, PATCHES), IMAGE), given[1]["input_ids"]], 1)
+    ids[0, 2 * PATCHES :], ids[1, : 2 * PATCHES] = 3, 3
+    ids[2:, :PATCHES] = 3
+    mask = torch.cat([torch.ones(ROWS, PATCHES, dtype=torch.long), given[1]["attention_mask"]], 1)
+    given[1] |= {"input_ids": ids, "attention_mask": mask}
+    with pytest.raises(ValueError, match=r"different numbers of tokens for images.*vision_tower"):
+        fit(with_adapter(llava(), target_modules=VISION.replace("model", "tower")), given, sequential=sequential)
+    assert set(rows(fit(with_adapter(llava()), given, sequential=sequential)).values()) == {
+        sum(int(one["attention_mask"].sum()) for one in given)
+    }
+
+
+@pytest.mark.parametrize("pool", ["tokens", "mean", "last"])
+def test_patches_of_padding_do_not_count(pool: str) -> None:
+    base = built(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**_SIZES, num_patches=PATCHES, patch_size=4)))
+    noise, labels = torch.Generator().manual_seed(0), torch.arange(ROWS) % 2
+    shapes = torch.tensor([[4, 4], [2, 5], [3, 4], [2, 2]])[torch.arange(ROWS) // 2 % 4]
+    mask = (torch.arange(PATCHES) < shapes.prod(1, keepdim=True)).long()
+    values = torch.randn(ROWS, PATCHES, 48, generator=noise) + labels.view(-1, 1, 1) * torch.linspace(-1, 1, 48)
+    given = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    model = with_adapter(base, target_modules=r".*layer_norm\d|post_layernorm")
+    fit(model, [{**given, "concept_labels": labels}], pool=pool)
+    with torch.no_grad():
+        states = [net(**given).last_hidden_state.double() for net in (base, model)]
+    gaps = []
+    for one in states:
+        real = [row[kept.bool()] for row, kept in zip(one, mask, strict=True)]
+        vectors = real if pool == "tokens" else [(row.mean(0) if pool == "mean" else row[-1])[None] for row in real]
+        means = [torch.cat(vectors[own::2]).mean(0) for own in (0, 1)]
+        gaps.append(float((means[0] - means[1]).norm() / torch.cat(vectors).std(0).norm()))
+    assert gaps[1] < 1e-5 < 0.1 < gaps[0]
+
+
+def test_padding_of_images_that_counts_is_said() -> None:
+    network = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"], layer_type="basic"
+    )
+    base = built(hf.DetrModel(hf.DetrConfig(backbone_config=network, d_model=32, num_queries=5, **_SIDES)))
+    noise, labels = torch.Generator().manual_seed(0), torch.arange(ROWS) % 2
+    mask = torch.ones(ROWS, 64, 64, dtype=torch.long)
+    given = {"pixel_values": torch.randn(ROWS, 3, 64, 64, generator=noise), "concept_labels": labels}
+    # What a detector learns are boxes, and no text of its decoder.
+    given["labels"] = [{"class_labels": torch.zeros(1)}] * ROWS
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pixel_mask")
+        fit(with_adapter(base), [{**given, "pixel_mask": mask}])
+    mask[1::2, 40:] = 0
+    with pytest.warns(UserWarning, match="pixel_mask.*all of them count"):
+        fit(with_adapter(base), [{**given, "pixel_mask": mask}])
+
+
+# ---- what a decoder reads --------------------------------------------------------------------------------------------
+
+
+def test_labels_become_what_the_decoder_reads_as_the_model_itself_makes_it() -> None:
+    """Whisper and M2M100 (NLLB) have no method of transformers for it."""
+    tokens = {"vocab_size": 64, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sound = {"num_mel_bins": 16, "max_source_positions": 20}
+    whisper = built(hf.WhisperForConditionalGeneration(hf.WhisperConfig(**_SIDES, **tokens, **sound)))
+    m2m100 = built(hf.M2M100ForConditionalGeneration(hf.M2M100Config(**_SIDES, **tokens)))
+    noise, concept = torch.Generator().manual_seed(0), torch.arange(ROWS) % 2
+    labels = torch.randint(3, 20, (ROWS, 6), generator=noise) + 20 * concept[:, None]
+    labels[::3, 4:] = -100
+    mask = (labels != -100).long()
+    texts = {"input_ids": labels * mask, "attention_mask": mask}
+    features = torch.randn(ROWS, 16, 40, generator=noise) + concept.view(-1, 1, 1)
+    for base, given in ((whisper, {"input_features": features}), (m2m100, texts)):
+        ids = torch.cat([torch.full((ROWS, 1), 1), labels[:, :-1] * mask[:, :-1]], 1)
+        ids[labels.roll(1, 1) == -100] = 0
+        ids[:, 0] = 1
+        with torch.no_grad():
+            assert torch.equal(base(**given, labels=labels).logits, base(**given, decoder_input_ids=ids).logits)
+        models = [with_adapter(base) for _ in range(2)]
+        fit(models[0], [{**given, "labels": labels, "concept_labels": concept}])
+        by_hand = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        fit(models[1], [{**given, **by_hand, "concept_labels": concept}])
+        states = [{k: v for k, v in one.state_dict().items() if "concept_erasure" in k} for one in models]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
