@@ -17,6 +17,7 @@ from datasets import Dataset
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.adapters.common.config import short
 from hf_erasure.adapters.common.files import read_table, read_text
+from hf_erasure.fitting.gradiend.pairs import read_rows
 from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, check_search, goal_by_name
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
@@ -268,11 +269,11 @@ class Materials:
                 f"the texts have {SLOT} slots, so they need a column 'factual' with the words that stand there"
             )
         as_spelled, known = dict[str, dict[str, str]](), dict[str, dict[str, str]]()
-        for row in (*self.train, *self.choice, *self.test):
-            other = row.get("counterfactual_label") or next(name for name in classes if name != row["label"])
-            entry = {"counterfactual": row["counterfactual"], "label": row["label"], "counterfactual_label": other}
-            as_spelled.setdefault(row["factual"].strip(), entry)
-            known.setdefault(row["factual"].strip().lower(), entry)
+        for pair in (pair for part in PARTS for pair in read_rows(getattr(self, part), list(classes))):
+            entry = {"label": classes[pair.label], "counterfactual_label": classes[pair.other]}
+            entry["counterfactual"] = pair.counterfactual
+            as_spelled.setdefault(pair.factual, entry)
+            known.setdefault(pair.factual.lower(), entry)
         known |= as_spelled
         given = [str(word).strip() for word in rows["factual"]]
         words = [word if word in known else word.lower() for word in given]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
@@ -316,12 +316,16 @@ def test_a_figure_that_has_become_nan_is_not_the_same(then: float | None, now: f
     assert difference(found, written) == (0.0 if same else float("inf"))
 
 
-def test_a_word_of_a_text_gets_the_counterpart_that_is_spelled_as_it_is() -> None:
+@pytest.mark.parametrize("is_numbered", [False, True])
+def test_a_word_of_a_text_gets_the_counterpart_that_is_spelled_as_it_is(is_numbered: bool) -> None:
     spelled = [("Dog", "Cat", "dog"), ("dog", "cat", "dog"), ("Cat", "Dog", "cat"), ("cat", "dog", "cat")]
     rows = [{"text": f"{one} [FEATURE]", "factual": one, "counterfactual": other, "label": label}
             for one, other, label in spelled]  # fmt: skip
     pairs = Dataset.from_list(rows)
+    if is_numbered:  # as a Parquet file or a data set of the Hub may have it
+        pairs = pairs.cast_column("label", ClassLabel(names=["dog", "cat"]))
     materials = Materials(pairs, pairs, pairs, {}, {})
     found = materials.completed(Dataset.from_list([{"text": "a [FEATURE]", "factual": word} for word in
                                                    ("cat", "Cat", "CAT")]), ["dog", "cat"])  # fmt: skip
     assert found["counterfactual"][:2] == ["dog", "Dog"] and found["label"][:] == ["cat"] * 3
+    assert found["counterfactual_label"][:] == ["dog"] * 3

@@ -52,7 +52,7 @@ class PairSet:
     ) -> None:
         self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
         self.origin = origin_of(dataset, "the columns factual, counterfactual and label")
-        pairs = _read_rows(dataset, self.classes)
+        pairs = read_rows(dataset, self.classes)
         present = {pair.label for pair in pairs}
         if len(present) < 2:
             only = self.classes[present.pop()]
@@ -179,7 +179,7 @@ def usable_rows(
             be used.
     """
     layout, names = Layout.of(tokenizer, task, config), list(classes)
-    pairs = _read_rows(dataset, names)
+    pairs = read_rows(dataset, names)
     found = list(_encode_rows(pairs, tokenizer, layout, config))
     kept = [pair.row for pair, row in zip(pairs, found, strict=True) if not isinstance(row, PairError)]
     if not kept:
@@ -220,7 +220,8 @@ def _fault(row: int, text: Any, problem: str) -> PairError:
     return PairError(f"row {row} ({shortened(str(text))}): {problem}")
 
 
-def _read_rows(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
+def read_rows(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
+    """The rows of a data set of pairs, with the numbers of their classes; a `PairError` for one that lacks something."""
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise PairError(f"classes must name two classes or more, each once; got {classes}")
     columns = ["text", "factual", "counterfactual", "label"]

@@ -154,7 +154,7 @@ def check_search(
             raise ValueError(f"{where}{name}={values!r}: give a list of finite numbers, at least one.")
     if not any(learning_rates):
         raise ValueError(f"{where}learning_rates has zeros only, which change nothing: give steps, as [1e-3, -1e-3].")
-    if isinstance(budget, str) or not budget >= 0:
+    if isinstance(budget, str) or not 0 <= budget < math.inf:
         raise ValueError(f"{where}budget={budget!r}: give the share that language modelling may lose, such as 0.02.")
     if budget > 1:
         warnings.warn(

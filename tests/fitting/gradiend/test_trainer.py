@@ -914,6 +914,7 @@ def test_labels_may_be_class_ids_with_names(tmp_path: Path):
         ({"learning_rates": [0.0]}, "zeros only"),
         ({"feature_factors": []}, "feature_factors"),
         ({"budget": math.nan}, "budget=nan"),
+        ({"budget": math.inf}, "budget=inf"),
         ({"feature_factors": ["1.0"]}, "feature_factors=.*finite numbers"),
         ({"budget": -1.0}, "budget=-1.0"),
         ({"budget": "0.02"}, "budget='0.02'"),
