@@ -230,9 +230,12 @@ class ConceptMoments:
 
     @property
     def covariance_z(self) -> Tensor:
-        """The population covariance of the concept, `(z_dim, z_dim)` float64."""
+        """The population covariance of the concept, `(z_dim, z_dim)` float64; 0 for values that never vary."""
         sums, _ = self._statistics()
-        return sums.concept / sums.weight
+        covariance = sums.concept / sums.weight
+        # Equal float64 numbers may differ from their own mean in the last digits.
+        varies = covariance.diagonal() > (1e-12 * sums.mean_z).square()
+        return covariance * varies * varies[:, None]
 
     def check_concept(self) -> None:
         """Check that there is a concept to erase.
@@ -249,8 +252,7 @@ class ConceptMoments:
                 f"Only one class is present: all {sums.rows} rows have class id {int(present)}. A concept needs at "
                 "least two classes; add rows of another class."
             )
-        spread_z = sums.concept.diagonal() / sums.weight
-        if bool((spread_z <= (1e-12 * sums.mean_z).square()).all()):
+        if not bool(self.covariance_z.diagonal().any()):
             raise ValueError(
                 f"z does not vary over the {sums.rows} rows (mean_z={sums.mean_z.tolist()[:8]}): only one class or "
                 "value is present. Add rows in which the concept differs."
@@ -290,7 +292,6 @@ class ConceptMoments:
         sums, gram = self._statistics()
         sigma = PackedGram(self.x_dim, gram.values.device, gram.values / sums.weight)
         variance = sigma.values[sigma.diagonal]
-        # Equal float64 numbers may differ from their own mean in the last digits.
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
         sigma.values[sigma.diagonal] = variance
         return Spread(
@@ -299,7 +300,7 @@ class ConceptMoments:
             sigma=sigma,
             variance=variance,
             cross=sums.cross / sums.weight,
-            concept=sums.concept / sums.weight,
+            concept=self.covariance_z,
             rows=sums.rows,
             effective_rows=sums.weight**2 / sums.weight_squares,
             resolution=sums.resolution,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.erasers import ConceptMoments, Eraser, OracleEraser, cross_validated_correlation
 from hf_erasure.fitting.labels import label_tensor
 from tests.erasers.data import as_values, leak, moments_of, ols_r2, rows
 
@@ -194,6 +194,22 @@ def test_constant_features_are_neither_read_nor_moved() -> None:
     eraser = Eraser.fit(x, z)
     assert leak(eraser(x), z, x) < F64
     assert float((eraser(x) - x)[:, [2, 4]].abs().max()) < F64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_concept_values_add_no_direction(dtype: torch.dtype) -> None:
+    """The mean of 1000 times 0.1 is not 0.1 in float64, and a naive implementation whitens the difference."""
+    x, z = rows(1000, 6, 2, dtype=dtype)
+    x, values = x + 5, torch.stack([torch.full((1000,), 0.1, dtype=torch.float64), z.double()], 1)
+    alone, batches = ConceptMoments(6, 1).update(x, z.double()), ConceptMoments(6, 2)
+    for part in torch.arange(1000).split(37):
+        batches.update(x[part], values[part])
+    for moments in (batches, ConceptMoments(6, 2).update(x, values)):
+        # Batches of another size are added in another order; the products are those of float32 rows.
+        assert torch.allclose(moments.eraser().matrix, alone.eraser().matrix, atol=F32)
+        erased = OracleEraser.of(moments)(x, values)
+        assert torch.allclose(erased, OracleEraser.of(alone)(x, z.double()), atol=1e-5)
+        assert cross_validated_correlation(moments, moments) == pytest.approx(cross_validated_correlation(alone, alone))
 
 
 def test_features_whose_squares_underflow_are_erased() -> None:
