@@ -221,7 +221,7 @@ class Spread:
     # means.
     sigma: PackedGram
     variance: Tensor  # `(d,)` variances of the labelled rows; 0 for constant features.
-    cross: Tensor  # `(d, k)` covariance of x with the concept.
+    cross: Tensor  # `(d, k)` covariance of x with the concept; 0 for constant features.
     concept: Tensor  # `(k, k)` covariance of the concept.
     rows: int  # The number of labelled rows.
     effective_rows: float  # The number of rows of equal weight that would estimate `sigma` as well.
@@ -244,6 +244,15 @@ class Spread:
         mean_square = squares / self.sigma.dim**2
         excess = (self.effective_rows + 1) * (mean_square - 1 / self.sigma.dim)
         return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
+
+    def floored(self, variance: Tensor) -> Tensor:
+        """Variances of at least 1e-30 of the largest: the square of a feature that is 10¹⁵ times as small is lost.
+
+        Trained norms switch features off by weights such as 1e-33, whose squares underflow. The scale of such a feature
+        is then unknown; any positive one keeps the guarantee, and costs optimality only in a feature of negligible
+        size. A feature without a variance and without a covariance with the concept is constant, and keeps 0.
+        """
+        return torch.where((variance > 0) | self.cross.any(1), variance.clamp_min(1e-30 * float(variance.max())), 0.0)
 
     def with_background(self, background: Spread, share: float) -> Spread:
         """A copy whose Σ and mean are mixed: `share` of the background's, which should not change, the rest its own."""
@@ -309,7 +318,8 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     jitter, sigma = 1e-13 if spread.resolution <= EXACT else 1e-7, spread.sigma
     # A feature that is constant in a background still needs a scale, and gets one from the rows of the concept. A
     # feature that is constant in both gets the scale 0: it is neither read nor changed.
-    diagonal = _floored(torch.maximum(sigma.values[sigma.diagonal], jitter * _floored(spread.variance)))
+    labelled = spread.floored(spread.variance)
+    diagonal = spread.floored(torch.maximum(sigma.values[sigma.diagonal], jitter * labelled))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     share = spread.share(shrinkage, scale)
     full = sigma.values.new_empty(sigma.dim, sigma.dim)
@@ -325,15 +335,6 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
             return Factor(upper, scale)
         jitter *= 10
     raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
-
-
-def _floored(variance: Tensor) -> Tensor:
-    """Variances of at least 1e-30 of the largest: the square of a feature that is 10¹⁵ times as small is lost.
-
-    Trained norms switch features off by weights such as 1e-33, whose squares underflow. The scale of such a feature is
-    then unknown; any positive one keeps the guarantee, and costs optimality only in a feature of negligible size.
-    """
-    return variance.clamp_min(1e-30 * float(variance.max()))
 
 
 def whiten_concept(covariance: Tensor) -> Tensor:
@@ -362,7 +363,7 @@ def concept_columns(spread: Spread) -> Tensor:
 
 def independent(columns: Tensor, spread: Spread) -> Tensor:
     """Independent columns `(d, r)` with the span of `columns`, without what is rounding next to x's deviations."""
-    variance = _floored(spread.variance)
+    variance = spread.floored(spread.variance)
     varies = variance > 0
     columns = torch.where(varies[:, None], columns, 0.0)
     if columns.shape[1] == 0:
@@ -396,8 +397,7 @@ def leace_factors(
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
-    if beside:
-        left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
+    left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits if features are nearly collinear. One correction makes right · left the
     # identity again, and so the projection exact.

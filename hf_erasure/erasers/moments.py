@@ -267,10 +267,9 @@ class ConceptMoments:
             covariance: `(k, k)` covariance of the concept.
         """
         sums, gram = self._statistics()
-        cross, concept = cross * sums.weight, covariance * sums.weight
-        other = ConceptMoments(self.x_dim, mean.numel())
-        other._device = self._device
-        other._sums, other._gram = replace(sums, mean_z=mean, cross=cross, concept=concept, counts=None), gram
+        other, weight = ConceptMoments(self.x_dim, mean.numel()), sums.weight
+        other._device, other._gram = self._device, gram
+        other._sums = replace(sums, mean_z=mean, cross=cross * weight, concept=covariance * weight, counts=None)
         return other
 
     def grouped(self, groups: Tensor, count: int) -> ConceptMoments:
@@ -294,13 +293,17 @@ class ConceptMoments:
         variance = sigma.values[sigma.diagonal]
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
         sigma.values[sigma.diagonal] = variance
+        cross, concept = self.cross_covariance, self.covariance_z
+        # Nor are the sums of equal numbers exact: this covariance is rounding, and next to no variance it would count.
+        rounded = torch.outer(1e-12 * sums.mean_x.abs(), (concept.diagonal() + sums.mean_z.square()).sqrt())
+        cross[(variance == 0)[:, None] & (cross.abs() <= rounded)] = 0.0
         return Spread(
             mean=sums.mean_x,
             shares=sums.mean_z,
             sigma=sigma,
             variance=variance,
-            cross=sums.cross / sums.weight,
-            concept=self.covariance_z,
+            cross=cross,
+            concept=concept,
             rows=sums.rows,
             effective_rows=sums.weight**2 / sums.weight_squares,
             resolution=sums.resolution,
