@@ -26,7 +26,7 @@ from hf_erasure.erasers.moments import Strata
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes, Visit
-from hf_erasure.models.model import inputs_of, labels_of_texts, on_cpu, rows_in
+from hf_erasure.models.model import inputs_of, on_cpu
 
 from .layouts import Layouts, is_of_numbers
 from .pairs import Pairs, ids_in
@@ -260,7 +260,8 @@ class BatchLabels:
         frames: Tensor | None = None,
     ) -> None:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
-        self.rows = rows_in(batch)  # The number of sequences.
+        inputs = (value for value in inputs_of(batch).values() if isinstance(value, Tensor) and value.dim())
+        self.rows: int = len(next(inputs, ()))  # The number of sequences.
         self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
         self._by_token = self._by_class = self.is_labelled = False
@@ -352,8 +353,8 @@ class BatchLabels:
         """`(batch, seq)` bool, which positions are not padding; None for a batch without a mask (images)."""
         if side == FRAMES:
             return self._frames
-        mask, labels = self.batch.get(f"{side}attention_mask"), labels_of_texts(self.batch)
-        if mask is None and side and labels is not None and "decoder_input_ids" not in self.batch:
+        mask, labels = self.batch.get(f"{side}attention_mask"), self.batch.get("labels")
+        if mask is None and side and getattr(labels, "ndim", 0) == 2 and "decoder_input_ids" not in self.batch:
             mask = labels != IGNORED
         if mask is None:
             ids = self.batch.get(f"{side}input_ids")

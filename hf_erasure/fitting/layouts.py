@@ -30,9 +30,12 @@ from hf_erasure.models.layout import (
     with_lengths,
     with_other_tokens,
 )
-from hf_erasure.models.model import MEDIA, Runner, evaluating, forked_rng, inputs_of, last_hidden_state, rows_in
+from hf_erasure.models.model import MEDIA, Runner, evaluating, forked_rng, inputs_of, last_hidden_state
 
 logger = logging.getLogger(__name__)
+
+# The names in configurations of the tokens that stand for images or sounds in a text.
+_MEDIA_TOKENS = [f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")]
 
 
 @dataclass
@@ -63,20 +66,15 @@ class Layouts:
                 self.runner.follow_head(few)
             with evaluating(self.runner.model), forked_rng(self.runner.model):
                 self._known[form] = self._find_axes(few) if few else {}
-        found = self._known[form]
-        if not self._has_unequal_media(batch):
+        found, ids, config = self._known[form], batch.get("input_ids"), getattr(self.runner.model, "config", None)
+        if not isinstance(ids, Tensor) or not any(name in batch for name in MEDIA):
             return found
-        own = {key: axes for key, axes in found.items() if isinstance(axes, Axes) and axes.side is None}
-        return found | {key: replace(axes, is_unequal=not axes.is_shared) for key, axes in own.items()}
-
-    def _has_unequal_media(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the texts of a batch have unequal numbers of the tokens that stand for its images or sounds."""
-        ids, config = batch.get("input_ids"), getattr(self.runner.model, "config", None)
-        if not any(name in batch for name in MEDIA) or not isinstance(ids, Tensor) or ids.dim() == 1:
-            return False
-        names = [f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")]
-        counts = [(ids == token).sum(1) for name in names if isinstance(token := getattr(config, name, None), int)]
-        return any(bool((count != count[0]).any()) for count in counts)
+        tokens = (getattr(config, name, None) for name in _MEDIA_TOKENS)
+        counts = ((ids == token).flatten(1).sum(1) for token in tokens if token is not None)
+        if not any(bool((count != count[0]).any()) for count in counts):
+            return found
+        beside = {key: axes for key, axes in found.items() if isinstance(axes, Axes) and axes.side is None}
+        return found | {key: replace(axes, is_unequal=not axes.is_shared) for key, axes in beside.items()}
 
     def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
         """`(batch, frames)` bool, which frames are not padding; None where a batch has no mask of audio samples."""
@@ -101,7 +99,7 @@ class Layouts:
 
     def _find_axes(self, few: dict[str, Any]) -> dict[Visit, Axes | ValueError]:
         """Find the axes that `of` returns, from runs over a few rows, over these rows twice, and with other lengths."""
-        rows = rows_in(few)
+        rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
         try:
             frames = None if "input_ids" in few else self._frames
             lengths = Lengths.in_batch(few, None if frames is None else frames.count)
@@ -234,8 +232,9 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
     labelled = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
     found = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in labelled.items()}
     inputs = [value for value in inputs_of(found).values() if isinstance(value, Tensor) and value.dim()]
-    if (rows := rows_in(found)) == 0:
+    if not inputs or not len(inputs[0]):
         return None
+    rows = len(inputs[0])
     if any(len(value) != rows for value in inputs):
         return found
     mask = found.get("attention_mask")

@@ -203,22 +203,12 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without the entries that hold the concept of its rows."""
-    return {name: value for name, value in batch.items() if not name.startswith(_CONCEPT_PREFIX)}
+    """A batch without the entries that hold the concept of its rows.
 
-
-def rows_in(batch: Mapping[str, Any]) -> int:
-    """The number of examples of a batch: of its texts, if it has some. The images of all texts may lie in one list."""
-    inputs = inputs_of(batch)
-    tensors = [value for value in (*map(inputs.get, TEXTS), *inputs.values()) if isinstance(value, Tensor)]
-    return next((len(value) for value in tensors if value.dim()), 0)
-
-
-def labels_of_texts(batch: Mapping[str, Any]) -> Tensor | None:
-    """The `labels` of a batch if they are token ids `(batch, seq)`; those of classes and of boxes have other forms."""
-    labels = batch.get("labels")
-    is_of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-    return labels if is_of_tokens else None
+    Texts come first: their number is that of the examples, and the images of all texts may lie in one list.
+    """
+    named = {name: batch[name] for name in TEXTS if name in batch} | dict(batch)
+    return {name: value for name, value in named.items() if not name.startswith(_CONCEPT_PREFIX)}
 
 
 def decoder_ids_from(labels: Tensor, model: Any) -> Tensor:
@@ -289,7 +279,8 @@ class Runner:
 
         If a batch has inputs for only one of the model's towers, that tower is run.
         """
-        labels = labels_of_texts(batch)
+        labels: Any = batch.get("labels")
+        labels = labels if getattr(labels, "ndim", 0) == 2 else None  # those of classes and of boxes are no texts
         if callee is None:
             # A classifier makes the decoder's inputs from the encoder's inputs; its base model may not.
             given = labels is not None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
