@@ -221,7 +221,7 @@ def _fault(row: int, text: Any, problem: str) -> PairError:
 
 
 def read_rows(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
-    """The rows of a data set of pairs, with the numbers of their classes; a `PairError` for one that lacks something."""
+    """The rows of a data set of pairs, with the numbers of their classes; a `PairError` if one lacks something."""
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise PairError(f"classes must name two classes or more, each once; got {classes}")
     columns = ["text", "factual", "counterfactual", "label"]

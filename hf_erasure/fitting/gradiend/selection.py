@@ -320,9 +320,9 @@ def scan(
         base = scorer.score(pairs[0], 0.0, 0.0, None)
     yield base
     for pair in pairs:
-        for factor in feature_factors:
+        for factor in dict.fromkeys(feature_factors):  # each value once, however often it is given
             for sign in (1, -1):
-                for rate in sorted((rate for rate in learning_rates if rate * sign > 0), key=abs):
+                for rate in sorted({rate for rate in learning_rates if rate * sign > 0}, key=abs):
                     with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
                         point = scorer.score(pair, factor, rate, base)
                     yield point

@@ -141,8 +141,8 @@ def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list
     p = torch.tensor([[0.5, 0.5]])
     language = Language(lambda: torch.tensor([[1 + 0.1 * rate[0], 0.5, 1.0]], dtype=torch.float64))
     scorer = Scorer(GENDERS, lambda: p, language)
-    rates = [8.0, 1.0, 4.0, 2.0]
-    _, *points = scan(torch.nn.Identity(), "a", scorer, [GENDERS], 0.07, [1.0], rates)
+    rates = [8.0, 1.0, 4.0, 2.0, 1.0]  # a value that is given twice is tried once
+    _, *points = scan(torch.nn.Identity(), "a", scorer, [GENDERS], 0.07, [1.0, 1.0], rates)
     assert [point.learning_rate for point in points] == tried
 
 
