@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_erasure.adapters import ConceptErasureConfig, site_layers
+from hf_erasure.adapters import ConceptErasureConfig, gradiend_layers, site_layers
 from hf_erasure.adapters.common.acting import active_adapters, adapters_now, warn_user
 from hf_erasure.adapters.common.config import TRAINING, ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
@@ -100,6 +100,33 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
         "Save the weights yourself after training: merge or delete the adapter first.",
         "while weights are sharded (FSDP, DeepSpeed) ",
     )
+
+
+def check_losses(trainer: Any) -> None:
+    """Refuse a trainer of TRL whose loss passes over what acts on the head; warn if its reference model lacks more."""
+    model, kind = trainer.model, type(trainer).__name__
+    acting = {name: noun for name, noun in adapters_now(model).acting.items() if name in child_configs(model)}
+    base: Any = unwrapped(model) if acting else None
+    if acting and "fused_lm_head" in getattr(getattr(base.forward, "__code__", None), "co_varnames", ()):
+        head = base.get_output_embeddings()
+        changed = [child for child in adapter_children(base) if child.host is head]
+        changed += [c for c in gradiend_layers(base).values() if c.owner._parameters.get("weight") is head.weight]
+        for path, name in ((child.path, name) for child in changed for name in child.acting_adapters()):
+            raise ValueError(
+                f"{kind} multiplies by the weight of {path!r} itself, so what the {acting[name]} {name!r} does there "
+                f"would have no effect on its loss. Merge the adapter first, or fit it with exclude_modules=[{path!r}]."
+            )
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        acting = {name: noun for name, noun in acting.items() if name not in adapters_now(reference).acting}
+    elif not (hasattr(trainer, "ref_model") and isinstance(model, PeftModel)) or "ref" in model.peft_config:
+        return  # without adapters, or with a copy "ref" of the trained one, this model is its own reference
+    if acting and getattr(trainer, "beta", 1.0) != 0:
+        warn_user(
+            f"{kind} compares with a reference model in which {list(acting)} would not act, so training may undo what "
+            "they do. Merge them first, or give a ref_model that has them; or write sticky=True in their config, "
+            "and give the model from peft.get_peft_model(model, LoraConfig(…)) in place of peft_config."
+        )
 
 
 def is_sharded() -> bool:
@@ -179,6 +206,7 @@ def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
             refuse_lost_adapters(trainer.model)  # its first save would
         _warn_of_unsaved_adapters(trainer.model)
+    check_losses(trainer)
     _replace_methods(trainer)
     return original(*args, **kwargs)
 

@@ -10,10 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure import ConceptErasureConfig, GradiendConfig, fit_concept_erasure
 from hf_erasure.adapters import steer
 from tests.callbacks.test_gradiend_callback import collate, skewed
 from tests.ecosystem.test_trainer import sft_data, sft_tokenizer
@@ -28,6 +29,7 @@ from tests.ecosystem.trainer_runs import (
     state_of,
 )
 from tests.fitting.gradiend.language_models import CLASSES, model_of
+from tests.fitting.gradiend.test_trainer import trainer_of as pair_trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|.*second time)")
 KINDS = {"erasure": "the erasure", "monitor": "the GRADIEND adapter"}
@@ -131,6 +133,46 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path):
     plain = model_of("llama")
     plain.add_adapter(peft.LoraConfig(r=4, target_modules=LORA))
     assert said_at_start(trainer_of("Trainer", plain, tmp_path / "plain")) == []
+
+
+@pytest.mark.parametrize("kind", ["erasure", "tied"])
+def test_a_loss_that_does_not_call_the_head_is_refused_where_an_adapter_acts_on_the_head(kind: str, tmp_path: Path):
+    model = model_of("llama").eval()
+    if kind == "erasure":
+        model.add_adapter(ConceptErasureConfig(labels=CLASSES, target_modules="readers"), adapter_name=NAME)
+        fit_concept_erasure(model, labelled_batches(), NAME, progress=False)
+    else:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        config = GradiendConfig(classes=CLASSES, target_modules=["embed_tokens"])
+        model.add_adapter(config, adapter_name=NAME)
+        pair_trainer_of(model, "llama", tmp_path).train()
+    model.requires_grad_(True)
+    trainer = trainer_of("SFTTrainer", model, tmp_path, save_strategy="no")
+    if kind == "tied":
+        trainer.train()  # the feature does not act yet
+        steer(model, NAME, learning_rate=1e-2)
+    with pytest.raises(ValueError, match=r"SFTTrainer multiplies by the weight of .* Merge the adapter first"):
+        trainer.train()
+
+
+def test_a_reference_model_in_which_an_erasure_does_not_act_is_warned_of(tmp_path: Path):
+    trl = pytest.importorskip("trl")
+    rows = Dataset.from_dict({"prompt": ["the king said that"] * 4, "chosen": [" she"] * 4, "rejected": [" he"] * 4})
+    config = peft.LoraConfig(r=4, target_modules=LORA)
+    said = {}
+    for way in ("peft_config", "get_peft_model"):
+        model, options = fitted("erasure", sticky=True), {"peft_config": config} if way == "peft_config" else {}
+        model = model if options else peft.get_peft_model(model, config)
+        arguments = trl.DPOConfig(**options_for(tmp_path, max_steps=1, logging_steps=1, bf16=False))
+        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=sft_tokenizer(), **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        warned = [w for w in caught if "compares with a reference model in which ['gender']" in str(w.message)]
+        # The LoRA adds nothing yet, so the model is its own reference where the erasure acts in both.
+        said[way] = len(warned), trainer.state.log_history[0]["rewards/margins"] == 0
+    assert said == {"peft_config": (1, False), "get_peft_model": (0, True)}
 
 
 class Around(torch.nn.Module):
