@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_erasure.metrics import base, linear_leakage
+from hf_erasure.metrics.linear_leakage import majority
 
 
 def score(
@@ -38,8 +39,8 @@ def score(
 
     Returns:
         `by_group` and, with groups, `by_row`, reader → `accuracy` and its `interval`; with groups also `control`, the
-        accuracy of the first reader for the control label in a split by rows, which by chance is `majority`; and
-        `rows`, `groups`, `majority`.
+        accuracy of the first reader for the control label in a split by rows, and `control_majority`, the share of its
+        most frequent value; and `rows`, `groups`, `majority`.
 
     Raises:
         ImportError: If scikit-learn is not installed.
@@ -53,12 +54,12 @@ def score(
         found = linear_leakage.accuracy(answers, y, row_groups, seed=seed, **drawing)
         return {"accuracy": found["accuracy"], "interval": found["intervals"]["accuracy"]}
 
-    majority = max(labels.count(label) for label in set(labels)) / len(labels)
-    found: dict[str, Any] = {"rows": len(labels), "groups": len(set(row_groups)), "majority": majority}
+    found: dict[str, Any] = {"rows": len(labels), "groups": len(set(row_groups)), "majority": majority(labels)}
     found["by_group"] = {reader: accuracy(reader, labels, row_groups) for reader in readers}
     if groups is not None:
         found["by_row"] = {reader: accuracy(reader, labels, None) for reader in readers}
-        found["control"] = accuracy(readers[0], control_labels(labels, row_groups, seed), None)["accuracy"]
+        control = control_labels(labels, row_groups, seed)
+        found |= {"control": accuracy(readers[0], control, None)["accuracy"], "control_majority": majority(control)}
     return found
 
 

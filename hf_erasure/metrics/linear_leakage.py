@@ -8,7 +8,6 @@ fitting and judging, because a probe that recognises the group would otherwise s
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -132,13 +131,17 @@ def accuracy(answers: list[Any], labels: list[Any], groups: list[Any] | None = N
     Rows of one group are drawn together for the intervals; `drawing` are keyword arguments of `resampling.bootstrap`.
     """
     correct = np.array([answer == label for answer, label in zip(answers, labels, strict=True)], dtype=np.float64)
-    counts = Counter(labels)
-    majority = max(counts.values()) / len(labels)
+    most = majority(labels)
     found = resampling.bootstrap(
-        lambda index: {"leakage": correct[index].mean() - majority, "accuracy": correct[index].mean()},
+        lambda index: {"leakage": correct[index].mean() - most, "accuracy": correct[index].mean()},
         len(labels), clusters=groups, **drawing,
     )  # fmt: skip
-    return {**found, "majority": majority, "rows": len(labels), "classes": len(counts)}
+    return {**found, "majority": most, "rows": len(labels), "classes": len(set(labels))}
+
+
+def majority(labels: list[Any]) -> float:
+    """The accuracy of always answering with the most frequent label."""
+    return max(labels.count(label) for label in set(labels)) / len(labels)
 
 
 class LinearLeakage(base.Measure):

@@ -30,7 +30,7 @@ from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
 from hf_erasure.metrics import fresh_probes
-from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocessing
+from hf_erasure.metrics.linear_leakage import linear_model, majority, pipeline, preprocessing
 from hf_erasure.models.layout import Visit
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS, POOLS, pooled
@@ -542,8 +542,3 @@ def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: 
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
     probe.fit(train_x.double().numpy(), train_y)
     return float(probe.score(test_x.double().numpy(), test_y))
-
-
-def majority(labels: list[str]) -> float:
-    """The accuracy of always answering with the most frequent label."""
-    return max(labels.count(label) for label in set(labels)) / len(labels)

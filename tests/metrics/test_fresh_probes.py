@@ -36,6 +36,14 @@ def test_what_a_probe_reads_of_groups_it_knows_is_told_apart() -> None:
     assert fresh_probes.score(x, labels, groups, resamples=50)["by_group"]["linear"]["accuracy"] > 0.9
 
 
+def test_the_control_label_has_a_majority_of_its_own() -> None:
+    x, _, groups = grouped(0, own_way=0.0, concept=0.0)
+    labels = ["male" if row % 5 else "female" for row in range(len(x))]  # 32 and 8 rows in each group
+    found = fresh_probes.score(x, labels, groups, resamples=2)
+    assert (found["majority"], found["control_majority"]) == (0.8, 0.5)
+    assert 0.7 < found["control"] < 0.8  # groups are recognised, although the accuracy is below the label's majority
+
+
 def test_readers_that_are_not_linear() -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=(400, 8))
