@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from hf_erasure.cli.app import errors_as_sentences
 from hf_erasure.recipes.schema import check_section, read_content
 
 # The folder with models and data of the studies, unless the environment names another by this variable.
@@ -42,13 +43,14 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[st
 
 
 def start(main: Callable[[Path, list[str]], None]) -> None:
-    """Run the command of a study: a settings file, and settings that follow it.
+    """Run the command of a study: a settings file, and settings that follow it; an error is one line.
 
     Raises:
         typer.BadParameter: If settings name files in the folder of models and data, and there is no such folder.
     """
 
     @functools.wraps(main)
+    @errors_as_sentences()
     def checked(settings_file: Path, overrides: list[str]) -> None:
         folder, content = os.environ.setdefault(VARIABLE, str(ASSETS)), read_content(settings_file, overrides, "keys")
         needing = [key for key, value in content.items() if f"${VARIABLE}" in json.dumps(value)]

@@ -104,6 +104,17 @@ def test_a_model_without_a_head_has_no_next_words_and_a_page_without_a_table_no_
     assert found.similarity(BOTH)[0] != found.similarity(BOTH)[1]
 
 
+def test_a_sentence_that_the_model_cannot_read_whole_is_refused(erased: tuple[str, str]):
+    found = show.Comparison(*erased)
+    most = found.model.config.max_position_embeddings
+    long = " ".join(["she"] * most)
+    fits = " ".join(["she"] * (most - 2))  # with the two special tokens; the mask would be one more
+    for call, text in ((found.similarity, long), (found.next_words, long), (found.next_words, fits)):
+        with pytest.raises(ValueError, match=f"tokens, and the model reads {most}: write a shorter text"):
+            call([text, "he"])
+    assert found.similarity([fits, "he"])
+
+
 def test_a_gradiend_is_steered(feature: tuple[str, str], people: Path):
     found = show.Comparison(*feature, data=str(people), label="gender")
     assert found.learning_rate == pytest.approx(0.1)

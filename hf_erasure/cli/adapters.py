@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from hf_erasure.adapters.common import config as configs
     from hf_erasure.adapters.merging import export
     from hf_erasure.fitting import combine
-    from hf_erasure.recipes import erasure
+    from hf_erasure.recipes import erasure, run
 else:
     hub, configs, export = lazy("hub", "adapters.common.config", "adapters.merging.export")
-    combine, erasure = lazy("fitting.combine", "recipes.erasure")
+    combine, erasure, run = lazy("fitting.combine", "recipes.erasure", "recipes.run")
 
 
 def model_path(model: str | None) -> str | None:
@@ -52,6 +52,7 @@ def merge(
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
+    run.refuse_unwritable(out)
     text = export.save_merged(model, adapter, out, max_shard_size=max_shard_size, untie=untie)
     hub.write_merged_card(out, model, adapter, text)
     typer.echo(f"{text}\nmodel: {out}")
@@ -71,6 +72,7 @@ def export_lora(
 
     Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
     """
+    run.refuse_unwritable(out)
     typer.echo(str(hub.export_to_lora(export.load_with_erasure(model, adapter), "default", out)))
     if push is not None:
         _print_commit(hub.push_model(out, push, private=private or None))
@@ -85,6 +87,7 @@ def merge_fits(
     output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one fit had read both; needs neither model nor data."""
+    run.refuse_unwritable(output)
     config = combine.merge_fits(one, other, output)
     hub.write_card(output)
     examples, tokens = (configs.number_of(config.provenance[f"{noun}s"], noun) for noun in ("example", "token"))

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from hf_erasure.fitting import processes as shared
     from hf_erasure.recipes import erasure, from_data, gradiend_recipe
     from hf_erasure.recipes import gradiend as feature
+    from hf_erasure.recipes import run as runs
     from hf_erasure.recipes import schema as schemas
 else:
     hub, shared, erasure, from_data = lazy("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
-    (configs,) = lazy("adapters.common.config")
+    configs, runs = lazy("adapters.common.config", "recipes.run")
     gradiend_recipe, feature, schemas = lazy("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
 
 # The largest drift of the same weights, data and probes: only the order differs in which threads add floats.
@@ -213,6 +214,9 @@ def encode(
 
     Example: hf-erasure gradiend encode out/demo texts.csv --output values.csv
     """
+    if output is not None:
+        runs.refuse_unwritable(output.parent)
+        output.parent.mkdir(parents=True, exist_ok=True)
     values, plain = feature.encode_texts(folder, data, split, progress)
     text = values.to_csv(output, index=False, float_format="%.6f")
     if plain:

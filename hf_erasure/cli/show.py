@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from hf_erasure.adapters.common import config as configs
     from hf_erasure.adapters.gradiend import state
     from hf_erasure.adapters.merging import export
-    from hf_erasure.models import heads, scorer
+    from hf_erasure.models import heads, scorer, slots
     from hf_erasure.models import model as models
     from hf_erasure.recipes import run
 else:
     configs, state, export = lazy("adapters.common.config", "adapters.gradiend.state", "adapters.merging.export")
-    heads, scorer, models, run = lazy("models.heads", "models.scorer", "models.model", "recipes.run")
+    heads, scorer, slots, models, run = lazy(
+        "models.heads", "models.scorer", "models.slots", "models.model", "recipes.run"
+    )
 
 Table = list[list[Any]]
 WORDS = 5  # next words that are shown
@@ -78,6 +80,8 @@ class Comparison:
         """The cosine of the embeddings of two sentences."""
         from torch.nn.functional import cosine_similarity
 
+        for sentence in sentences:
+            self._token_ids(sentence)
         both = [self._embeddings(sentences, acts) for acts in (False, True)]
         values = [round(float(cosine_similarity(one, other, dim=0)), 4) for one, other in both]
         return [["without the adapter", values[0]], ["with the adapter", values[1]]]
@@ -121,9 +125,18 @@ class Comparison:
         with self._adapter_context(acts):
             return scorer.pooled_embeddings(self.model, self.tokenizer, texts, pool=self.pool, truncate=True)
 
+    def _token_ids(self, text: str) -> list[int]:
+        """The tokens of a text. Raises `ValueError` if they are more than the model reads."""
+        ids, most = (
+            self.tokenizer(text, verbose=False)["input_ids"],
+            slots.longest_input(self.tokenizer, self.model.config),
+        )
+        if most is not None and len(ids) > most:
+            raise ValueError(f"{text[:40]!r}… has {len(ids)} tokens, and the model reads {most}: write a shorter text.")
+        return ids
+
     def _top_words(self, text: str, acts: bool) -> Table:
-        inputs = self.tokenizer(text, return_tensors="pt", truncation=True)
-        ids = inputs["input_ids"][0].tolist()
+        ids, inputs = self._token_ids(text), self.tokenizer(text, return_tensors="pt")
         place = ids.index(self.tokenizer.mask_token_id) if self.task == "masked" else len(ids) - 1
         with self._adapter_context(acts), models.evaluating(self.model):
             top = self.model(**inputs).logits[0, place].float().softmax(-1).topk(WORDS)
@@ -153,7 +166,10 @@ def page(found: Comparison, title: str) -> Any:
             raise gr.Error("Write two sentences.")
         found.steer(learning_rate)
         both = [one, other]
-        return [found.similarity(both), found.next_words(both), found.class_shares(both), found.accuracy()]
+        try:
+            return [found.similarity(both), found.next_words(both), found.class_shares(both), found.accuracy()]
+        except ValueError as error:  # a sentence is too long
+            raise gr.Error(str(error)) from error
 
     rate = found.learning_rate or 0.0
     limit = 5 * abs(rate) or 1.0

@@ -17,7 +17,7 @@ from hf_erasure.adapters import GradiendConfig
 from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
 from hf_erasure.models.scorer import FINAL
-from hf_erasure.recipes.run import require
+from hf_erasure.recipes.run import refuse_unwritable, require
 
 from .data import DataFolder, MissingData
 from .loading import BASE, AdapterDoesNotAct, Entry, Loader, entries_of, fingerprints, read_adapters
@@ -50,8 +50,11 @@ def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str 
         ValueError: If a folder holds no adapter, or an adapter does not fit the model.
         ImportError: If the harness is asked for and not installed.
     """
-    if plan.limit is not None and plan.limit < 1:
-        raise ValueError(f"--limit {plan.limit}: write at least 1.")
+    for option, value, least in (("limit", plan.limit, 1), ("resamples", plan.resamples, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"--{option} {value}: write at least {least}.")
+    if output is not None:
+        refuse_unwritable(output)
     if plan.stereoset not in CAUSAL_CONVENTIONS:
         raise ValueError(f"--stereoset {plan.stereoset}: write {' or '.join(CAUSAL_CONVENTIONS)}.")
     data = DataFolder(plan.data, plan.limit)

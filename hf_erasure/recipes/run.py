@@ -178,12 +178,17 @@ def check_start(folder: str | Path, config: Any, *modules: str) -> None:
     adapter of another kind than `config` is of.
     """
     require(*modules)
+    refuse_unwritable(folder)
+    refuse_other_adapter(Path(folder), config)
+
+
+def refuse_unwritable(folder: str | Path) -> None:
+    """Raise an `OSError` if a folder can neither be written nor be made."""
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"output={folder}: {there} is a file: write the name of a folder.")
+        raise NotADirectoryError(f"{folder} cannot be written: {there} is a file: write the name of a folder.")
     if not os.access(there, os.W_OK):
-        raise PermissionError(f"output={folder}: you may not write into {there}. Choose another folder.")
-    refuse_other_adapter(Path(folder), config)
+        raise PermissionError(f"{folder} cannot be written: you may not write into {there}. Choose another folder.")
 
 
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:

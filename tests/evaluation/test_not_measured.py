@@ -73,6 +73,8 @@ def test_a_folder_with_other_tests_of_seat_names_one_that_is_missing(assets: Pat
         (["--data", "nowhere"], "there is no such folder"),
         (["--suite", "everything"], "write one of gender, pos, stereotypes, all"),
         (["--limit", "0"], "write at least 1"),
+        (["--resamples", "0"], "write at least 2"),
+        (["--output", __file__], "is a file: write the name of a folder"),
         (["--stereoset", "theirs"], "--stereoset theirs: write sentence or authors"),
         (["--strengths", "much"], "numbers separated by commas"),
     ],

@@ -45,6 +45,16 @@ def test_a_study_without_its_models_and_data_says_where_they_should_be(
     assert f"Set {studies.VARIABLE} to such a folder, or set stories=… after the file." in said
 
 
+def test_a_setting_that_is_not_known_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assets: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["study.py", str(FOLDER / "study.yaml"), "sed=1"])
+    with pytest.raises(SystemExit, match="2"):
+        studies.start(study.main)
+    said = capsys.readouterr().err
+    assert said.startswith("Error: sed is not known in a recipe; it has ") and said.count("\n") == 1, said
+
+
 def test_no_name_and_no_prompt_is_in_two_sets() -> None:
     materials = study.read_settings(FOLDER / "study.yaml").materials.values()
     for lists in ([m.male + m.female for m in materials], [m.prompts for m in materials]):
