@@ -283,6 +283,14 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
     if "labels" not in batch:
         raise ValueError("The batch has no `labels`, which the loss and its gradient need; add them, or pass pairs.")
     inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and "input_ids" in inputs and "position_ids" not in inputs:
+        # Padding goes to the right: at the left it moves the positions of models that count from the first token.
+        first = mask.bool().long().argmax(1, keepdim=True)
+        at = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+        moved = {name for name in inputs if name[:8] != "decoder_" and inputs[name].shape == mask.shape}
+        inputs = {name: value.gather(1, at) if name in moved else value for name, value in inputs.items()}
+        labels = labels.gather(1, at) if task in ("masked", "causal") else labels
     if task == "classification":
         labels = labels.reshape(-1, 1)
     elif task == "seq2seq" and "decoder_input_ids" not in inputs:

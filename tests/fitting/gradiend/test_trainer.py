@@ -501,6 +501,16 @@ def test_a_batch_with_labels_encodes_as_the_pairs_do(name: str, tmp_path: Path):
         plain = _with_labels(batch, name)
         # The graph is the same, the padding differs: float32 rounding.
         assert adapter.encode(plain).tolist() == pytest.approx(adapter.encode(batch).tolist(), abs=1e-4)
+        at_the_left = {key: _padded_at_the_left(value, plain) for key, value in plain.items()}
+        assert adapter.encode(at_the_left).tolist() == adapter.encode(plain).tolist()
+
+
+def _padded_at_the_left(value: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch["attention_mask"]
+    if value.shape != mask.shape or ("decoder_input_ids" in batch and value is batch["labels"]):
+        return value
+    counts = mask.sum(1).tolist()
+    return torch.stack([row.roll(len(row) - count) for row, count in zip(value, counts, strict=True)])
 
 
 def _with_labels(batch: PairBatch, name: str) -> dict[str, torch.Tensor]:
