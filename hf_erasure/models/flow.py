@@ -181,8 +181,11 @@ class NormFinder(TorchDispatchMode):
                 parts += value.items() if isinstance(value, Mapping) else ()
             # The last hidden states in the output of a model: the tensors with such a name, or else the first tensor.
             states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in floats_of(value)]
-            ends = [self._traces.get(tensor, _NO_TRACE).output_of for tensor in states or [*floats_of(output)][:1]]
-            self._found_norms |= {last for last in ends if last is not None}
+            ends = [self._traces.get(tensor, _NO_TRACE) for tensor in states or [*floats_of(output)][:1]]
+            self._found_norms |= {last.output_of for last in ends if last.output_of is not None}
+            # A head may normalise the hidden state, or its mean, behind all blocks (VideoMAE, PoolFormer).
+            read = {norm for last in ends if not states for norm in last.norms & self._input_norms}
+            self._found_norms |= {norm for norm in read if not norm.startswith(self._block_prefixes)}
         if isinstance(module, nn.Embedding):
             for rows in floats_of(output):
                 self._traces[rows] = Trace(tuple(rows.shape))

@@ -186,6 +186,8 @@ def _pool_of(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
         return pool, f"{IN_WORDS[pool]} behind the first", False
     if bool((read | ~real).all()):
         if not _equal_gradients(gradient, read):
+            if bool((rest.sum(1) > 1).any()) and _equal_gradients(gradient, rest):
+                return None, f"{IN_WORDS['cls']}, and {IN_WORDS['mean']} behind it", True
             return "tokens", IN_WORDS["tokens"], False
         return "mean", IN_WORDS["mean"] + (", padding included" if bool((read & ~real).any()) else ""), False
     columns = read.any(0).nonzero().flatten().tolist()

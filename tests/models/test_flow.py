@@ -74,6 +74,28 @@ def test_norms_of_the_hidden_state_are_found(order: str) -> None:
     assert sites == [*inside, "embedding_norm"]
 
 
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_the_norm_of_a_head_behind_the_blocks_counts_and_one_of_its_own_states_does_not(is_pooled: bool) -> None:
+    class Headed(Model):
+        """Classifies by the norm of the mean (VideoMAE), or by the mean of the norm (PoolFormer)."""
+
+        def __init__(self) -> None:
+            super().__init__("before")
+            self.dense, self.own_norm, self.out = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids)
+            for part in self.parts:
+                x = part(x)
+            x = self.embedding_norm(x.mean(1)) if is_pooled else self.embedding_norm(x).mean(1)
+            return self.out(self.own_norm(self.dense(x)))
+
+    model = Headed().eval()
+    with torch.no_grad():
+        sites = NormFinder(model, lambda: model(torch.randint(0, 20, (2, 5)))).sites
+    assert sites == [f"parts.{block}.{name}" for block in (0, 1) for name in ("first", "second")] + ["embedding_norm"]
+
+
 def test_blocks_that_are_not_called_themselves_count() -> None:
     class Direct(Model):
         def forward(self, ids: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE)), "cls", "the first token"),
     "beit": (lambda: hf.BeitForImageClassification(hf.BeitConfig(**IMAGE)), "mean", "mean of the tokens behind"),
     "swin": (lambda: hf.SwinForImageClassification(hf.SwinConfig(**SWIN)), "mean", "the mean of the tokens"),
-    "dinov2": (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**IMAGE)), "tokens", "every token"),
 }
 
 
@@ -92,6 +91,13 @@ def test_a_text_head_s_positions_are_found(name: str, left: bool) -> None:
             assert found(build(), text_batch(left=True))[0] == "tokens"
     else:
         assert found(build(), text_batch(left=left))[0] == pool
+
+
+def test_a_head_that_reads_the_first_token_beside_the_mean_of_the_others_warns() -> None:
+    """No pool guards both: where every token counts alike, the parts may show the concept with opposite signs."""
+    with pytest.warns(UserWarning, match="the first token, and the mean of the tokens behind it, so that all tokens"):
+        guarded, _ = found(hf.Dinov2ForImageClassification(hf.Dinov2Config(**IMAGE)), image_batch())
+    assert guarded == "tokens"
 
 
 @pytest.mark.filterwarnings("error:pool")
