@@ -626,6 +626,8 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"call unmerge_adapter\(\) before"):
         export_to_lora(merged, "default", tmp_path / "new")
     merged.unmerge_adapter()
+    with pytest.raises(ValueError, match=r"holds a CONCEPT_ERASURE adapter, which the LoRA would overwrite"):
+        export_to_lora(merged, "default", tmp_path / "adapter")
     set_strength(merged, "default", 0)
     with pytest.raises(ValueError, match=r"changes nothing: its strength is 0"):
         export_to_lora(merged, "default", tmp_path / "new")
@@ -723,6 +725,8 @@ def fit_stories(assets: Path, folder: Path, **fields: Any) -> tuple[Path, PreTra
 
 def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tmp_path: Path) -> None:
     source, model = fit_stories(assets, tmp_path / "adapter", affine=False)
+    refused = CliRunner().invoke(app, ["merge", str(source), *[str(tmp_path / "adapter")] * 2])
+    assert refused.exit_code == 2 and "holds an adapter: write the merged model into another" in refused.stderr
     result = CliRunner().invoke(app, ["merge", str(source), str(tmp_path / "adapter"), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
     assert f"at {len(erasure_layers(model))} sites" in result.stdout

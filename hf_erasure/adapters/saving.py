@@ -259,14 +259,14 @@ def _stage_adapters(model: Any, places: dict[str, str], arguments: dict[str, Any
                 write(content / place, model, name)
 
 
-def refuse_other_adapter(place: Path, config: ChildConfig) -> None:
+def refuse_other_adapter(place: Path, config: PeftConfig) -> None:
     """Raise a `ValueError` if a folder holds an adapter of another kind, which a save would overwrite."""
     kind, why = _read_kind(place)
     if why or kind not in (None, config.peft_type):
         which = f"an adapter already, of a kind that cannot be told ({why})" if why else f"a {kind} adapter"
         raise ValueError(
-            f"{str(place)!r} holds {which}, which the {config.described} would overwrite. Save it into another folder, "
-            "or delete that one first."
+            f"{str(place)!r} holds {which}, which the {getattr(config, 'described', 'LoRA')} would overwrite. Save it "
+            "into another folder, or delete that one first."
         )
 
 

@@ -33,7 +33,7 @@ from hf_erasure.models.model import last_hidden_state
 
 from ..common.acting import adapters_now, auxiliary_wrappers, kind_of, remove_wrappers, warn_user
 from ..common.config import ChildConfig, Provenance, adapter_config, number_of, short
-from ..common.files import PREFIX, WEIGHTS
+from ..common.files import CONFIG, PREFIX, WEIGHTS
 from ..common.layer import adapter_children, innermost
 from ..common.lookup import FoundAdapter, adapter_of
 from ..common.placement import owns_offloaded, shared_weights
@@ -47,6 +47,7 @@ from ..gradiend.model import base_modules
 from ..gradiend.state import targeted_parameters
 from ..loading.fingerprint import find_renaming
 from ..loading.load import is_saved
+from ..saving import refuse_other_adapter
 from . import record
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
@@ -304,6 +305,7 @@ def _write_lora(
             unmergeable[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
         elif name in tied:
             unmergeable[name] = "its weight is shared with another module, which would change too"
+    refuse_other_adapter(folder, lora_config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora_config.save_pretrained(str(folder))
@@ -342,7 +344,13 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
 def save_merged(
     model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None, untie: bool = False
 ) -> str:
-    """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged."""
+    """Merge an adapter and save the model with its tokenizer or processor; return a sentence on what was merged.
+
+    Raises `ValueError` if the weights cannot take the adapter, or the folder holds an adapter, which `from_pretrained`
+    would load onto the merged weights.
+    """
+    if (Path(folder) / CONFIG).exists():
+        raise ValueError(f"{str(folder)!r} holds an adapter: write the merged model into another folder.")
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_ADAPTER]
     _refuse_idle(config)
