@@ -155,17 +155,22 @@ class QuadraticEraser:
             share = part.spread().share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
             covariance.mul_(1 - share).diagonal().add_(share * variance)
         target = barycentre(covariances, shares)
-        # The symmetric maps T with T · covariance · T = target, which change x least.
+        # The symmetric maps T with T · covariance · T = target, which change x least. The middle is a root of
+        # `roots · target · roots`, without a product that squares rounding. Features that are switched off, as by a
+        # norm's weight of 1e-33, become their mean: rounding of the others would be more than what they hold.
         roots, inverses = _roots(covariances)
-        maps = inverses @ _roots(roots @ target @ roots)[0] @ inverses
-        reached = maps @ covariances @ maps
-        missed = (reached - target).flatten(1).norm(dim=1) / target.norm().clamp_min(torch.finfo(target.dtype).tiny)
-        if bool((missed > 1e-6).any()):
+        _, strength, directions = torch.linalg.svd(_roots(target)[0] @ roots)
+        varies = target.diagonal() > 1e-24 * target.diagonal().max()
+        maps = inverses @ (directions.mT * strength[:, None]) @ directions @ inverses * torch.outer(varies, varies)
+        scale = torch.where(varies, target.diagonal().rsqrt(), 0.0)
+        missed = ((maps @ covariances @ maps - target) * torch.outer(scale, scale)).abs().flatten(1).amax(1)
+        if bool((missed > 1e-4).any()):
             short = int(missed.argmax())
             raise ValueError(
                 f"The covariance of class {short} ({classes[short].rows} rows of width {width}) has "
-                "fewer directions than those of the others, so no linear map makes them equal: give more rows than "
-                "features for every class, fewer features, or shrinkage='oas', which matches them approximately."
+                "fewer directions than those of the others, or features of scales that differ too much, so no linear "
+                "map was found that makes them equal: give more rows than features for every class, fewer features or "
+                "features of like scales, or shrinkage='oas', which matches them approximately."
             )
         return cls(means, shares @ means, maps)
 

@@ -163,3 +163,18 @@ def test_what_cannot_be_erased_is_refused() -> None:
         eraser(x, z[:99])
     with pytest.raises(TypeError, match=r"z has dtype torch\.float64"):
         eraser(x, z.double())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-20])
+def test_a_small_feature_is_erased_too(scale: float) -> None:
+    x, z = shaped(400, 6, 2)
+    x[:, 0] *= scale
+    first, second = covariances(QuadraticEraser.fit(x, z)(x, z), z) / torch.outer(x.std(0), x.std(0))
+    assert torch.allclose(first, second, rtol=0, atol=1e-6)
+
+
+def test_scales_that_the_roots_do_not_resolve_are_refused() -> None:
+    x, z = shaped(400, 6, 2)
+    x[:, 0] *= 1e-9
+    with pytest.raises(ValueError, match="scales that differ too much"):
+        QuadraticEraser.fit(x, z)
