@@ -43,6 +43,8 @@ from hf_erasure.hub import cards
 from hf_erasure.hub.pushing import create_model_card
 from hf_erasure.models.model import forked_rng, on_cpu, unwrapped
 
+# Parts of a weight's name that are modules which PEFT puts around it.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -402,10 +404,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 def _plain_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """The key of each tensor → its name in the model without adapters; tensors of adapters are left out."""
-    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in configs_of(model).values())
+    kinds = {PeftType.TRAINABLE_TOKENS, *(PeftType(config.peft_type) for config in configs_of(model).values())}
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds)  # any adapter may train rows of an embedding
     found = {}
     for key in keys:
         parts = key.split(".")
         if not (is_child(key) or "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts)):
-            found[key] = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+            found[key] = ".".join(part for part in parts if part not in _WRAPPERS)
     return found

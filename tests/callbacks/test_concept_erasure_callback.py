@@ -186,6 +186,19 @@ def test_training_goes_on_where_files_have_other_names_and_shapes_than_weights(m
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_a_lora_that_trains_rows_of_an_embedding_is_saved_as_an_adapter(tmp_path: Path):
+    model = adapted(sticky=True)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]), adapter_name="lora")
+    callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME)
+    fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=4)
+    assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    loaded = copy.deepcopy(small_model("llama"))
+    loaded.load_adapter(tmp_path / "checkpoint-4" / NAME, adapter_name=NAME)
+    loaded.load_adapter(tmp_path / "checkpoint-4", adapter_name="lora")
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_without_a_callback_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
     model = adapted()
     model.requires_grad_(True)
