@@ -75,25 +75,21 @@ def class_probabilities(
     Raises:
         PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
     """
-    distinct_words = all_words(words)
-    if pairs.layout.task == "classification":
-        tokens = [[reader.model.config.label2id[word]] for word in distinct_words]
-    else:
-        tokens = word_tokens(tokenizer, distinct_words)
+    distinct_words, is_label = all_words(words), pairs.layout.task == "classification"
+    of_label = ([reader.model.config.label2id[word]] for word in distinct_words)
+    tokens = of_label if is_label else word_tokens(tokenizer, distinct_words)
     tokens_of = {word: tuple(own) for word, own in zip(distinct_words, tokens, strict=True)}
     of_class = [{tokens_of[word] for word in own} for own in words.values()]
-    owners = {word: [i for i, own in enumerate(of_class) if tokens_of[word] in own] for word in distinct_words}
-    shared_words = [word for word in distinct_words if len(owners[word]) > 1]
+    shared = next((word for word in distinct_words if sum(tokens_of[word] in own for own in of_class) > 1), None)
     batches = pairs.slots(batch_size)
-    if shared_words:
-        names = [pairs.classes[i] for i in owners[shared_words[0]]]
-        reason = f"{shared_words[0]!r} is a word of {' and '.join(map(repr, names))}"
+    if shared is not None:
+        names = [name for name, own in zip(pairs.classes, of_class, strict=True) if tokens_of[shared] in own]
+        reason = f"{shared!r} is a word of {' and '.join(map(repr, names))}"
         warnings.warn(f"{reason}: each text is scored by the words that its rows give to each class.", stacklevel=4)
         readings = pairs.readings()
         _check_readings(readings, pairs.classes, reason)
         texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
     else:
-        is_label = pairs.layout.task == "classification"
         placed = [tokens_of] if is_label else pairs.words_in_slots(tokenizer, tokens_of)
         by_text = [[{there[word] for word in own} for own in words.values()] for there in placed]
         texts = torch.arange(sum(map(len, batches)))
