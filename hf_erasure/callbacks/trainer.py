@@ -174,7 +174,8 @@ def _warn_of_unsaved_adapters(model: nn.Module) -> None:
                 "hold every adapter, each in a folder of its name. Or save"
             )
         else:
-            together = "To train with them on, write sticky=True in their configuration. Save"
+            off = not now.acting.keys() >= {*names}
+            together = "To train with them on, write sticky=True in their configuration. Save" if off else "Save"
         warn_user(
             f"Trainer will save {active} without {unsaved}. {together} {names} yourself: "
             f"model.set_adapter({names[0]!r}) and model.save_pretrained(folder)."
@@ -204,6 +205,8 @@ def _active_adapters(model: Any) -> list[str]:
 
 def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.train`: warn first of what its saves would lose, then train and log what our callbacks measure."""
+    if trainer.model is None:  # in a search by Ray, whose trials make their models themselves
+        trainer.model = trainer.call_model_init(kwargs.get("trial"))
     if not _saves_all(trainer):
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
             refuse_lost_adapters(trainer.model)  # its first save would

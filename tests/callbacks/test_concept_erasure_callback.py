@@ -28,7 +28,7 @@ def adapted(**fields: Any) -> PreTrainedModel:
 
 
 def fine_tune(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     folder: Path,
     callback: ConceptErasureCallback | None,
     checkpoint: str | None = None,
@@ -36,6 +36,7 @@ def fine_tune(
 ) -> Trainer:
     ids = torch.randint(3, 30, (16, 6), generator=torch.Generator().manual_seed(0))
     rows = options.pop("train_dataset", [{"input_ids": row, "labels": row} for row in ids])
+    model_init = options.pop("model_init", None)
     defaults: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
@@ -44,6 +45,7 @@ def fine_tune(
         model,
         TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
         train_dataset=rows,
+        model_init=model_init,
         callbacks=[callback] if callback else [],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -160,14 +162,14 @@ def test_refits_every_epoch_before_its_last_step_is_saved(tmp_path: Path):
     assert callback.refits == 2
 
 
-def test_a_second_training_begins_anew(tmp_path: Path):
-    """As with `model_init` in a search for hyperparameters."""
-    model = adapted()
-    model.requires_grad_(True)
+def test_every_trial_of_a_search_for_hyperparameters_begins_anew(tmp_path: Path):
     callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps=1)
-    for _ in range(2):
-        trainer = fine_tune(model, tmp_path, callback, max_steps=2)
-    assert [row["erasure_refits"] for row in trainer.state.log_history if "loss" in row] == [1, 2]
+    options: dict[str, Any] = {"max_steps": 2, "model_init": lambda: adapted().requires_grad_(True)}
+    trainer = fine_tune(None, tmp_path, callback, **options)
+    first, trainer.model = trainer.state.log_history, None  # as Ray has it before a trial
+    trainer.train()
+    for history in (first, trainer.state.log_history):
+        assert [row["erasure_refits"] for row in history if "loss" in row] == [2, 3]
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mixtral"])

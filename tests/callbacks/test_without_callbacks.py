@@ -197,6 +197,9 @@ def test_a_model_inside_another_librarys_says_what_to_do(tmp_path: Path):
     model, _ = with_lora("erasure")
     (said,) = said_at_start(trainer_of("Trainer", Library(model), tmp_path, save_strategy="no"))
     assert "without the erasure" in said and "set_adapter([" not in said and "sticky=True" in said
+    sticky, _ = with_lora("erasure", sticky=True)
+    (said,) = said_at_start(trainer_of("Trainer", Library(sticky), tmp_path, save_strategy="no"))
+    assert f"'{NAME}', which acts while it is trained. Save ['{NAME}'] yourself" in said
     model.set_adapter([NAME, "lora"])
     (said,) = said_at_start(trainer_of("Trainer", Library(model), tmp_path, save_strategy="no"))
     assert (
