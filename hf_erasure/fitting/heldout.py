@@ -84,7 +84,7 @@ def measure(
     if isinstance(batches, ObservedBatches):
         measurement.observer, batches = batches.observer, batches.batches
     source, fitted = Source(concept, map(without_counterfactuals, batches)), 0
-    fitted_rows, measured_rows = set().union(*processes.gathered([fitted_on or set()])), set[int]()
+    fitted_rows = set().union(*processes.gathered([fitted_on or set()]))
     what, total, read = f"measuring {task.name}", length_of(batches), source.read(task.pool, task.layouts)
     with processes.fail_together("measuring its batches"), evaluating(task.runner.model):
         shown = tqdm(read, what, total, unit=" batches", disable=not task.progress)
@@ -97,19 +97,17 @@ def measure(
             measurement.measure_batch(labels, hashes)
             if labels.pairs is not None:
                 hashes = list(itertools.compress(hashes, labels.pairs.is_text.tolist()))
-            measured_rows.update(hashes)
             fitted += sum(row in fitted_rows for row in hashes)
     measurement.pool(processes)
     examples, fitted = (sum(processes.gathered([count])) for count in (source.examples, fitted))
     if not examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    measured_rows = set().union(*processes.gathered([measured_rows]))
     if fitted:
         warn_user(
             f"{fitted} of the {number_of(examples, 'row')} of eval_batches are rows that {task.name!r} was fitted on: "
             "the figures are on fitted rows, and say little about others. Give rows that are not in batches."
         )
-    groups = measurement.environments or range(len(measured_rows) or examples)
+    groups = measurement.environments or measurement.sequences or range(examples)
     return measurement.lines(fit_lines, len(groups), examples), examples, fitted, len(measurement.environments) or None
 
 
@@ -160,7 +158,8 @@ class _Measurement:
         # For each pair of environments, which one is in the first half; the same in every process.
         self._draws = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         self._half_of: dict[int, int] = {}  # The hash of a sequence → its half, where no environment decides.
-        self.environments: set[int] = set()  # The ids of the environments that were seen.
+        # The ids of the environments of labelled rows, and the hashes of the labelled sequences.
+        self.environments, self.sequences = set[int](), set[int]()
         self.observer: Callable[[bool, str, Tensor, Selection], None] | None = None
 
     def measure_batch(self, labels: BatchLabels, hashes: Sequence[int]) -> None:
@@ -175,9 +174,11 @@ class _Measurement:
         if len(hashes) == labels.rows:
             drawn = zip(hashes, half_of.tolist(), strict=True)
             half_of = torch.tensor([self._half_of.setdefault(row, half) for row, half in drawn], device="cpu")
+            labelled = labels.labelled if labels.pairs is None else labels.labelled & labels.pairs.is_text
+            self.sequences.update(itertools.compress(hashes, labelled.tolist()))
         if "concept_environments" in labels.batch:
             environments = ids_in(labels.batch, "concept_environments", labels.rows)
-            self.environments |= set(environments.tolist())
+            self.environments |= set(environments[labels.labelled].tolist())
             half_of = self._draws[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
         if labels.pairs is not None:  # a text and its counterfactual are in one half
             half_of = torch.where(labels.pairs.is_text, half_of, half_of[labels.pairs.text_of.clamp_min(0)])
@@ -226,7 +227,8 @@ class _Measurement:
         """Add what all processes have measured, in every one of them."""
         for statistics in self._halves.values():
             statistics.pool(processes)
-        self.environments = set().union(*processes.gathered([self.environments]))
+        seen = processes.gathered([(self.environments, self.sequences)])
+        self.environments, self.sequences = (set().union(*found) for found in zip(*seen, strict=True))
         shares, self._movements = processes.gathered([self._movements]), {}
         for share in shares:
             for key, moved in share.items():

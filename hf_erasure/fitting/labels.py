@@ -188,7 +188,7 @@ class Source(SiteStatistics):
             if labels.pairs is not None:
                 others, self.is_paired = len(labels.pairs), True
                 mask = mask[labels.pairs.is_text.to(mask.device)] if isinstance(mask, Tensor) else None
-            self.is_labelled = self.is_labelled or labels.is_labelled
+            self.is_labelled = self.is_labelled or bool(labels.labelled.any())
             self.pairs += others
             self.examples += labels.rows - others
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows - others
@@ -264,13 +264,15 @@ class BatchLabels:
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
         self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
-        self._by_token = self._by_class = self.is_labelled = False
+        self.labelled = torch.zeros(self.rows, dtype=torch.bool, device="cpu")  # Which sequences have a label.
+        self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
-            self.is_labelled = not self._by_class or bool((self._labels != IGNORED).any())
             self._check_labels(self._labels, source.concept.z_dim)
+            known = self._labels.unsqueeze(1).flatten(1) != IGNORED
+            self.labelled = known.any(1) if self._by_class else ~self.labelled
             if "concept_pairs" in batch:
                 if not self._by_class or self._by_token:
                     raise ValueError(

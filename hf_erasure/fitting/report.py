@@ -63,8 +63,8 @@ class SiteReport:
         correlation_before: Leakage without the adapter: the correlation with the concept on `eval_batches`, a magnitude
             between 0 and 1, of what the fit guards: tokens, or with `pool="mean"` the mean over each sequence.
         correlation_after: The same with the adapter.
-        interval_before: The 95 % interval of `correlation_before`, by Fisher's z over distinct sequences, or over
-            environments where batches name these. Then each half of the rows has whole environments.
+        interval_before: The 95 % interval of `correlation_before`, by Fisher's z over distinct labelled sequences,
+            or over their environments where batches name these. Then each half of the rows has whole environments.
         interval_after: The same for `correlation_after`.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.

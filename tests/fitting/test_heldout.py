@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
+from hf_erasure.erasers import correlation_interval
 from hf_erasure.fitting.heldout import hashes_of
 from hf_erasure.fitting.report import ErasureReport
 from tests.small_models import ARCHITECTURES, LABELS, small_batches
@@ -66,6 +67,18 @@ def test_a_row_that_comes_again_is_in_the_half_that_it_was_in() -> None:
         # Shrinkage depends on the number of rows.
         assert twice.correlation_before == pytest.approx(once.correlation_before, abs=0.02)
         assert twice.correlation_after == pytest.approx(once.correlation_after, abs=0.02)
+
+
+@pytest.mark.parametrize("environments", [False, True])
+def test_sequences_without_a_label_do_not_narrow_intervals(environments: bool) -> None:
+    batches, others = small_batches("bert", 2), small_batches("bert", 4, seed=500)
+    if environments:
+        others = [batch | {"concept_environments": torch.arange(16) + 16 * n} for n, batch in enumerate(others)]
+    unlabelled = [batch | {"concept_labels": torch.full((16,), -100)} for batch in others[2:]]
+    report = fitted("bert", batches, [*others[:2], *unlabelled])[1]
+    assert report.eval_examples == 64 and report.eval_environments == (32 if environments else None)
+    line = report["last_hidden_state"]
+    assert line.interval_before == correlation_interval(line.correlation_before, 32)
 
 
 def test_images_are_rows_too() -> None:
