@@ -259,6 +259,34 @@ def test_a_copy_of_a_module_with_children_is_refused_before_anything_changes(kin
     assert torch.equal(logits_of(model), expected)
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "GRADIEND"])
+def test_a_gradiend_of_a_tied_embedding_does_not_change_a_trained_head(kind: str):
+    """The head that is copied runs with the embedding's changed weight; its copy has a weight of its own."""
+    fields: dict[str, Any] = {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}
+    batch, found = inputs_of(small_batch("gpt2", seed=7)), []
+    for order in (("ours", "headed"), ("headed", "ours")):
+        model: Any = copy.deepcopy(small_model("gpt2"))
+        for name in order:
+            if name == "ours":
+                OF["GRADIEND"].add(model, "gpt2", name, target_modules=["wte"], sticky=True)
+            else:
+                OF[kind].add(model, "gpt2", name, **fields)
+        model.set_adapter("headed")
+        found.append(model(**batch).logits)
+        model.delete_adapter("ours")
+        found.append(model(**batch).logits)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "erasure"])
+def test_a_gradiend_of_a_module_that_is_trained_is_refused(kind: str):
+    model = classifier()
+    OF[kind].add(model, "bert", "headed", target_modules=["key"], modules_to_save=["classifier"])
+    with pytest.raises(ValueError, match=r"'classifier' is trained with another adapter, by its modules_to_save or"):
+        OF["GRADIEND"].add(model, "bert", "ours", target_modules=["key", "classifier"])
+    assert [*model.peft_config] == ["headed"] and not adapter_children(model, "ours")
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_a_trained_head_that_comes_and_does_not_act_is_named(kind: str, tmp_path: Path):
     model = classifier()

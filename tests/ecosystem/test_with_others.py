@@ -261,6 +261,45 @@ def test_other_methods_on_the_same_linear(kind: str, method: str, others: Others
     matrix(TABLE, f"{method} on the same Linear, either order", COLUMNS[kind], "same")
 
 
+@pytest.mark.parametrize("gone", ["disabled", "deleted", "off"])
+@both_kinds
+def test_a_norm_that_ln_tuning_copies_in_either_order(kind: str, gone: str, others: Others):
+    """LN tuning trains a copy of the norm, which has a copy of the child on it."""
+    batch, config = small_batch("bert", seed=5), peft.LNTuningConfig(target_modules=["LayerNorm"])
+    expected = {"disabled": others.base("bert"), "deleted": others.base("bert")}
+    expected["deleted"].add_adapter(config, "tuned")
+    folder, found = others.folder("bert", kind, target_modules=["LayerNorm"]), []
+    for order in ((kind, "tuned"), ("tuned", kind)):
+        model = others.base("bert")
+        for name in order:
+            if name == kind:
+                model.load_adapter(folder, adapter_name=kind)
+            else:
+                peft.inject_adapter_in_model(config, model, "tuned")
+        for parameter in (p for m in (model, expected["deleted"]) for n, p in m.named_parameters() if "tuned" in n):
+            parameter.data.fill_(0.75)
+        found.append(outputs_of(model, batch))
+        if gone == "disabled":
+            model.disable_adapters()
+        elif gone == "deleted":
+            model.delete_adapter(kind)
+        else:
+            model.set_adapter("tuned")
+        assert same(outputs_of(model, batch), outputs_of(expected.get(gone, expected["deleted"]), batch))
+    assert same(*found)
+
+
+@both_kinds
+def test_layers_are_not_replicated_under_adapters(kind: str, others: Others):
+    model = others.with_adapters("llama", (kind,))
+    batch = small_batch("llama", seed=5)
+    before, modules = outputs_of(model, batch), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="'default' cannot be added: its layer_replication gives layers other numbers"):
+        peft.get_peft_model(model, lora(layer_replication=[[0, 1], [0, 2]]))
+    assert [name for name, _ in model.named_modules()] == modules and list(model.peft_config) == [kind]
+    assert same(outputs_of(model, batch), before)
+
+
 # ---- beside a LoRA ---------------------------------------------------------------------------------------------------
 
 

@@ -337,8 +337,10 @@ def move_to_wrappers(model: nn.Module) -> None:
         holder = None if child.model_reference is None else child.model_reference.model()
         if holder is None or not any(module is model for module in holder.modules()):  # a model around this one stays
             child.model_reference = model_reference
-        outermost = modules.get(child.path)
-        if outermost is not None and outermost is not child.host:
+        outermost = modules.get(child.path, child.host)
+        if outermost is not child.host and child.child_name in outermost._modules:
+            child.detach()  # it is in a copy of the module, such as the one that LN tuning trains
+        elif outermost is not child.host:
             child.move_to(outermost)
     for link in {type(child).link for child in adapter_children(model)}:
         if link is not None:

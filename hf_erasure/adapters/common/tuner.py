@@ -351,6 +351,11 @@ def inject_adapter(
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         tokens = [name for name, module in model.named_modules() if module is embeddings]
     try:
+        if getattr(config, "layer_replication", None):
+            raise ValueError(
+                f"{adapter_name!r} cannot be added: its layer_replication gives layers other numbers, and this model "
+                "has adapters at some of them. Add it first; then add and fit the others on the model with more layers."
+            )
         acting.refuse_copies(model, adapter_name, [*copied, *tokens])
     except ValueError:
         tuner.peft_config.pop(adapter_name)

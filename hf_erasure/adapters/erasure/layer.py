@@ -252,9 +252,6 @@ class SharedResults:
     # objects to keep alive as long as the entry: a reference that removes it with the tensor, and the eraser's parts.
     _results: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = field(default_factory=dict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedResults:
-        return SharedResults()
-
     def __reduce__(self) -> Any:
         return SharedResults, ()
 

@@ -139,8 +139,14 @@ class GradiendLayer(AdapterChild):
     def link(model: nn.Module) -> None:
         """Find all modules that own the parameters (a tied weight has several), and other modules that read them."""
         full_names = {id(parameter): name for name, parameter in model.named_parameters()}
-        shared, readers = shared_weights(model), Readers(model)
-        for layer in GradiendLayer.by_path(model).values():
+        shared, readers, layers = shared_weights(model), Readers(model), GradiendLayer.by_path(model)
+        for forward in map(forward_of, model.modules()):
+            for layer in {layer for layer, _ in forward.reads} - {*layers.values()}:
+                # A copy of an owner, such as a trained head, has weights of its own, and its layer is in no model.
+                holder = layer.model_reference.model() if layer.model_reference is not None else None
+                if holder is None or all(module is not layer for module in holder.modules()):
+                    forward.remove(layer)
+        for layer in layers.values():
             places: dict[str, list[Owner]] = {}
             for name in dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names):
                 full = full_names[id(layer.parameter(name))]

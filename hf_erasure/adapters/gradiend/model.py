@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
@@ -120,6 +121,11 @@ class GradiendModel(ChildTuner):
 
     def _child_arguments(self, config: GradiendConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
         owner = innermost(target)
+        if isinstance(owner, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{path!r} is trained with another adapter, by its modules_to_save or trainable_token_indices, so that "
+                f"the {config.described} cannot change it: leave it out of target_modules, or delete that adapter."
+            )
         if config.fitted_parameters is not None:
             names = self._fitted_parameters(config, config.fitted_parameters, owner, path)
         else:
