@@ -78,6 +78,16 @@ def test_an_adapter_that_is_off_while_fitting_is_named(sequential: bool):
     assert verdict and OTHER + "the LORA adapter 'lora' was on and is off now" in str(verdict)
 
 
+def test_prompts_that_a_fit_leaves_out_are_named():
+    """They are inputs that a `PeftModel` puts before those of the batch, and a fit runs the model inside."""
+    prompts = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    model = peft.get_peft_model(base("bert"), prompts, "prompted")
+    model.get_base_model().add_adapter(OF["erasure"].config(target_modules=["output.dense"]), "ours")
+    (said,) = said_by(lambda: fit(model, sequential=False), "is being fitted")
+    assert said == "'ours' is being fitted without the prompts ['prompted']: the result is for the model alone."
+    assert said_by(lambda: fit(model.get_base_model(), sequential=False), "is being fitted") == []
+
+
 def test_the_record_is_in_the_file(folders: dict[str, Path]):
     saved = json.loads((folders["ours"] / "adapter_config.json").read_text())
     assert [entry["name"] for entry in saved["provenance"]["active_adapters"]] == ["lora"]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
@@ -432,8 +432,7 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             f"Adding {newcomer!r} switched {_in_words(off)} off, since PEFT activates only the new one.{stays} "
             f"{both}{sticky}."
         )
-    if copies.wrappers or auxiliary_wrappers(model):
-        warn_of_copies(model, copies.acting, newcomer if newcomer in now.switched_on else "")
+    warn_of_copies(model, copies.acting, newcomer if newcomer in now.switched_on else "")
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
@@ -488,6 +487,10 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
 
 def warn_of_inactive(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
     """Warn of the loaded adapters that do not act while one is fitted, except those `expected` to be off."""
+    wrappers = (module for module in model.modules() if isinstance(module, PeftModel))
+    prompts = [name for m in wrappers for name, config in m.peft_config.items() if config.is_prompt_learning]
+    if prompts:  # a batch goes through the model inside the `PeftModel`
+        warn_user(f"{adapter_name!r} is being fitted without the prompts {prompts}: the result is for the model alone.")
     now = adapters_now(model)
     known = {*now.acting, *expected, adapter_name}
     off = {name: noun for name, noun in now.loaded.items() if name not in known}

@@ -360,13 +360,8 @@ def inject_adapter(
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
-    copies = acting.ActiveCopies(model)
-    with acting.warn_of_switched_off(model, adapter_name):
-        try:
-            original(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            copies.restore()
-            raise
+    with acting.warn_of_switched_off(model, adapter_name), acting.undone_on_failure(model, adapter_name):
+        original(model, adapter_name, *args, **kwargs)
         acting.move_to_wrappers(model)
         acting.update_model(model)
 

@@ -53,8 +53,9 @@ _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_gra
 _NO_USE = {*_NO_VALUES, "__get__", "is_floating_point", "detach"}
 # What a message says of a weight in whose place another tensor is.
 NOT_A_PARAMETER = (
-    "is not a parameter of the model any more, as after pruning or a parametrization. Make that permanent "
-    "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or load the adapter into its own base model."
+    "is not a parameter of the model any more, as after pruning, a parametrization, or in a LoRA with "
+    "target_parameters. Make that permanent (torch.nn.utils.prune.remove, parametrize.remove_parametrizations, "
+    "merge_and_unload), or load the adapter into its own base model."
 )
 
 
