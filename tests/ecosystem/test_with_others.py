@@ -289,6 +289,31 @@ def test_a_norm_that_ln_tuning_copies_in_either_order(kind: str, gone: str, othe
     assert same(*found)
 
 
+@pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
+@both_kinds
+def test_an_adapter_goes_to_the_norm_that_takes_the_place_of_ln_tuning(kind: str, verb: str, others: Others):
+    """Merging puts LN tuning's copy in the place of the norm that had the child."""
+    batch, folder = small_batch("bert", seed=5), others.folder("bert", kind, target_modules=["LayerNorm"])
+    expected, model = others.base("bert"), others.base("bert")
+    model.load_adapter(folder, adapter_name=kind)
+    tuned = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["LayerNorm"]), "tuned").eval()
+    for number, parameter in enumerate(p for n, p in tuned.named_parameters() if "tuned" in n):
+        parameter.data.fill_(0.75 + 0.1 * number)
+    if verb == "merge_and_unload":
+        copies = {n.removesuffix(".ln_tuning_layers.tuned"): m for n, m in model.named_modules() if n.endswith(".tuned")}
+        for name, copied in copies.items():
+            expected.get_submodule(name).load_state_dict(copied.state_dict(), strict=False)
+    model = getattr(tuned, verb)()
+    for other in (expected, model):
+        if other is expected:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HF_ERASURE_ANY_BASE", "1")
+                other.load_adapter(folder, adapter_name=kind)
+        assert verify_adapter(other, kind, batch)
+    assert same(outputs_of(model, batch), outputs_of(expected, batch))
+    assert [*model.get_adapter_state_dict(kind)] == [*expected.get_adapter_state_dict(kind)]
+
+
 @both_kinds
 def test_layers_are_not_replicated_under_adapters(kind: str, others: Others):
     model = others.with_adapters("llama", (kind,))

@@ -330,10 +330,13 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
             )
 
 
-def move_to_wrappers(model: nn.Module) -> None:
-    """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
+def move_to_wrappers(model: nn.Module, children: Iterable[AdapterChild] = ()) -> None:
+    """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter.
+
+    Given `children`, which wrappers may have taken out of the model, are put back.
+    """
     modules, model_reference = dict(model.named_modules()), ModelReference(weakref.ref(model))
-    for child in adapter_children(model):
+    for child in dict.fromkeys([*children, *adapter_children(model)]):
         holder = None if child.model_reference is None else child.model_reference.model()
         if holder is None or not any(module is model for module in holder.modules()):  # a model around this one stays
             child.model_reference = model_reference

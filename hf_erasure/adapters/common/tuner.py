@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.functional import delete_adapter as delete_from_layers
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -408,17 +408,15 @@ def delete_adapter(original: Callable, model: Any, adapter_name: str) -> None:
 
 
 def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-    """`unload` of another method removes its wrappers; the children on them stay, and their configurations too."""
+    """`unload` of another method removes its wrappers; the children go to the modules that take their places."""
     model, configs = tuner.model, child_configs(tuner)
-    if isinstance(tuner, ChildTuner) or not adapter_children(model):
+    children = adapter_children(model)
+    if isinstance(tuner, ChildTuner) or not children:
         return original(*args, **kwargs)
-    for child in adapter_children(model):
-        if isinstance(child.host, BaseTunerLayer):
-            child.move_to(child.host.get_base_layer())
     try:
         result = original(*args, **kwargs)
     finally:
-        acting.move_to_wrappers(model)
+        acting.move_to_wrappers(model, children)
     if configs:
         model.peft_config = configs
     return result
