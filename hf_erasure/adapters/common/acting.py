@@ -435,7 +435,8 @@ def warn_of_switched_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             f"Adding {newcomer!r} switched {_in_words(off)} off, since PEFT activates only the new one.{stays} "
             f"{both}{sticky}."
         )
-    warn_of_copies(model, copies.acting, newcomer if newcomer in now.switched_on else "")
+    if copies.wrappers or auxiliary_wrappers(model):
+        warn_of_copies(model, copies.acting, newcomer if newcomer in now.switched_on else "")
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
