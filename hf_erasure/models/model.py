@@ -314,20 +314,21 @@ class Runner:
     def follow_head(self, batch: dict[str, Any]) -> None:
         """Run the whole model from now on if its head passes inputs to the backbone that a batch does not have.
 
-        Longformer's classifier lets the first token attend to all others. Heads of language models only read states. A
-        head that does not accept the batch stays left out.
+        Longformer's classifier lets the first token attend to all others; TimesFM makes all inputs of its backbone.
+        Heads of language models only read states. A head that does not accept the batch stays left out.
         """
         is_left_out = self.callee is self.backbone and self.callee is not self.model
         if not is_left_out or getattr(self.model, "get_output_embeddings", lambda: None)() is not None:
             return
-        states: list[Tensor] = []
-        with evaluating(self.model), suppress(Exception):
+        states: dict[nn.Module, Tensor] = {}
+        with evaluating(self.model):
             for callee in (self.backbone, self.model):
                 self.callee = callee
-                with forked_rng(self.model):
-                    states.append(last_hidden_state(self.backbone_output(batch)))
-        differ = len(states) == 2 and not torch.equal(*states)
-        self.callee = self.model if differ else self.backbone
+                with suppress(Exception), forked_rng(self.model):
+                    states[callee] = last_hidden_state(self.backbone_output(batch))
+        found, alone = states.get(self.model), states.get(self.backbone)
+        is_needed = found is not None and (alone is None or not torch.equal(alone, found))
+        self.callee = self.model if is_needed else self.backbone
 
     def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
         """The callable for the only tower that a batch has inputs for; None where the whole model is run."""

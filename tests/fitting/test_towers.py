@@ -335,6 +335,16 @@ def test_padding_of_images_that_counts_is_said() -> None:
         fit(with_adapter(base), [{**given, "pixel_mask": mask}])
 
 
+def test_a_model_that_makes_the_inputs_of_its_backbone_is_run_whole() -> None:
+    sizes = {"head_dim": 8, "patch_length": 8, "context_length": 32, "horizon_length": 8}
+    base = built(hf.TimesFmModelForPrediction(hf.TimesFmConfig(**_SIZES, **sizes)))
+    noise, labels = torch.Generator().manual_seed(0), torch.arange(ROWS) % 2
+    values = torch.randn(ROWS, 32, generator=noise) + labels[:, None] * torch.linspace(-1, 1, 32)
+    given = {"past_values": values, "freq": torch.zeros(ROWS, dtype=torch.long), "concept_labels": labels}
+    report = fit(with_adapter(base, target_modules=["down_proj"]), [given])
+    assert {line.rank for line in report.sites} == {1}
+
+
 # ---- what a decoder reads --------------------------------------------------------------------------------------------
 
 
