@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_erasure.adapters import ConceptErasureConfig, gradiend_layers, site_layers
+from hf_erasure.adapters import ConceptErasureConfig, gradiend_layers, site_layers, steer
 from hf_erasure.adapters.common.acting import active_adapters, adapters_now, warn_user
 from hf_erasure.adapters.common.config import TRAINING, ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
@@ -353,25 +353,8 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 @on_cpu()  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Load what `saving_all`, or PEFT for a `PeftModel`, has written. Raises `ValueError` if a part is missing."""
-    reason = "it was saved without a callback of hf_erasure, or for another model."
-    own = own_trained_weights(model)
-    if own:
-        base: Any = unwrapped(model)
-        state, found = base.state_dict(), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
-        plain = _plain_names(model, state)
-        if found and any(plain[key] not in found or found[plain[key]].shape != state[key].shape for key in own):
-            # Some architectures have other names and shapes in a file, which `from_pretrained` knows.
-            dtype = functools.reduce(torch.promote_types, (p.dtype for p in base.parameters() if p.is_floating_point()))
-            loaded, report = type(base).from_pretrained(folder, dtype=dtype, output_loading_info=True)
-            found = ChainMap({k: v for k, v in loaded.state_dict().items() if k not in report["missing_keys"]})
-        values = {key: found[name] for key, name in plain.items() if name in found}
-        missing = [name for name in own if name not in values]
-        if missing:
-            raise ValueError(
-                f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are "
-                f"trained: {reason}"
-            )
-        base.load_state_dict(values, strict=False)
+    reason = "it was saved without a callback of hf_erasure or for another model, or its save was killed."
+    _load_own_weights(model, folder, reason)
     for name, config in configs_of(model).items():
         places = [place for place in (folder / name, folder) if (place / CONFIG).is_file()]
         known = {place: PeftConfig.from_pretrained(str(place)) for place in places}
@@ -397,12 +380,35 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                     f"model.load_adapter({str(place)!r}, adapter_name={name!r}) before training continues."
                 )
             config.provenance = saved.provenance
+            steer(model, name, **{key: getattr(saved, key) for key in ("feature_factor", "learning_rate", "pair")})
         else:
             missing = sorted(_adapter_state(model, name).keys() - tensors.keys())
             if missing:
                 raise ValueError(f"{str(place)!r} lacks {missing[0]!r}, a tensor of the adapter {name!r}.")
             strip = "" if isinstance(model, PeftModel) else PREFIX
             set_peft_model_state_dict(model, {k.removeprefix(strip): v for k, v in tensors.items()}, adapter_name=name)
+
+
+def _load_own_weights(model: nn.Module, folder: Path, reason: str) -> None:
+    """Load the model's own weights if some are trained. Raises `ValueError` with the reason if values are missing."""
+    own, base = own_trained_weights(model), unwrapped(model)
+    if not own:
+        return
+    state, found = base.state_dict(), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
+    plain = _plain_names(model, state)
+    if found and any(plain[key] not in found or found[plain[key]].shape != state[key].shape for key in own):
+        # Some architectures have other names and shapes in a file, which `from_pretrained` knows.
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in base.parameters() if p.is_floating_point()))
+        loaded, report = type(base).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        found = ChainMap({k: v for k, v in loaded.state_dict().items() if k not in report["missing_keys"]})
+    values = {key: found[name] for key, name in plain.items() if name in found}
+    missing = [name for name in own if name not in values]
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are "
+            f"trained: {reason}"
+        )
+    base.load_state_dict(values, strict=False)
 
 
 def _plain_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
+from hf_erasure.adapters import GradiendConfig, features_of, steer, targeted_parameters
 from hf_erasure.callbacks import GradiendCallback
 from hf_erasure.callbacks.gradiend import trained_weights
 from tests.fitting.gradiend.language_models import CLASSES, model_of, tokenizer_of
@@ -58,7 +58,9 @@ def with_feature(*, density: float = 0.2, keep_encoder: bool = True) -> PreTrain
     return copy.deepcopy(_fitted(density, keep_encoder))
 
 
-def fine_tune(model: nn.Module, tmp_path: Path, callback: Any, word: str = "she", **options: Any) -> Trainer:
+def fine_tune(
+    model: nn.Module, tmp_path: Path, callback: Any, word: str = "she", checkpoint: str | None = None, **options: Any
+) -> Trainer:
     defaults: dict[str, Any] = {
         "max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 2,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
@@ -66,7 +68,7 @@ def fine_tune(model: nn.Module, tmp_path: Path, callback: Any, word: str = "she"
     }  # fmt: skip
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), **{**defaults, **options})
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=skewed(word), callbacks=callback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -274,6 +276,18 @@ def test_a_guard_that_is_not_the_checkpoints_is_refused(tmp_path: Path):
     trainer = Trainer(other, arguments, collate, skewed("she"), callbacks=[GradiendCallback(NAME)])
     with pytest.raises(ValueError, match="is not the one that the checkpoint was trained with"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_strength_of_a_checkpoint_acts_when_training_goes_on(tmp_path: Path):
+    ends = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
+        model = with_feature().requires_grad_(True)
+        if checkpoint is None:
+            steer(model, NAME, feature_factor=-1.0, learning_rate=0.1)
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        fine_tune(model, tmp_path, [GradiendCallback(NAME)], checkpoint=checkpoint, **options)
+        ends.append(effective(model) | {"logits": model(torch.arange(3, 9)[None]).logits})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_a_checkpoint_without_what_is_trained_is_refused(tmp_path: Path):
