@@ -300,9 +300,10 @@ def test_an_adapter_goes_to_the_norm_that_takes_the_place_of_ln_tuning(kind: str
     for number, parameter in enumerate(p for n, p in tuned.named_parameters() if "tuned" in n):
         parameter.data.fill_(0.75 + 0.1 * number)
     if verb == "merge_and_unload":
-        copies = {n.removesuffix(".ln_tuning_layers.tuned"): m for n, m in model.named_modules() if n.endswith(".tuned")}
-        for name, copied in copies.items():
-            expected.get_submodule(name).load_state_dict(copied.state_dict(), strict=False)
+        for name, copied in model.named_modules():
+            if name.endswith(".tuned"):
+                norm = expected.get_submodule(name.removesuffix(".ln_tuning_layers.tuned"))
+                norm.load_state_dict(copied.state_dict(), strict=False)
     model = getattr(tuned, verb)()
     for other in (expected, model):
         if other is expected:

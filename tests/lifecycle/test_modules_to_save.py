@@ -98,7 +98,7 @@ def test_a_module_with_an_adapter_is_not_copied(start: str, kind: str):
     else:
         model = peft.get_peft_model(base("bert"), copying, "lora").eval()
         before, modules = outputs(model, "bert"), [name for name, _ in model.named_modules()]
-        with pytest.raises(ValueError, match="is one of modules_to_save|is trained with another adapter, by its modules_to_save"):
+        with pytest.raises(ValueError, match=r"is one of modules_to_save|is trained with another adapter"):
             model.base_model.model.add_adapter(OF[kind].config(target_modules=["output.dense"]), "a")
         assert [name for name, _ in model.named_modules()] == modules and not children(model)
         assert same(outputs(model, "bert"), before)
