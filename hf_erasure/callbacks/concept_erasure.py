@@ -31,7 +31,8 @@ class ConceptErasureCallback(LoggingCallback):
             refit reads them again, so an iterator that can be read only once is refused.
         adapter_name: The erasure.
         refit_steps: Refit after this many steps each time, or `"epoch"`: after every epoch.
-        refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
+        refit_leakage: Refit when the leakage of a site, measured at each log and at the end, is above this
+            correlation.
         eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. If they
             share rows with `batches`, a warning and the card of the checkpoint name the number.
         sequential: As in `fit_concept_erasure`.
@@ -108,11 +109,11 @@ class ConceptErasureCallback(LoggingCallback):
             self._refit(model, state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Delete the erasure, or refit it if it leaks: in the last log, or in the best model, which is loaded now."""
+        """Delete the erasure, or refit it if it leaks in the final model, which may be the best one, loaded now."""
         if self.delete_at_end:
             adapter_to_fit(model, self.adapter_name)[0].holder.delete_adapter(self.adapter_name)
             return
-        if args.load_best_model_at_end and self.refit_leakage is not None:
+        if self.refit_leakage is not None:
             self.logged(state, model)
         if self.memory["is_due"]:
             self._refit(model, state)

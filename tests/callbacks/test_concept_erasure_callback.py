@@ -142,6 +142,14 @@ def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
     assert leakage[0.05] < leakage[None]
 
 
+def test_leakage_is_measured_at_the_end_too(tmp_path: Path):
+    model, batches = adapted(), small_batches("llama", seed=100)
+    model.requires_grad_(True)
+    callback = ConceptErasureCallback(batches, NAME, refit_leakage=0.05, eval_batches=batches)
+    fine_tune(model, tmp_path, callback, learning_rate=0.5, logging_steps=500)
+    assert callback.refits == 2  # before the first step, and after the last one
+
+
 def test_refits_every_epoch_before_its_last_step_is_saved(tmp_path: Path):
     options: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
     ends = []
