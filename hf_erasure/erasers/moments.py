@@ -235,6 +235,8 @@ class ConceptMoments:
         covariance = sums.concept / sums.weight
         # Equal float64 numbers may differ from their own mean in the last digits.
         varies = covariance.diagonal() > (1e-12 * sums.mean_z).square()
+        if sums.counts is not None:
+            varies = (sums.counts > 0) & (sums.counts < sums.rows)
         return covariance * varies * varies[:, None]
 
     def check_concept(self) -> None:

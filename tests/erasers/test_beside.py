@@ -161,3 +161,16 @@ def test_an_environment_of_one_class_says_nothing() -> None:
     torch.testing.assert_close(found, mixed.double().mean().sqrt() * alone.environment_columns(own), **CLOSE)
     with pytest.raises(ValueError, match="rows of one class only"):
         strata.environment_columns(ConceptMoments(12, 6).update(x, strata.ids(z, z)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_label_to_keep_that_is_the_same_in_every_row_holds_nothing(seed: int) -> None:
+    """The shares of its classes are a sum of weights over a sum of weights, which is 1 except for rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    x, z = torch.randn(300, 6, generator=draw, dtype=torch.float64) + 3, torch.randint(3, (300,), generator=draw)
+    weight, strata = torch.rand(300, generator=draw), Strata(3, 1, 2)
+    moments = ConceptMoments(6, strata.size)
+    for part in torch.arange(300).split(50):
+        moments.update(x[part], strata.ids(z, 0, torch.ones_like(z))[part], weight[part])
+    columns = strata.kept_columns(moments)
+    assert columns is not None and columns.shape == (6, 0)
