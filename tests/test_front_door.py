@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jsonschema
@@ -263,6 +264,17 @@ def test_a_table_that_cannot_be_used_is_refused(content: str, message: str, tmp_
     (tmp_path / "data.csv").write_text(content)
     code, _, errors = run("fit", "no/such-model", tmp_path / "data.csv", "--label", "gender")
     assert code == 2 and message in errors, errors
+
+
+def test_a_warning_names_no_line_of_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, before = list[str](), warnings.formatwarning
+
+    def schema(_: object) -> None:
+        seen.append(warnings.formatwarning("few rows", UserWarning, "a.py", 7))
+
+    monkeypatch.setattr("hf_erasure.recipes.schema.json_schema", schema)
+    assert run("recipe", "schema", "erasure")[0] == 0
+    assert seen == ["UserWarning: few rows\n"] and warnings.formatwarning is before
 
 
 def test_labels_of_two_types_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -58,9 +59,14 @@ def errors_as_sentences() -> Iterator[None]:
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was typed."""
-        with errors_as_sentences():
-            return super().invoke(ctx)
+        """Run the command that was typed; a warning is shown without the line of code that gave it."""
+        format_before = warnings.formatwarning
+        warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"
+        try:
+            with errors_as_sentences():
+                return super().invoke(ctx)
+        finally:
+            warnings.formatwarning = format_before
 
 
 HELP = {"help_option_names": ["-h", "--help"]}

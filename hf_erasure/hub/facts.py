@@ -41,7 +41,7 @@ DRAWN = {
 }
 OF_RECIPE = {
     "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
-    "surface.png": "All edits that were tried.",
+    "surface.png": "All edits that were tried, measured on the data that one was chosen on.",
 }
 # Columns of GRADIEND's tables → what they are, and which direction is better.
 _EDIT_FIGURES = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
