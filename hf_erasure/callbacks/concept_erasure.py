@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState
 
+from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import hashes_of, measured_leakage
-from hf_erasure.fitting.sites import adapter_to_fit
 from hf_erasure.models.model import forked_rng
 
 from .trainer import LoggingCallback
@@ -85,8 +86,7 @@ class ConceptErasureCallback(LoggingCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, and fit an erasure that is not fitted yet."""
         super().on_train_begin(args, state, control, model=model)
-        found, _ = adapter_to_fit(model, self.adapter_name)
-        if not found.config.fitted:
+        if not adapter_of(model, self.adapter_name, ConceptErasureConfig).config.fitted:
             self._refit(model, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class ConceptErasureCallback(LoggingCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Delete the erasure, or refit it if it leaks in the final model, which may be the best one, loaded now."""
         if self.delete_at_end:
-            adapter_to_fit(model, self.adapter_name)[0].holder.delete_adapter(self.adapter_name)
+            adapter_of(model, self.adapter_name, ConceptErasureConfig).holder.delete_adapter(self.adapter_name)
             return
         if self.refit_leakage is not None:
             self.logged(state, model)

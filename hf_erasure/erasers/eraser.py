@@ -397,7 +397,8 @@ def leace_factors(
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
-    left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
+    if beside:
+        left, basis = append_directions(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits if features are nearly collinear. One correction makes right · left the
     # identity again, and so the projection exact.

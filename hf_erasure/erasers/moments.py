@@ -295,7 +295,7 @@ class ConceptMoments:
         variance = sigma.values[sigma.diagonal]
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
         sigma.values[sigma.diagonal] = variance
-        cross, concept = self.cross_covariance, self.covariance_z
+        cross, concept = sums.cross / sums.weight, self.covariance_z
         # Nor are the sums of equal numbers exact: this covariance is rounding, and next to no variance it would count.
         rounded = torch.outer(1e-12 * sums.mean_x.abs(), (concept.diagonal() + sums.mean_z.square()).sqrt())
         cross[(variance == 0)[:, None] & (cross.abs() <= rounded)] = 0.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
-from hf_erasure.adapters.common.lookup import FoundAdapter, adapter_of
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
 from hf_erasure.models.layout import Visit
@@ -104,7 +104,10 @@ def task_for(
             f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}, or None for what the model's "
             "head reads."
         )
-    adapter, layers = adapter_to_fit(model, name)
+    adapter = adapter_of(model, name, ConceptErasureConfig)
+    layers = site_layers(adapter.owner, name)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
     config, runner, processes = adapter.config, Runner(model, layers.values()), Processes()
     with processes.fail_together("reading its batches"):
         rest = iter(batches)
@@ -123,15 +126,6 @@ def task_for(
     shows = progress and processes.is_main
     task = FitTask(adapter.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
-
-
-def adapter_to_fit(model: nn.Module, name: str) -> tuple[FoundAdapter[ConceptErasureConfig], dict[str, ErasureLayer]]:
-    """Find an adapter, check that it can be fitted, and return it with its sites."""
-    adapter = adapter_of(model, name, ConceptErasureConfig)
-    layers = site_layers(adapter.owner, name)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
-    return adapter, layers
 
 
 # ---- the pool of a fit -----------------------------------------------------------------------------------------------
