@@ -231,9 +231,9 @@ class Spread:
         """The share of the identity for shrinking `sigma`, standardised by `scale` `(d,)`.
 
         "oas" is the oracle approximating shrinkage of a correlation matrix: Chen, Wiesel, Eldar and Hero, "Shrinkage
-        Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the identity as target. Standardised
-        coordinates make it free of the scale of every feature, and the result is kept in [0, 1], so the shrunk matrix
-        never loses positive definiteness. Rows of weights `w` count as `(Σ w)² / Σ w²`.
+        Algorithms for MMSE Covariance Estimation" (2010), equation 23 without its terms 2/d, as in scikit-learn.
+        Standardised coordinates make it free of the scale of features. It is kept in [0, 1], so the shrunk matrix never
+        loses positive definiteness. Rows of weights `w` count as `(Σ w)² / Σ w²`.
         """
         if shrinkage != "oas":
             return float(shrinkage or 0.0)
