@@ -225,8 +225,8 @@ def solve_site(site: str, sources: Sequence[SiteStatistics], config: ConceptEras
     labelled = [strata.concept(moments) for strata, moments in in_strata]
     kept = [columns for strata, moments in in_strata if (columns := strata.kept_columns(moments)) is not None]
     of_background = [s.moments[visit] for s in sources if not s.concept for visit in visits if visit in s.moments]
-    background = of_background[0] if of_background else None
-    for more in of_background[1:]:
+    background = ConceptMoments(of_background[0].x_dim, 0) if of_background else None
+    for more in of_background:
         background.merge(more)  # type: ignore[union-attr]
     # The rank that was asked for, or else the rank that the guarantee needs, once for each visit.
     rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)

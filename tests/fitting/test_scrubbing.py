@@ -25,7 +25,10 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 from hf_erasure.fitting.forward_passes import OutOfStep, TensorsOnDisk
+from hf_erasure.fitting.labels import Selection, SiteStatistics
 from hf_erasure.fitting.scrubbing import Columns, Scrubber
+from hf_erasure.fitting.sites import solve_site
+from hf_erasure.models.layout import Visit
 from tests.small_models import (
     ARCHITECTURES,
     LABELS,
@@ -440,6 +443,19 @@ def test_no_pass_outlives_a_fit() -> None:
     model.encoder.layer[1].register_forward_hook(lambda *_: most.append(len(unfinished())))
     fit(model, small_batches("bert", 4))
     assert max(most) == 4 and not unfinished()
+
+
+def test_solving_a_site_with_a_background_at_several_visits_again_gives_the_same_eraser() -> None:
+    draw, config = torch.Generator().manual_seed(0), ConceptErasureConfig(concept="gender", labels=LABELS)
+    labelled, background = SiteStatistics(config), SiteStatistics(None)
+    for visit in (Visit("norm", 1), Visit("norm", 2)):
+        x, z = visit.number + torch.randn(200, 5, generator=draw), torch.randint(2, (200,), generator=draw)
+        labelled.update(visit, x[:, None], Selection(*[torch.ones(200, 1).bool()] * 2, z[:, None], None))
+        background.update(visit, 3 * x[:, None], Selection(*[torch.ones(200, 1).bool()] * 2, None, None))
+    first, again = (solve_site("norm", [labelled, background], config, False).eraser for _ in range(2))
+    assert torch.equal(first.bias, again.bias) and torch.equal(first.matrix, again.matrix)
+    means = [moments.mean_x for moments in background.moments.values()]
+    torch.testing.assert_close(again.bias, sum(means) / 2)
 
 
 def test_background_is_erased_upstream_too() -> None:
