@@ -145,9 +145,9 @@ def pool_for(
     if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
         return "tokens", "the labels are of single tokens"
 
-    def real_of(hidden: Tensor) -> Tensor:
+    def real_of(hidden: Tensor, name: str) -> Tensor:
         labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows), layouts.frames_of(rows))
-        return labels.select(hidden, Visit("last_hidden_state"))[1].real
+        return labels.select(hidden, Visit(name))[1].real
 
     reading = reading_of(model, layouts.runner, rows, real_of)
     if pool is None:

@@ -363,6 +363,21 @@ class Runner:
             return {f"{tower[0]}.last_hidden_state": tower[1] for tower in towers if tower is not None}
         return {"last_hidden_state": self.backbone}
 
+    def poolers(self, batch: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+        """The methods that pool the towers with sites, or all towers if none has sites, by their last hidden states.
+
+        Only towers that a batch has inputs for count. Empty where the towers do not encode by themselves.
+        """
+        finals = self.final_states()
+        found: dict[str, Callable[..., Any]] = {}
+        for given, method in {**TEXTS, **MEDIA}.items() if hasattr(self.model, "get_text_features") else ():
+            tower = next(iter(self._towers(given).values()), None) if given in batch else None
+            name = next((name for name, module in finals.items() if module is tower), None)
+            if name is not None and hasattr(self.model, method):
+                found[name] = getattr(self.model, method)
+        reached = [name for name in found if self._hosts & {id(module) for module in finals[name].modules()}]
+        return {name: found[name] for name in reached or found}
+
 
 def positions_of(config: Any) -> int | None:
     """The number of tokens for which a model has positions; None if its configuration does not say."""

@@ -5,9 +5,11 @@ One backward pass from the head's output shows what it reads: the positions of t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,12 +72,14 @@ class Reading:
 
 
 @on_cpu()
-def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
-    """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
+def reading_of(
+    model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor, str], Tensor]
+) -> Reading:
+    """Find out what is read: by the pooling module of a SentenceTransformer, by a head, or by what pools each tower.
 
     `model` is the caller's, since a module of the caller around a bare model may be the head. `rows` are two rows of
-    different lengths, the shorter one padded; `real_of` returns, for a last hidden state `(batch, seq, width)`, the
-    positions that are not padding, `(batch, seq)`. If the model fails on the rows, the reading is not clear.
+    different lengths, the shorter one padded; `real_of` returns, for a last hidden state `(batch, seq, width)` and its
+    name, the positions that are not padding, `(batch, seq)`. If the model fails on the rows, the reading is not clear.
     """
     for module in model.modules():
         if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
@@ -86,26 +90,48 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
     while (inner := unwrapped(model)) is not model:
         model = inner
     is_bare = runner.backbone is runner.model
-    final = runner.final_states().get("last_hidden_state", runner.backbone) if is_bare else runner.backbone
+    finals = runner.final_states()
+    final = finals.get("last_hidden_state", runner.backbone) if is_bare else runner.backbone
     if is_bare and model is not runner.model and not runner.is_sharded:
         is_bare = False
     else:
         model = runner.model
         rows = {**rows, "output_hidden_states": True} if is_bare else rows
     name = type(model).__name__
-    no_head = Reading(None, f"{name} has no head that reads")
+    poolers = runner.poolers(rows) if is_bare and not runner.is_sharded else {}
+    if poolers:
+        each = [
+            _reading(f"{name}.{pool.__name__}", model, finals[at], partial(_features, runner, pool, rows), real_of, at)
+            for at, pool in poolers.items()
+        ]
+        text = ", and ".join(reading.text for reading in each)
+        agree = len({(reading.pool, reading.clear) for reading in each}) == 1
+        return replace(each[0], text=text) if agree else Reading(None, text, clear=False)
     if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
-        return no_head
+        return Reading(None, f"{name} has no head that reads")
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
         return Reading("tokens", f"{name} reads {IN_WORDS['tokens']}")  # a language model, whose logits are large
     callee = runner.callee if runner.is_sharded else model
+    return _reading(name, model, final, lambda: runner(rows, callee), real_of, "last_hidden_state", is_bare)
+
+
+def _reading(
+    name: str,
+    model: nn.Module,
+    final: nn.Module,
+    forward: Callable[[], Any],
+    real_of: Callable[[Tensor, str], Tensor],
+    at: str,
+    is_bare: bool = False,
+) -> Reading:
+    """What the output of `forward` reads of the last hidden state with the name `at`, which `final` returns."""
     try:
         with torch.inference_mode(False), evaluating(model), torch.compiler.set_stance("force_eager"):
-            found = _gradient(model, final, lambda: runner(rows, callee), is_bare)
+            found = _gradient(model, final, forward, is_bare)
             if found is None:
-                return no_head
+                return Reading(None, f"{name} has no head that reads")
             gradient, hidden = found
-            pool, words, is_other = _pool_of(gradient, real_of(hidden).to(gradient.device))
+            pool, words, is_other = _pool_of(gradient, real_of(hidden, at).to(gradient.device))
     except Exception as error:  # any error of a model: fitting itself may not need the part that fails
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
@@ -159,6 +185,15 @@ def _with_gradient(tensor: Tensor) -> Tensor:
     """A copy of a tensor; it is not a leaf, since layers cannot change a leaf in place."""
     copied = tensor.detach().clone()
     return copied.requires_grad_().clone() if copied.is_floating_point() else copied
+
+
+def _features(runner: Runner, pool: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What a method pools from the inputs that it takes, in the form of a head's output."""
+    takes = inspect.signature(pool).parameters
+    # The mask of texts is not that of the sounds beside them.
+    left_out = {"attention_mask"} if "input_ids" in batch and "input_ids" not in takes else set()
+    features = runner({name: batch[name] for name in batch if name in takes and name not in left_out}, pool)
+    return {"logits": features if isinstance(features, Tensor) else features.pooler_output}  # it was a tensor before
 
 
 def _logits(output: Any) -> list[Tensor]:

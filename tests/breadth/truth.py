@@ -41,7 +41,7 @@ def residuals(
         sites: Names of modules.
         batches: Batches with a label for each sequence or each token.
         axes: Site → the axis of the features; see `feature_axes`.
-        pool: Which tokens count: all, or only the first (`"cls"`) if the model's head reads only that.
+        pool: Which rows count: all, their `"mean"`, the first (`"cls"`) or the last (`"last"`), as the head reads them.
     """
     sums: dict[Visit, _Sums] = {}
     for batch in batches:
@@ -51,7 +51,9 @@ def residuals(
             for visit, given in activations(model, sites, example).items():
                 rows = given.movedim(axes[visit[0]], -1)
                 keep, labels = _of_rows(rows, places.get(visit), example, pool)
-                sums.setdefault(visit, _Sums()).add(rows[keep].double(), labels[keep].double())
+                kept, own = rows[keep].double(), labels[keep].double()
+                kept, own = (kept.mean(0, keepdim=True), own[:1]) if pool == "mean" and len(kept) else (kept, own)
+                sums.setdefault(visit, _Sums()).add(kept, own)
     return {visit: found.share() for visit, found in sums.items()}
 
 
@@ -191,7 +193,7 @@ def _of_rows(rows: Tensor, place: _Place | None, example: Batch, pool: str) -> t
     first = label.reshape(-1)[0]
     texts = None if place is None else example[f"{place.side}input_ids"]
     if place is None or (place.start is None and shape[place.axis] != texts.shape[1]):  # rows depend on the content
-        return torch.ones(shape, dtype=torch.bool), first.expand(shape)
+        return _pooled(torch.ones(shape, dtype=torch.bool).view(-1), pool).view(shape), first.expand(shape)
     size, tokens = shape[place.axis], slice(place.start or 0, (place.start or 0) + texts.shape[1])
     along = [size if axis == place.axis else 1 for axis in range(len(shape))]
     keep, values = torch.full((size,), label.dim() == 1 or bool(place.side)), first.repeat(size)
@@ -199,9 +201,13 @@ def _of_rows(rows: Tensor, place: _Place | None, example: Batch, pool: str) -> t
     if label.dim() > 1 and not place.side:
         values[tokens] = label[0]
     keep &= values >= 0
-    if pool == "cls":
-        keep &= torch.arange(size) == 0
-    return keep.view(along).expand(shape), values.view(along).expand(shape)
+    return _pooled(keep, pool).view(along).expand(shape), values.view(along).expand(shape)
+
+
+def _pooled(keep: Tensor, pool: str) -> Tensor:
+    """Of the rows that may count, those that a pool reads: all, the first or the last."""
+    at = keep.nonzero()[:1] if pool == "cls" else keep.nonzero()[-1:] if pool == "last" else keep.nonzero()
+    return torch.zeros_like(keep).index_fill_(0, at.flatten(), True)
 
 
 @dataclass

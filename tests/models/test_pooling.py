@@ -81,6 +81,12 @@ def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -
     return pool_for(pool, model, Layouts(Runner(model), {}, "default"), config, few_rows(batch))
 
 
+def _with_adapter(model: Any) -> Any:
+    roughen(model, torch.Generator().manual_seed(0)).eval()
+    model.add_adapter(ConceptErasureConfig(labels=["a", "b"]))
+    return model
+
+
 @pytest.mark.filterwarnings("error:pool")
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("name", TEXTS)
@@ -98,6 +104,40 @@ def test_a_head_that_reads_the_first_token_beside_the_mean_of_the_others_warns()
     with pytest.warns(UserWarning, match="the first token, and the mean of the tokens behind it, so that all tokens"):
         guarded, _ = found(hf.Dinov2ForImageClassification(hf.Dinov2Config(**IMAGE)), image_batch())
     assert guarded == "tokens"
+
+
+def clip() -> nn.Module:
+    text = {**_TEXT, "eos_token_id": 3, "max_position_embeddings": 8}  # CLIP takes 2 for another rule
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text | {"bos_token_id": 1}, vision_config=IMAGE, projection_dim=8))
+
+
+CLIP_TEXTS = text_batch()
+CLIP_TEXTS["input_ids"][CLIP_TEXTS["input_ids"] == EOS] = 3
+
+
+@pytest.mark.filterwarnings("error:pool")
+@pytest.mark.parametrize(
+    ("batch", "pool", "method"),
+    [(CLIP_TEXTS, "last", "get_text_features"), (image_batch(), "cls", "get_image_features")],
+    ids=["texts", "images"],
+)
+def test_what_pools_a_tower_is_its_head(batch: dict[str, Tensor], pool: str, method: str) -> None:
+    """Otherwise the features of CLIP keep the concept: nobody reads all of its tokens."""
+    guarded, reader = found(clip(), batch)
+    assert guarded == pool and reader.startswith(f"CLIPModel.{method} reads")
+
+
+def test_towers_that_are_pooled_in_different_ways_warn() -> None:
+    batch = CLIP_TEXTS | image_batch()
+    with pytest.warns(UserWarning, match="reads the last real token, and CLIPModel.get_image_features reads the first"):
+        assert found(clip(), batch)[0] == "tokens"
+    fitted = fit_concept_erasure(model := _with_adapter(clip()), [CLIP_TEXTS] * 4, progress=False)
+    assert fitted.pool == "last"
+    batch = {name: value for name, value in CLIP_TEXTS.items() if name != "concept_labels"}
+    with torch.no_grad():
+        features: Any = model.get_text_features(**batch)
+    features, classes = features.pooler_output, CLIP_TEXTS["concept_labels"] == 1
+    assert torch.allclose(features[classes].mean(0), features[~classes].mean(0), atol=1e-4 * float(features.std()))
 
 
 @pytest.mark.filterwarnings("error:pool")
