@@ -95,7 +95,7 @@ WRITTEN_OFTEN = {
 }
 
 # Not more than today; every step of the redesign lowers them, down to the goals in `tests.house`.
-MOST_LINES, MOST_FILES = 31_266, 138
+MOST_LINES, MOST_FILES = 31_265, 138
 
 
 # ---- arrows ----------------------------------------------------------------------------------------------------------

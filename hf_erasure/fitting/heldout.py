@@ -95,13 +95,14 @@ def measure(
                 continue
             hashes = hashes_of(labels.batch)
             measurement.measure_batch(labels, hashes)
-            if labels.pairs is not None:
-                hashes = list(itertools.compress(hashes, labels.pairs.is_text.tolist()))
-            fitted += sum(row in fitted_rows for row in hashes)
+            fitted += sum(row in fitted_rows for row in itertools.compress(hashes, labels.labelled.tolist()))
     measurement.pool(processes)
     examples, fitted = (sum(processes.gathered([count])) for count in (source.examples, fitted))
     if not examples:
-        raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
+        raise ValueError(
+            "eval_batches is empty, or has no labels: there is nothing to measure on. Leave it out, or give held-out "
+            "data."
+        )
     if fitted:
         warn_user(
             f"{fitted} of the {number_of(examples, 'row')} of eval_batches are rows that {task.name!r} was fitted on: "
@@ -174,8 +175,7 @@ class _Measurement:
         if len(hashes) == labels.rows:
             drawn = zip(hashes, half_of.tolist(), strict=True)
             half_of = torch.tensor([self._half_of.setdefault(row, half) for row, half in drawn], device="cpu")
-            labelled = labels.labelled if labels.pairs is None else labels.labelled & labels.pairs.is_text
-            self.sequences.update(itertools.compress(hashes, labelled.tolist()))
+            self.sequences.update(itertools.compress(hashes, labels.labelled.tolist()))
         if "concept_environments" in labels.batch:
             environments = ids_in(labels.batch, "concept_environments", labels.rows)
             self.environments |= set(environments[labels.labelled].tolist())

@@ -154,9 +154,9 @@ class Source(SiteStatistics):
         # The batches for another pass; None if they can be read only once.
         self.rereadable = None if isinstance(original, Iterator) else original
         self.title = "batches" if key == "labelled" else key
-        self.examples = self.tokens = 0  # Sequences that were read, and their positions without padding.
+        # Sequences with a label, or of a background, and their positions without padding.
+        self.examples = self.tokens = 0
         self.pairs, self.is_paired = 0, False  # How many counterfactuals were read, and whether there should be some.
-        self.is_labelled = False  # Whether some row has a label.
         self.covered: set[str] = set()  # The sites whose rows are labelled by some batch.
         self.uncovered: set[str] = set()  # The sites whose rows are not labelled by some batch with labels of tokens.
 
@@ -184,23 +184,20 @@ class Source(SiteStatistics):
             labels = BatchLabels(batch, self, pool, axes, layouts.frames_of(batch))
             for site in {visit.site for visit in axes}:
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
-            others = 0
+            counted = labels.labelled if self.concept else ~labels.labelled
             if labels.pairs is not None:
-                others, self.is_paired = len(labels.pairs), True
-                mask = mask[labels.pairs.is_text.to(mask.device)] if isinstance(mask, Tensor) else None
-            self.is_labelled = self.is_labelled or bool(labels.labelled.any())
-            self.pairs += others
-            self.examples += labels.rows - others
-            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows - others
+                self.pairs, self.is_paired = self.pairs + len(labels.pairs), True
+            self.examples += int(counted.sum())
+            self.tokens += int((mask[counted.to(mask.device)] if isinstance(mask, Tensor) else counted).sum())
             yield labels
 
     def pool_counts(self, processes: Processes) -> None:
         """Add up the counts of what was read over all processes, in every process."""
-        counts, facts = (self.examples, self.tokens, self.pairs), (self.is_paired, self.is_labelled)
-        read = processes.gathered([(*counts, *facts, self.covered, self.uncovered)])
+        counts = self.examples, self.tokens, self.pairs, self.is_paired
+        read = processes.gathered([(*counts, self.covered, self.uncovered)])
         self.examples, self.tokens, self.pairs = (sum(one[place] for one in read) for place in range(3))
-        self.is_paired, self.is_labelled = (any(one[place] for one in read) for place in (3, 4))
-        self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (5, 6))
+        self.is_paired = any(one[3] for one in read)
+        self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (4, 5))
 
     def check_reached(
         self, sites: Collection[str], reached: Container[str] | None = None, *, may_lack: bool = False
@@ -210,20 +207,20 @@ class Source(SiteStatistics):
         Returns:
             The sites that are in `reached`: all of them, unless `may_lack` allows that some are not.
         """
-        if not self.examples:
+        if not self.examples and not self.covered | self.uncovered:
             raise ValueError(
                 f"{self.title} is empty: there is nothing to fit on. An iterator that was used up is empty, too."
+            )
+        if not self.examples:
+            raise ValueError(
+                f"concept_labels are {IGNORED}, which stands for no label, at every row of {self.title}: look at where "
+                "they are made, and give the rows their class ids."
             )
         if not self.pairs and self.concept and (self.is_paired or self.concept.pair_rank):
             raise ValueError(
                 f"None of the {self.examples} examples of {self.title} has a counterfactual: no text has a word of the "
                 "table, or the batches were made without them. Give concept_dataloader(…, counterfactual_column=…), or "
                 "another table, counterfactual_words=…, or pair_rank=0."
-            )
-        if self.concept and not self.is_labelled:
-            raise ValueError(
-                f"concept_labels are {IGNORED}, which stands for no label, at every row of {self.title}: look at where "
-                "they are made, and give the rows their class ids."
             )
         reached = {visit.site for visit in self.moments if visit.number == 1} if reached is None else reached
         absent = [site for site in sites if site not in reached]
@@ -264,7 +261,8 @@ class BatchLabels:
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
         self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
-        self.labelled = torch.zeros(self.rows, dtype=torch.bool, device="cpu")  # Which sequences have a label.
+        # `(batch,)` bool on the CPU, which sequences have a label; counterfactuals are left out.
+        self.labelled = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
         self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
         if source.concept is not None:
@@ -279,6 +277,7 @@ class BatchLabels:
                         "concept_pairs are for classes of whole texts: give ConceptErasureConfig(labels=[…])."
                     )
                 self.pairs = Pairs.of_batch(batch, self.rows, source.concept.z_dim)
+                self.labelled &= self.pairs.is_text.cpu()
             if (strata := source.strata).size > strata.classes:
                 shape = (-1, 1) if self._by_token else (-1,)
                 apart = ("concept_environments", strata.environments), ("concept_kept", strata.kept)

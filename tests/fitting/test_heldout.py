@@ -70,13 +70,14 @@ def test_a_row_that_comes_again_is_in_the_half_that_it_was_in() -> None:
 
 
 @pytest.mark.parametrize("environments", [False, True])
-def test_sequences_without_a_label_do_not_narrow_intervals(environments: bool) -> None:
+def test_sequences_without_a_label_do_not_count(environments: bool) -> None:
     batches, others = small_batches("bert", 2), small_batches("bert", 4, seed=500)
     if environments:
         others = [batch | {"concept_environments": torch.arange(16) + 16 * n} for n, batch in enumerate(others)]
     unlabelled = [batch | {"concept_labels": torch.full((16,), -100)} for batch in others[2:]]
-    report = fitted("bert", batches, [*others[:2], *unlabelled])[1]
-    assert report.eval_examples == 64 and report.eval_environments == (32 if environments else None)
+    report = fitted("bert", [*batches, *unlabelled], [*others[:2], *unlabelled])[1]
+    assert report.examples == report.eval_examples == 32 and not report.eval_fitted
+    assert report.eval_environments == (32 if environments else None)
     line = report["last_hidden_state"]
     assert line.interval_before == correlation_interval(line.correlation_before, 32)
 
